@@ -1,0 +1,139 @@
+"""The configurator's contract, one test a row."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configurator import configure
+
+ROOT = Path(__file__).parents[1]
+
+
+def defaults():
+    return dict(lr=0.1, clip_grad=3.0, steps=10, resume=False, name="base", scale=(0.3, 1.0), tags=["a"], extra=None)
+
+
+def write(tmp_path, text, name="a.py"):
+    path = tmp_path / name
+    path.write_text(text)
+    return str(path)
+
+
+def stopped(namespace, argv):
+    """The one line that configure stops with; nothing may have been applied by then."""
+    before = dict(namespace)
+    with pytest.raises(SystemExit) as e:
+        configure(namespace, argv)
+    assert namespace == before, "a refused command line must not change a variable"
+    message = str(e.value)
+    assert "\n" not in message and len(message) > 20, message
+    return message
+
+
+def test_only_public_plain_variables_are_keys():
+    namespace = dict(defaults(), _private=1, path=Path("."), CONSTANT=3, function=len, module=sys)
+    assert set(configure(namespace, [])) == set(defaults())
+    for name in ("_private", "path", "CONSTANT", "function", "module"):
+        assert "unknown key" in stopped(namespace, [f"--{name}=1"])
+
+
+def test_files_apply_left_to_right_and_flags_win_wherever_they_stand(tmp_path):
+    a, b = write(tmp_path, "lr = 1.0\nsteps = 1", "a.py"), write(tmp_path, "lr = 2.0", "b.py")
+    assert configure(defaults(), [a, b])["lr"] == 2.0
+    assert configure(defaults(), [b, a])["lr"] == 1.0
+    for argv in (["--lr=5", a, b], [a, "--lr=5", b], [a, b, "--lr=5"]):
+        config = configure(defaults(), argv)
+        assert (config["lr"], config["steps"]) == (5.0, 1)
+    assert configure(defaults(), ["--lr=5", "--lr=6"])["lr"] == 6.0
+
+
+def test_a_file_may_compute_import_and_exec_a_parent(tmp_path):
+    parent = write(tmp_path, "lr = 0.5\nname = 'parent'", "parent.py")
+    child = write(tmp_path, f"import math\nfrom math import sqrt\n_half = 0.5\nexec(open({parent!r}).read())\n"
+                            "def double(x): return 2 * x\nlr = double(lr) * sqrt(4) * _half", "child.py")
+    namespace = defaults()
+    config = configure(namespace, [child])
+    assert config["lr"] == 1.0 and config["name"] == "parent"
+    assert set(namespace) == set(defaults()), "imports and helpers must not leak into the script"
+
+
+def test_a_file_works_on_a_scratch_copy(tmp_path):
+    namespace = defaults()
+    tags = namespace["tags"]
+    configure(namespace, [write(tmp_path, "tags.append('b')")])
+    assert namespace["tags"] == ["a", "b"] and tags == ["a"]
+
+
+def test_unknown_keys_stop_with_source_and_suggestion(tmp_path):
+    path = write(tmp_path, "clip_grda = 30.0")
+    message = stopped(defaults(), [path])
+    assert path in message and "'clip_grda'" in message and "'clip_grad'" in message
+    message = stopped(defaults(), ["--stpes=3"])
+    assert "--stpes" in message and "'steps'" in message
+
+
+@pytest.mark.parametrize("flag, key, value", [
+    ("--clip_grad=3", "clip_grad", 3.0), ("--lr=1e-3", "lr", 1e-3), ("--scale=[0.1,0.2]", "scale", (0.1, 0.2)),
+    ("--scale=(0.1,0.2)", "scale", (0.1, 0.2)), ("--resume=true", "resume", True), ("--resume=False", "resume", False),
+    ("--name=2024", "name", "2024"), ("--name=a=b", "name", "a=b"), ("--name=true", "name", "true"), ("--name=", "name", ""),
+    ("--extra=3", "extra", 3), ("--extra=(1,2)", "extra", (1, 2)), ("--extra=some text", "extra", "some text"),
+    ("--extra=true", "extra", True), ("--steps=-3", "steps", -3),
+])
+def test_accepted_values(flag, key, value):
+    got = configure(defaults(), [flag])[key]
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("flag", [
+    "--steps=3.0", "--steps=1e3", "--steps=true", "--lr=true", "--lr=fast", "--resume=1", "--resume=yes",
+    "--scale=0.3", "--tags=(1,2)", "--steps=None", "--lr=",
+])
+def test_other_values_stop_with_key_type_default_and_value(flag):
+    key, _, text = flag[2:].partition("=")
+    message = stopped(defaults(), [flag])
+    default = defaults()[key]
+    assert f"'{key}'" in message and type(default).__name__ in message and repr(default) in message
+    assert text.strip("()").split(",")[0].lower() in message.lower()
+
+
+def test_files_are_checked_like_flags(tmp_path):
+    assert configure(defaults(), [write(tmp_path, "clip_grad = 3\nscale = [0.1, 0.2]")])["scale"] == (0.1, 0.2)
+    for text in ("steps = 3.5", "name = 2024", "lr = None", "import math\nlr = math.sqrt", "resume = 1"):
+        assert "expects" in stopped(defaults(), [write(tmp_path, text)])
+
+
+def test_flags_without_equals_get_a_hint():
+    assert "--lr=1e-3" in stopped(defaults(), ["--lr", "1e-3"])
+    assert "--resume=true" in stopped(defaults(), ["--resume"])
+    assert "--steps=VALUE" in stopped(defaults(), ["--steps", "--lr=1"])
+    assert "--lr=3" in stopped(defaults(), ["-lr=3"])
+    assert "'lr'" in stopped(defaults(), ["--lrr", "3"])
+
+
+def test_bad_files_and_stray_words_stop_with_one_line(tmp_path):
+    assert "missing.py" in stopped(defaults(), [str(tmp_path / "missing.py")])
+    assert "line 2" in stopped(defaults(), [write(tmp_path, "lr = 1.0\nsteps = = 2")])
+    assert "line 2: ZeroDivisionError" in stopped(defaults(), [write(tmp_path, "steps = 2\nlr = 1 / 0")])
+    assert "'toy'" in stopped(defaults(), ["toy"])
+
+
+def test_optimised_python_refuses_the_same():
+    code = "import sys; sys.path.insert(0, '.'); from configurator import configure; lr = 0.1; configure(globals(), ['--lr=x'])"
+    for options in ([], ["-O"]):
+        run = subprocess.run([sys.executable, *options, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 1 and run.stderr.strip().count("\n") == 0 and "'lr'" in run.stderr
+
+
+def test_rank_0_prints_only_what_differs(capsys, monkeypatch):
+    configure(defaults(), ["--lr=0.2", "--steps=10"])
+    assert capsys.readouterr().out == "config: lr = 0.2 (default 0.1)\n"
+    monkeypatch.setenv("RANK", "1")
+    configure(defaults(), ["--lr=0.2"])
+    assert capsys.readouterr().out == ""
+
+
+def test_returns_every_key():
+    namespace = defaults()
+    config = configure(namespace, ["--lr=0.2"])
+    assert config == {**defaults(), "lr": 0.2} and namespace == config
