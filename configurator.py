@@ -4,9 +4,9 @@ Configuration as plain Python variables: defaults in the script, overrides in fi
     lr = 2e-4                          # in train.py, above the call
     config = configure(globals())      # then: python train.py config/vitg.py --lr=1e-4
 
-Config files are exec'd left to right, so they may compute (`lr = 2 * lr`) and may exec a parent config; flags win wherever
-they stand. Keys are the public variables of a plain type that stand above the call; UPPER_CASE names are constants, not keys.
-Derive values after the call, under names that are not keys.
+Config files are exec'd left to right, so they may compute (`lr = 2 * lr`) and may exec a parent config; flags win
+wherever they stand. Keys are the public variables of a plain type that stand above the call; UPPER_CASE names are
+constants, not keys. Derive values after the call, under names that are not keys.
 """
 import ast
 import copy
@@ -37,15 +37,15 @@ def configure(namespace, argv=None):
             stop(f"unexpected argument '{arg}': config files end in .py and flags look like --key=value")
     final.update(flags)
     if os.environ.get("RANK", "0") == "0":
-        for k in keys:
-            if final[k] != keys[k] or type(final[k]) is not type(keys[k]):
-                print(f"config: {k} = {final[k]!r} (default {keys[k]!r})")
+        for k, default in keys.items():
+            if final[k] != default or type(final[k]) is not type(default):
+                print(f"config: {k} = {final[k]!r} (default {default!r})")
     namespace.update(final)
     return final
 
 
 def run_file(path, values, keys):
-    """Exec a config file in a scratch copy of `values`; return its public plain variables. Imports and functions are ignored."""
+    """Exec a file in a scratch copy of `values`; return its public variables, imports and functions aside."""
     scratch = {**copy.deepcopy(values), "__file__": path, "__name__": "config"}
     try:
         with open(path) as f:

@@ -1,0 +1,635 @@
+"""
+The network, its heads, losses, schedules and weight files. Importing touches no device, file or network.
+
+One ViT serves DINOv2 (learned positions, patch 14) and DINOv3 (axial RoPE, patch 16). Parameter names follow the
+released file of the family that `config.pos` selects, so Meta's weights load strictly and our exports load in other
+people's code:
+    "learned" -> DINOv2: pos_embed, register_tokens, mlp.w12    "rope" -> DINOv3: rope_embed, storage_tokens, mlp.w1, w2
+
+Vocabulary: B images or crops, N tokens a crop, T tokens of a whole batch, D width, K prototypes, G global and L local
+crops. Batches are crop-major: crop 0 of every image, then crop 1 of every image.
+"""
+import math
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# architectures
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    patch_size: int = 14
+    embed_dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    ffn: str = "mlp"  # "mlp" (GELU) or "swiglu"
+    ffn_hidden: int = 1536
+    registers: int = 0
+    pos: str = "learned"  # "learned" (DINOv2) or "rope" (DINOv3)
+    pos_grid: int = 37  # side of the learned table: 518 px / 14
+    pos_antialias: bool = True  # when resampled to another grid; off in Meta's models without registers
+    pos_offset: float = 0.0  # 0.1 in those models: a guard against rounding that shifts the map
+    rope_base: float = 100.0
+    qkv_bias: bool = True
+    mask_k_bias: bool = False  # DINOv3: the key's bias is masked out
+    norm_eps: float = 1e-6
+    local_cls_norm: bool = False  # DINOv3 7B: in training, local crops' class and registers have their own norm
+    layerscale: float = 1e-5  # initial value
+    drop_path: float = 0.0  # share of the batch that skips a residual branch in training; uniform over depth
+    in_channels: int = 3
+    rope_rescale: float = 0.0  # training: patch coordinates times a log-uniform factor in [1/r, r]; 0 = off
+
+
+def _dinov2(width, depth, heads, registers=0, ffn="mlp", hidden=None):
+    old = registers == 0  # Meta trained these before the antialiased resampling
+    hidden = hidden or 4 * width
+    return ViTConfig(14, width, depth, heads, ffn, hidden, registers, pos_antialias=not old, pos_offset=0.1 * old)
+
+
+def _dinov3(width, depth, heads, ffn="mlp", hidden=None, **big):
+    hidden = hidden or 4 * width
+    return ViTConfig(16, width, depth, heads, ffn, hidden, 4, "rope", mask_k_bias=True, norm_eps=1e-5, **big)
+
+
+_SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
+ARCHS = {f"dinov2_vit{s}14": _dinov2(*size) for s, size in _SIZES.items()}
+ARCHS |= {"dinov2_vitg14": _dinov2(1536, 40, 24, ffn="swiglu", hidden=4096)}
+ARCHS |= {f"{name}_reg": replace(c, registers=4, pos_antialias=True, pos_offset=0.0) for name, c in ARCHS.items()}
+ARCHS |= {f"dinov3_vit{s}16": _dinov3(*size) for s, size in _SIZES.items()}
+ARCHS["dinov3_vith16plus"] = _dinov3(1280, 32, 20, "swiglu", 5120)
+ARCHS["dinov3_vit7b16"] = _dinov3(4096, 40, 32, "swiglu", 8192, qkv_bias=False, local_cls_norm=True)
+ARCHS["toy"] = ViTConfig(14, 128, 4, 4, "mlp", 512, registers=4, pos_grid=16)  # 0.9 M parameters: minutes on two cores
+
+# ---------------------------------------------------------------------------------------------------------------------
+# blocks. tokens of all resolutions travel as one flat (T, D) tensor: norms and linear layers see all of them at once,
+# which halves the sharded all-gathers of two separate calls; attention runs once per resolution, on (B, N) in
+# `shapes`.
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim, value):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class MaskedBiasLinear(nn.Linear):
+    """DINOv3's qkv projection: a fixed mask switches the key's bias off (released: all zero below 7B)."""
+
+    def __init__(self, dim, out):
+        super().__init__(dim, out)
+        self.register_buffer("bias_mask", torch.ones(out))
+        self.bias_mask[out // 3 : 2 * out // 3] = 0
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads = c.num_heads
+        masked = c.qkv_bias and c.mask_k_bias
+        self.qkv = (MaskedBiasLinear(c.embed_dim, 3 * c.embed_dim) if masked
+                    else nn.Linear(c.embed_dim, 3 * c.embed_dim, bias=c.qkv_bias))
+        self.proj = nn.Linear(c.embed_dim, c.embed_dim)
+
+    def forward(self, x, shapes, ropes):
+        out = []
+        for qkv, (B, N), rope in zip(self.qkv(x).split([B * N for B, N in shapes]), shapes, ropes):
+            q, k, v = qkv.view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
+            if rope is not None:
+                q, k = rotate(q, *rope), rotate(k, *rope)
+            out.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B * N, -1))
+        return self.proj(torch.cat(out))
+
+
+class Mlp(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.fc1 = nn.Linear(c.embed_dim, c.ffn_hidden)
+        self.fc2 = nn.Linear(c.ffn_hidden, c.embed_dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * value; DINOv2 stores gate and value as one matrix w12, DINOv3 as w1 and w2."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.fused = c.pos == "learned"
+        if self.fused:
+            self.w12 = nn.Linear(c.embed_dim, 2 * c.ffn_hidden)
+        else:
+            self.w1 = nn.Linear(c.embed_dim, c.ffn_hidden)
+            self.w2 = nn.Linear(c.embed_dim, c.ffn_hidden)
+        self.w3 = nn.Linear(c.ffn_hidden, c.embed_dim)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, dim=-1) if self.fused else (self.w1(x), self.w2(x))
+        return self.w3(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
+        self.attn = Attention(c)
+        self.ls1 = LayerScale(c.embed_dim, c.layerscale)
+        self.norm2 = nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
+        self.mlp = SwiGLU(c) if c.ffn == "swiglu" else Mlp(c)
+        self.ls2 = LayerScale(c.embed_dim, c.layerscale)
+        self.drop_path = c.drop_path
+
+    def forward(self, x, shapes, ropes):
+        x = self.residual(x, shapes, lambda x, shapes: self.ls1(self.attn(self.norm1(x), shapes, ropes)))
+        return self.residual(x, shapes, lambda x, shapes: self.ls2(self.mlp(self.norm2(x))))
+
+    def residual(self, x, shapes, branch):
+        """
+        x + branch(x), with drop path over the batch. Instead of zeroing the branch of the dropped crops, it is
+        computed on a random subset of exactly max(int(B * (1 - drop)), 1) crops per resolution and added back times B
+        / kept: the same expectation, and at 0.4 a third of the step's FLOPs less (DINOv2, section 5). Off: drop_path
+        = 0.
+        """
+        if not (self.training and self.drop_path):
+            return x + branch(x, shapes)
+        rows, kept, start = [], [], 0
+        for B, N in shapes:
+            keep = max(int(B * (1 - self.drop_path)), 1)
+            crops = torch.randperm(B, device=x.device)[:keep]
+            rows.append((start + crops[:, None] * N + torch.arange(N, device=x.device)).flatten())
+            kept.append((keep, N))
+            start += B * N
+        out = branch(x[torch.cat(rows)], kept).split([B * N for B, N in kept])
+        x = x.clone()
+        for r, o, (B, _), (keep, _) in zip(rows, out, shapes, kept):
+            x.index_add_(0, r, o, alpha=B / keep)
+        return x
+
+
+class Rope(nn.Module):
+    """Axial rotary positions of DINOv3: patch centres in (-1, 1) per axis at every resolution."""
+
+    def __init__(self, c):
+        super().__init__()
+        d = c.embed_dim // c.num_heads // 4
+        # the released files hold the periods rounded to bf16; all later arithmetic is fp32
+        self.register_buffer("periods", (c.rope_base ** (torch.arange(d) / d)).bfloat16().float())
+
+    def forward(self, h, w, rescale=None):
+        """sin and cos, each (h * w, head_dim): first half of the channels is [y | x], the second half repeats it."""
+        y, x = ((torch.arange(n, device=self.periods.device) + 0.5) / n * 2 - 1 for n in (h, w))
+        coords = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).view(h * w, 2, 1)
+        coords = coords if rescale is None else coords * rescale
+        angles = (2 * math.pi * coords / self.periods.float()).flatten(1).tile(2)
+        return angles.sin(), angles.cos()
+
+
+def rotate(x, sin, cos):
+    """Rotate the patches of x (B, heads, N, head_dim) in fp32; class and registers in front stay."""
+    prefix, patches = x.split([x.shape[2] - sin.shape[0], sin.shape[0]], dim=2)
+    p = patches.float()
+    a, b = p.chunk(2, dim=-1)
+    return torch.cat([prefix, (p * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)], dim=2)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.proj = nn.Conv2d(c.in_channels, c.embed_dim, c.patch_size, stride=c.patch_size)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+class ViT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        assert c.embed_dim % c.num_heads == 0, (c.embed_dim, c.num_heads)
+        self.registers_name = "register_tokens" if c.pos == "learned" else "storage_tokens"
+        self.patch_embed = PatchEmbed(c)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, c.embed_dim))
+        self.mask_token = nn.Parameter(torch.empty(1, c.embed_dim))
+        if c.registers:
+            setattr(self, self.registers_name, nn.Parameter(torch.empty(1, c.registers, c.embed_dim)))
+        if c.pos == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(1, 1 + c.pos_grid**2, c.embed_dim))
+        else:
+            self.rope_embed = Rope(c)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
+        if c.local_cls_norm:
+            self.local_cls_norm = nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
+        self.init_weights()
+
+    def init_weights(self):
+        """Linears and positions: normal, std 0.02; tokens: 1e-6 (DINOv2) or 0.02 (DINOv3); else torch's default."""
+        token_std = 1e-6 if self.config.pos == "learned" else 0.02
+        for name, p in self.named_parameters():
+            if name in ("cls_token", self.registers_name):
+                nn.init.normal_(p, std=token_std)
+            elif name == "mask_token" or (name.startswith("blocks.") and name.endswith(".bias")):
+                nn.init.zeros_(p)
+            elif name == "pos_embed" or (name.startswith("blocks.") and p.dim() == 2):
+                nn.init.trunc_normal_(p, std=0.02)
+
+    def forward(self, x, mask=None):
+        """
+        x (B, C, H, W) and mask (B, N) bool or None -> {"cls": (B, D), "registers": (B, R, D), "patches": (B, N, D)}
+        after the final norm. A list of batches (global crops, local crops) with a list of masks -> a list of such
+        dicts. H and W may be any multiple of the patch size. Masked patches enter as the mask token.
+        """
+        if torch.is_tensor(x):
+            return self.forward([x], [mask])[0]
+        c, masks = self.config, mask or [None] * len(x)
+        grids = [(i.shape[2] // c.patch_size, i.shape[3] // c.patch_size) for i in x]
+        tokens = [self.embed(images, m, grid) for images, m, grid in zip(x, masks, grids)]
+        shapes = [t.shape[:2] for t in tokens]
+        flat, ropes = torch.cat([t.flatten(0, 1) for t in tokens]), [None] * len(x)
+        rescale = c.rope_rescale if self.training else 0
+        for i, block in enumerate(self.blocks):
+            if c.pos == "rope" and (i == 0 or rescale):  # DINOv3 draws a new rescaling per block and resolution
+                ropes = [self.rope_embed(*grid, self.draw_rescale(rescale)) for grid in grids]
+            flat = block(flat, shapes, ropes)
+        parts = flat.split([B * N for B, N in shapes])
+        return [self.finish(p.view(*shape, -1), local=i == 1) for i, (p, shape) in enumerate(zip(parts, shapes))]
+
+    def draw_rescale(self, r):
+        if not r:
+            return None
+        return torch.empty(1, device=self.rope_embed.periods.device).uniform_(-math.log(r), math.log(r)).exp()
+
+    def embed(self, images, mask, grid):
+        """(B, C, H, W) -> (B, 1 + R + N, D): class token, registers, patches in rows."""
+        c, (B, _, H, W) = self.config, images.shape
+        assert H % c.patch_size == W % c.patch_size == 0, f"{H} x {W} px is no multiple of the patch, {c.patch_size}"
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)
+        if mask is not None:
+            x = torch.where(mask[..., None], self.mask_token, x)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)
+        if c.pos == "learned":
+            table = self.pos_embed
+            if grid != (c.pos_grid, c.pos_grid):
+                table = resample_pos_embed(table, grid, c.pos_antialias, c.pos_offset)
+            x = x + table
+        if c.registers:  # after the positions: registers have none
+            x = torch.cat([x[:, :1], getattr(self, self.registers_name).expand(B, -1, -1), x[:, 1:]], dim=1)
+        return x
+
+    def finish(self, x, local):
+        R = 1 + self.config.registers
+        head, patches = x.split([R, x.shape[1] - R], dim=1)
+        own = self.config.local_cls_norm and self.training and local
+        head = (self.local_cls_norm if own else self.norm)(head)
+        return {"cls": head[:, 0].contiguous(), "registers": head[:, 1:].contiguous(), "patches": self.norm(patches)}
+
+
+def resample_pos_embed(pos_embed, grid, antialias=True, offset=0.0):
+    """
+    Bicubic resampling of a learned position table (1, 1 + g*g, D) to `grid` (side, or (h, w)): (1, 1 + h*w, D).
+
+    The class token's slot is kept. offset = 0.1 without antialias is what DINOv2's first models did: the map is
+    scaled by (side + 0.1) / g, which is not the same as resampling to `side`. Computed in fp32 (DINOv2,
+    interpolate_pos_encoding).
+    """
+    h, w = (grid, grid) if isinstance(grid, int) else grid
+    cls, table = pos_embed.float().split([1, pos_embed.shape[1] - 1], dim=1)
+    g = math.isqrt(table.shape[1])
+    assert g * g == table.shape[1], f"position table of {table.shape[1]} entries is not square"
+    table = table.view(1, g, g, -1).permute(0, 3, 1, 2)
+    size = dict(scale_factor=((h + offset) / g, (w + offset) / g)) if offset else dict(size=(h, w))
+    table = F.interpolate(table, mode="bicubic", antialias=antialias, **size)
+    assert table.shape[2:] == (h, w), (table.shape, h, w)
+    return torch.cat([cls, table.permute(0, 2, 3, 1).flatten(1, 2)], dim=1).to(pos_embed.dtype)
+
+
+class WeightNormLinear(nn.Module):
+    """Linear layer without bias whose rows are weight_g * weight_v / |weight_v|, under DINOv2's key names."""
+
+    def __init__(self, dim, out):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out, 1))
+        self.weight_v = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(out, dim), a=math.sqrt(5)))
+
+    def forward(self, x):
+        norm = self.weight_v.float().norm(dim=1, keepdim=True)
+        return F.linear(x, self.weight_v * (self.weight_g.float() / norm).to(x.dtype))
+
+
+class DINOHead(nn.Module):
+    """
+    (..., in_dim) -> (..., prototypes) logits: MLP, L2 normalisation of the bottleneck, prototypes (DINO, section 3).
+    weight_norm = True is DINOv2's last layer (logits are cosines while weight_g stays 1), False is DINOv3's plain one.
+    """
+
+    def __init__(self, in_dim, prototypes, hidden=2048, bottleneck=256, layers=3, weight_norm=True):
+        super().__init__()
+        dims = [in_dim] + [hidden] * (layers - 1) + [bottleneck]
+        stack = [m for a, b in zip(dims, dims[1:]) for m in (nn.Linear(a, b), nn.GELU())]
+        self.mlp = nn.Sequential(*stack[:-1])
+        for m in self.mlp[::2]:
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            nn.init.zeros_(m.bias)
+        if weight_norm:
+            self.last_layer = WeightNormLinear(bottleneck, prototypes)
+        else:
+            self.last_layer = nn.Linear(bottleneck, prototypes, bias=False)
+            nn.init.trunc_normal_(self.last_layer.weight, std=0.02)
+
+    def forward(self, x):
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-12))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# teacher targets and losses, in fp32 whatever the logits' type
+
+
+def _all_reduce(x, op=dist.ReduceOp.SUM):
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(x, op)
+    return x
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        out = x.new_empty(dist.get_world_size() * x.shape[0], *x.shape[1:])
+        dist.all_gather(list(out.chunk(dist.get_world_size())), x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = _all_reduce(grad.contiguous())
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+@torch.no_grad()
+def sinkhorn(logits, temp, iterations=3):
+    """
+    Teacher logits (B, K) -> target probabilities (B, K): every prototype gets an equal share of the batch of all
+    ranks, then every row sums to 1, alternately (SwAV, algorithm 1). The matrix exp(logits / temp) stays fixed and
+    only the two scaling vectors change; the constants of the usual formulation cancel. Only the K prototype sums
+    cross ranks.
+    """
+    logits = logits.float() / temp
+    q = (logits - _all_reduce(logits.max(), dist.ReduceOp.MAX)).exp()  # a global maximum cancels; a row's own would not
+    rows = torch.ones_like(q[:, 0])
+    for _ in range(iterations):
+        columns = 1 / _all_reduce(rows @ q)
+        rows = 1 / (q @ columns)
+    return q * columns * rows[:, None]
+
+
+@torch.no_grad()
+def softmax_center(logits, center, temp):
+    """Teacher logits (B, K) -> target probabilities by centring and sharpening (DINO, section 3.1)."""
+    return F.softmax((logits.float() - center) / temp, dim=-1)
+
+
+@torch.no_grad()
+def update_center(center, logits, momentum=0.9):
+    """center (1, K) becomes momentum * center + (1 - momentum) * mean of logits over all ranks, in place."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    mean = _all_reduce(logits.float().mean(0, keepdim=True)) / world
+    return center.lerp_(mean, 1 - momentum)
+
+
+def cross_entropy(logits, targets, temp=0.1):
+    """-sum_k targets log softmax(logits / temp) per row, for targets whose rows sum to 1."""
+    logits = logits.float() / temp
+    return logits.logsumexp(-1) - (targets * logits).sum(-1)
+
+
+def dino_loss(global_logits, local_logits, targets, temp=0.1):
+    """
+    Student logits of the global (2B, K) and local (L*B, K) crops against teacher targets (2B, K) -> two scalars to be
+    added.
+
+    Each global crop is predicted from the other one and from every local crop: terms are means over images, summed, and
+    divided by their number, 2 + 2L (DINOv2; the global pair counts 2).
+    """
+    B, terms = len(targets) // 2, 2 + 2 * (2 * len(local_logits) // len(targets))
+    swapped = targets.roll(B, 0)
+    loss_global = cross_entropy(global_logits, swapped, temp).mean() * 2 / terms
+    both = (targets[:B] + targets[B:]) / 2  # a local crop meets both targets, and cross-entropy is linear in the target
+    local = cross_entropy(local_logits.view(-1, B, local_logits.shape[-1]), both, temp)
+    return loss_global, local.mean(1).sum() * 2 / terms
+
+
+def ibot_loss(logits, targets, weights, crops, temp=0.1):
+    """
+    Student and teacher at the masked patches (M, K) -> scalar: sum of cross-entropies times weights (M), 1 / (masked
+    patches of that crop), over the number of global crops, unmasked ones included (iBOT, equation 2; DINOv2).
+    """
+    return (cross_entropy(logits, targets, temp) * weights).sum() / crops
+
+
+def koleo_loss(x):
+    """-mean log distance of x (n, D) to its nearest neighbour on the sphere, in the rank (Sablayrolles 2019)."""
+    z = F.normalize(x.float(), dim=-1, eps=1e-8)
+    with torch.no_grad():
+        nearest = (z @ z.T).fill_diagonal_(-1).argmax(1)
+    return -(F.pairwise_distance(z, z[nearest], eps=1e-8) + 1e-8).log().mean()
+
+
+def kde_loss(x, kappa=5.0):
+    """
+    mean_i [logsumexp_{j != i} kappa z_i.z_j - log(n - 1)] over x (n, D) of all ranks: the log of a von Mises-Fisher
+    density estimate at each point, lowest when the points spread over the sphere (Wang and Isola 2020, uniformity). n
+    >= 2.
+    """
+    z, first = F.normalize(x.float(), dim=-1), 0
+    everyone = z
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everyone, first = _AllGather.apply(z), dist.get_rank() * len(z)
+    own = torch.eye(len(z), len(everyone), dtype=torch.bool, device=z.device).roll(first, 1)
+    assert len(everyone) > 1, "a density needs at least two images in the global batch"
+    return (kappa * z @ everyone.T).masked_fill(own, -math.inf).logsumexp(1).mean() - math.log(len(everyone) - 1)
+
+
+def kde_loss_openmidnight(x, kappa=5.0):
+    """
+    -mean_i log sum_j exp(kappa z_i.z_j) over x (n, D) of this rank, j = i included: OpenMidnight's released code. Its
+    sign rewards collapse (lowest when all points coincide); kept to reproduce that run. Their fp16 sums are fp32
+    here.
+    """
+    z = F.normalize(x.float(), dim=-1)
+    return -((kappa * z @ z.T).exp().sum(1) + 1e-9).log().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# optimisation: teacher average, parameter groups, schedules
+
+
+@torch.no_grad()
+def update_ema(teacher, student, momentum):
+    """teacher = momentum * teacher + (1 - momentum) * student, parameter by parameter, on this rank's shards."""
+    pairs = zip(teacher.parameters(), student.parameters(), strict=True)
+    t, s = zip(*((getattr(a, "_local_tensor", a), getattr(b, "_local_tensor", b)) for a, b in pairs))
+    torch._foreach_lerp_(t, s, 1 - momentum)
+
+
+def param_groups(student, layer_decay=1.0, patch_embed_lr=0.2):
+    """
+    AdamW groups of a ModuleDict {backbone, *_head}: {"params", "lr_scale", "wd_scale", "last_layer"}.
+
+    DINOv2's rules: no weight decay for biases, norms and layer-scale (tokens, positions and the prototypes do decay);
+    the patch embedding learns at 0.2 x; block i of L at layer_decay^(L - i), tokens and patches at layer_decay^(L +
+    1).
+    """
+    depth, groups, seen = len(student["backbone"].blocks), {}, set()
+    for name, p in student.named_parameters():
+        if not p.requires_grad:
+            continue
+        module, _, local = name.partition(".")
+        layer = int(local.split(".")[1]) if local.startswith("blocks.") else depth if "norm" in local else -1
+        lr = layer_decay ** (depth - layer) if module == "backbone" else 1.0
+        lr *= patch_embed_lr if "patch_embed" in local else 1.0
+        wd = 0.0 if local.endswith("bias") or "norm" in local or "gamma" in local else 1.0
+        key = (lr, wd, "last_layer" in local)
+        groups.setdefault(key, []).append(p)
+        assert id(p) not in seen, f"{name} is in two groups"
+        seen.add(id(p))
+    trainable = {id(p) for p in student.parameters() if p.requires_grad}
+    assert seen == trainable, f"{len(seen)} of {len(trainable)} trainable parameters are in a group"
+    return [{"params": p, "lr_scale": lr, "wd_scale": wd, "last_layer": last} for (lr, wd, last), p in groups.items()]
+
+
+def cosine_schedule(step, base, final, total, warmup=0, start=0.0):
+    """Linear from `start` to `base` at step warmup - 1, cosine to `final` at `total`, then constant (DINOv2)."""
+    if step < warmup:
+        return start + (base - start) * step / max(warmup - 1, 1)
+    if step >= total:
+        return final
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# weight files
+
+
+def load_backbone(path, arch=None):
+    """
+    Read a tile encoder: a released DINOv2 or DINOv3 .pth, this project's {"teacher": ...}, or OpenMidnight's
+    {"teacher": {"backbone.*"}} with chunked block names. Returns a ViT on the CPU in fp32, its configuration read off
+    the tensors.
+
+    `arch` (a name in ARCHS or a ViTConfig) is only needed where shapes do not tell (a head width other than 64) or as
+    a check. Raises ValueError naming the file when it is missing, not such a file, or of another architecture.
+    """
+    state, stored_arch, released = read_weights(path)
+    config = infer_config(path, state, arch or stored_arch)
+    with torch.device("meta"):
+        vit = ViT(config)
+    ours = vit.state_dict()
+    wrong = [k for k in ours.keys() & state.keys() if ours[k].shape != state[k].shape]
+    missing, unknown = sorted(ours.keys() - state.keys()), sorted(state.keys() - ours.keys())
+    if missing or unknown or wrong:
+        lists = [f"{what} {len(k)} ({', '.join(k[:4])})"
+                 for what, k in (("missing", missing), ("unknown", unknown), ("other shape", wrong)) if k]
+        raise ValueError(f"{path}: keys do not fit the architecture ({'; '.join(lists)}); state another with arch=...")
+    for k in [k for k in state if released and k.endswith("bias_mask")]:
+        if (state[k] * state[k.removesuffix("_mask")]).abs().max() != 0:
+            raise ValueError(f"{path}: {k} lets a qkv bias through that is zero in every released DINOv3 file")
+    vit.load_state_dict({k: v.float() for k, v in state.items()}, strict=True, assign=True)
+    return vit
+
+
+def read_weights(path):
+    """(state dict under released names, arch stored in the file or None, whether the file is in Meta's layout)."""
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such weight file") from None
+    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as e:
+        reason = " ".join(str(e).split())[:120]
+        raise ValueError(f"{path}: not a file of plain tensors (weights_only=True refuses it): {reason}") from None
+    state = data.get("teacher", data) if isinstance(data, dict) else {}
+    if any(k.startswith("backbone.") for k in state):
+        state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}
+    if "cls_token" not in state or "patch_embed.proj.weight" not in state:
+        raise ValueError(f"{path}: no DINOv2 or DINOv3 backbone in this file: it has no cls_token or patch_embed.proj")
+    return state, data.get("arch") if "teacher" in data else None, "teacher" not in data
+
+
+def infer_config(path, state, arch=None):
+    """The ViTConfig that shapes imply; what they cannot tell comes from `arch` or the family's defaults."""
+    if isinstance(arch, str) and arch not in ARCHS:
+        raise ValueError(f"unknown arch '{arch}'; known: {', '.join(ARCHS)}")
+    D, C, p, _ = state["patch_embed.proj.weight"].shape
+    rope = "rope_embed.periods" in state
+    tokens = state.get("storage_tokens" if rope else "register_tokens")
+    swiglu = "blocks.0.mlp.w3.weight" in state
+    hidden = state["blocks.0.mlp.w3.weight"].shape[1] if swiglu else len(state["blocks.0.mlp.fc1.weight"])
+    found = dict(patch_size=p, embed_dim=D, in_channels=C, pos="rope" if rope else "learned", ffn_hidden=hidden,
+                 depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+                 ffn="swiglu" if swiglu else "mlp", registers=0 if tokens is None else tokens.shape[1],
+                 qkv_bias="blocks.0.attn.qkv.bias" in state, local_cls_norm="local_cls_norm.weight" in state)
+    if rope:
+        found["num_heads"] = D // (4 * len(state["rope_embed.periods"]))
+    old = not rope and not found["registers"]
+    guess = ViTConfig(num_heads=max(D // 64, 1), norm_eps=1e-5 if rope else 1e-6, mask_k_bias=rope,
+                      pos_antialias=not old, pos_offset=0.1 * old)
+    base = guess if arch is None else ARCHS[arch] if isinstance(arch, str) else arch
+    asked = arch if isinstance(arch, str) else "the given config"
+    for key, value in found.items():
+        if arch is not None and getattr(base, key) != value:
+            raise ValueError(f"{path}: weights of another architecture: {key} is {value} in the file, "
+                             f"{getattr(base, key)} in {asked}")
+    grid = base.pos_grid if rope else math.isqrt(state["pos_embed"].shape[1] - 1)
+    return replace(base, **found, pos_grid=grid)
+
+
+def init_from_file(vit, path, pos_embed_init="resample"):
+    """
+    Copy a weight file into a ViT that is to be trained. The learned position table is resampled to the ViT's grid, or
+    left as initialised with pos_embed_init = "random" (what OpenMidnight's released run did).
+    """
+    state = load_backbone(path, replace(vit.config, pos_grid=37)).state_dict()
+    c = vit.config
+    if c.pos == "learned":
+        table = state["pos_embed"]
+        if table.shape != vit.pos_embed.shape:
+            table = resample_pos_embed(table, c.pos_grid, c.pos_antialias, c.pos_offset)
+        state["pos_embed"] = table if pos_embed_init == "resample" else vit.pos_embed.detach()
+    vit.load_state_dict(state, strict=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# cost of a step
+
+
+def forward_tflop(c, crops, px, drop_path=0.0):
+    """TFLOP of a forward of `crops` crops of side px as executed under drop path; 2 a multiply-add, GEMMs only."""
+    n = (px // c.patch_size) ** 2
+    N, D, kept = n + 1 + c.registers, c.embed_dim, max(int(crops * (1 - drop_path)), 1)
+    block = N * (8 * D * D + (6 if c.ffn == "swiglu" else 4) * D * c.ffn_hidden + 4 * N * D)
+    return (c.depth * kept * block + crops * n * 2 * c.in_channels * c.patch_size**2 * D) / 1e12
+
+
+def step_tflop(c, images, global_px, local_px, local_crops, drop_path, heads, masked):
+    """
+    TFLOP of a step with `images` images and `masked` masked patches: {"student", "teacher", "heads"}. Backward = 2 x
+    forward; recomputation and elementwise work are not counted. `heads` = {"dino": (hidden, bottleneck, prototypes),
+    "ibot": ...}.
+    """
+    student = forward_tflop(c, 2 * images, global_px, drop_path)
+    student += forward_tflop(c, local_crops * images, local_px, drop_path) if local_crops else 0
+    row = {k: 2 * (c.embed_dim * h + h * h + h * b + b * p) / 1e12 for k, (h, b, p) in heads.items()}
+    head = (3 * (2 + local_crops) + 2) * images * row["dino"] + (3 + 1) * masked * row["ibot"]
+    return {"student": 3 * student, "teacher": forward_tflop(c, 2 * images, global_px), "heads": head}

@@ -1,0 +1,400 @@
+"""The network, the losses, the schedules and the weight files against numbers of the reference implementations."""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import model
+from model import ARCHS, DINOHead, ViT, ViTConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+VITS = ["dinov2_reg4_swiglu", "dinov2_noreg_mlp", "dinov3_hplus_like", "dinov3_s_like", "dinov3_7b_like"]
+VITS = [f"vit_{name}" for name in VITS]
+
+
+def golden(name):
+    z = np.load(GOLDEN / f"{name}.npz")
+    arrays = {k: torch.from_numpy(z[k]) for k in z.files if z[k].dtype.kind != "U"}
+    return json.loads(str(z["meta"])) if "meta" in z.files else {}, arrays
+
+
+def subset(arrays, prefix):
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def pixels(x):
+    return x.float() / 127.5 - 1
+
+
+def build(name, **changes):
+    meta, z = golden(name)
+    meta.pop("input")
+    vit = ViT(ViTConfig(**{**meta, **changes}))
+    vit.load_state_dict(subset(z, "sd/"), strict=True)
+    return vit.eval(), z
+
+
+def close(a, b, atol=1e-5, rtol=1e-5):
+    torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the network
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_outputs_equal_the_reference_without_and_with_masks_square_and_not(name):
+    vit, z = build(name)
+    for i in (0, 1):
+        for key, mask in ((f"out{i}/", None), (f"out{i}_masked/", z[f"in{i}/mask"])):
+            out = vit(pixels(z[f"in{i}/x_uint8"]), mask)
+            assert set(out) == {"cls", "registers", "patches"}
+            for k, v in subset(z, key).items():
+                close(out[k], v)
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_gradients_equal_the_reference(name):
+    vit, z = build(name)
+    out = vit(pixels(z["in0/x_uint8"]), z["in0/mask"])
+    scalar = (out["cls"] * z["grad/w_cls"]).sum() + (out["patches"] * z["grad/w_patches"]).sum()
+    close(scalar, z["grad/scalar"], atol=1e-4)
+    scalar.backward()
+    for k, p in vit.named_parameters():
+        if f"grad/{k}" in z:  # the file holds the tokens and a few matrices
+            close(p.grad, z[f"grad/{k}"], atol=1e-4, rtol=1e-4)
+    names = set(subset(z, "grad/")) - {"w_cls", "w_patches", "scalar"}
+    assert names <= set(dict(vit.named_parameters())) and len(names) >= 5, names
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_two_resolutions_in_one_call_equal_two_calls(name):
+    vit, z = build(name)
+    x, mask = [pixels(z[f"in{i}/x_uint8"]) for i in (0, 1)], z["in0/mask"]
+    for out, alone in zip(vit(x, [mask, None]), (vit(x[0], mask), vit(x[1]))):
+        for k in out:
+            close(out[k], alone[k])
+
+
+def test_local_crops_use_their_own_norm_in_training_only():
+    vit, _ = build("vit_dinov3_7b_like")
+    _, z = golden("vit_dinov3_7b_like_multicrop_train")
+    x = [pixels(z["x_global_uint8"]), pixels(z["x_local_uint8"])]
+    out = vit.train()(x, [None, None])
+    close(out[0]["cls"], z["cls_global"])
+    close(out[1]["cls"], z["cls_local"])
+    close(out[1]["patches"], z["patches_local"])
+    assert (vit.eval()(x)[1]["cls"] - z["cls_local"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["vit_dinov2_reg4_swiglu", "vit_dinov3_hplus_like"])
+def test_drop_path_computes_only_the_kept_crops_and_keeps_the_expectation(name):
+    vit, z = build(name, drop_path=0.4)
+    x = [pixels(torch.cat([z["in0/x_uint8"]] * 5)), pixels(torch.cat([z["in1/x_uint8"]] * 6))]
+    close(vit(x)[0]["cls"], vit(x[0])["cls"])  # off in eval
+    rows = []
+    hook = vit.blocks[0].mlp.register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
+    torch.manual_seed(0)
+    vit.train()(x)
+    tokens = [vit.embed(i, None, (i.shape[2] // vit.config.patch_size, i.shape[3] // vit.config.patch_size)) for i in x]
+    assert rows == [6 * tokens[0].shape[1] + 7 * tokens[1].shape[1]]  # int(10 * 0.6) and int(12 * 0.6) crops
+    hook.remove()
+    flat, shapes = torch.cat([t.flatten(0, 1) for t in tokens]), [t.shape[:2] for t in tokens]
+    block, ropes = vit.blocks[0], [None, None]
+    mean = torch.stack([block.residual(flat, shapes, lambda x, s: x) for _ in range(800)]).mean(0)
+    assert ((mean - 2 * flat).abs().mean() / flat.abs().mean()) < 0.05
+    block.eval()
+    close(block.residual(flat, shapes, lambda x, s: x), 2 * flat)
+    assert vit.blocks[0](flat, shapes, ropes).shape == flat.shape
+
+
+def test_rope_rescaling_is_drawn_in_training_only():
+    vit, z = build("vit_dinov3_s_like", rope_rescale=2.0)
+    x = pixels(z["in0/x_uint8"])
+    close(vit(x)["cls"], z["out0/cls"])
+    torch.manual_seed(0)
+    a, b = vit.train()(x)["cls"], vit(x)["cls"]
+    assert (a - b).abs().max() > 1e-4
+    r = torch.cat([vit.draw_rescale(2.0) for _ in range(400)])
+    assert 0.5 <= r.min() < 0.55 and 1.9 < r.max() <= 2.0 and abs(r.log().mean()) < 0.1
+
+
+def test_position_table_resampling():
+    _, z = golden("pos_embed")
+    for side in (16, 7, 28):
+        close(model.resample_pos_embed(z["pos_embed_37"], side), z[f"pos_embed_{side}"])
+    assert model.resample_pos_embed(z["pos_embed_37"], (5, 9)).shape == (1, 46, 8)
+
+
+@pytest.mark.parametrize("arch, params", [
+    ("dinov2_vitg14_reg", 1_136_486_912), ("dinov3_vith16plus", 840_633_600), ("dinov3_vit7b16", 6_716_043_264)])
+def test_parameter_counts_of_the_released_models(arch, params):
+    with torch.device("meta"):
+        vit = ViT(ARCHS[arch])
+    # the released count of H+ leaves nothing out: its (zero) qkv bias is a parameter
+    assert sum(p.numel() for p in vit.parameters()) == params
+
+
+@pytest.mark.parametrize("arch, keys", [("dinov2_vitg14_reg", 568), ("dinov3_vith16plus", 552), ("dinov3_vit7b16", 610),
+                                        ("dinov3_vitl16", 368), ("dinov3_vits16", 188)])
+def test_key_counts_of_the_released_files(arch, keys):
+    with torch.device("meta"):
+        assert len(ViT(ARCHS[arch]).state_dict()) == keys
+
+
+def test_arch_names_of_the_design():
+    sizes = [f"dinov2_vit{s}14{r}" for s in "sblg" for r in ("", "_reg")]
+    v3 = [f"dinov3_vit{s}16" for s in ("s", "b", "l", "h", "7b")]
+    assert set(ARCHS) == {*sizes, *v3, "dinov3_vith16plus", "toy"} - {"dinov3_vith16"}
+
+
+def test_step_cost_agrees_with_the_published_accounting():
+    c, B = ARCHS["dinov2_vitg14_reg"], 48
+    cost = model.step_tflop(c, B, 224, 98, 8, 0.4, {"dino": (2048, 384, 131072), "ibot": (2048, 256, 131072)}, 70.4 * B)
+    assert abs(sum(cost.values()) - 248.8) < 0.3, cost
+    assert abs(cost["student"] / 3 / B - 1.313) < 0.001 and abs(cost["teacher"] / B - 1.217) < 0.001
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# heads, targets, losses
+
+
+def test_head_equals_the_reference():
+    meta, z = golden("losses")
+    h = meta["head"]
+    head = DINOHead(meta["embed_dim"], meta["K"], h["hidden"], h["bottleneck"], h["nlayers"])
+    head.load_state_dict(subset(z, "head_sd/"), strict=True)
+    close(head(z["head/x"]), z["head/y"])
+    assert set(DINOHead(8, 16, 8, 4, weight_norm=False).state_dict()) >= {"last_layer.weight", "mlp.4.bias"}
+
+
+def test_dino_loss_targets_and_gradients():
+    meta, z = golden("losses")
+    targets = model.sinkhorn(z["dino/teacher_logits"], meta["teacher_temp"])
+    close(targets.roll(meta["B"], 0), z["dino/sinkhorn_targets_swapped"])
+    on_global, on_local = (z[f"dino/student_{k}_logits"].clone().requires_grad_() for k in ("global", "local"))
+    loss_global, loss_local = model.dino_loss(on_global, on_local, targets)
+    close(loss_global, z["dino/loss_global"])
+    close(loss_local, z["dino/loss_local"])
+    (loss_global + loss_local).backward()
+    close(on_global.grad, z["dino/grad_student_global"], atol=1e-6, rtol=1e-4)
+    close(on_local.grad, z["dino/grad_student_local"], atol=1e-6, rtol=1e-4)
+
+
+def test_sinkhorn_survives_large_logits_and_small_temperatures():
+    _, z = golden("losses")
+    x = z["dino/teacher_logits"]
+    close(model.sinkhorn(x + 50.0, 0.05), model.sinkhorn(x, 0.05), atol=1e-4, rtol=1e-3)
+    close(model.sinkhorn(x, 0.05).sum(1), torch.ones(len(x)))
+
+
+def test_softmax_centering_over_three_batches():
+    meta, z = golden("losses")
+    center = torch.zeros(1, meta["K"])
+    for i in range(3):
+        logits = z[f"center/teacher_logits{i}"]
+        close(model.softmax_center(logits, center, meta["teacher_temp"]), z[f"center/targets{i}"])
+        model.update_center(center, logits)
+    close(center, z["center/center_after"])
+
+
+def test_ibot_loss_and_gradients():
+    meta, z = golden("losses")
+    masks, logits = z["ibot/masks"], z["ibot/student_logits"].clone().requires_grad_()
+    targets = model.sinkhorn(z["ibot/teacher_logits"], meta["teacher_temp"])
+    close(targets, z["ibot/sinkhorn_targets"])
+    weights = (1 / masks.sum(1).clamp(min=1))[:, None].expand_as(masks)[masks]
+    loss = model.ibot_loss(logits, targets, weights, len(masks))
+    close(loss, z["ibot/loss_forward_masked"])
+    loss.backward()
+    close(logits.grad, z["ibot/grad_student"], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss, key", [("koleo_loss", "koleo"), ("kde_loss_openmidnight", "kde_openmidnight_kappa5")])
+def test_spreading_terms_equal_the_reference(loss, key):
+    _, z = golden("losses")
+    x = z["reg/x"].clone().requires_grad_()
+    value = getattr(model, loss)(x)
+    close(value, z[f"reg/{key}"])
+    value.backward()
+    close(x.grad, z[f"reg/{key.removesuffix('_kappa5')}_grad"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss, sign", [(model.kde_loss, 1), (model.koleo_loss, 1), (model.kde_loss_openmidnight, -1)])
+def test_the_regulariser_falls_when_points_spread_unless_it_is_the_released_one(loss, sign):
+    torch.manual_seed(0)
+    center, spread = torch.randn(1, 32), torch.randn(24, 32)
+    close_together, apart = loss(center + 0.1 * spread), loss(spread)
+    assert sign * (close_together - apart) > 0.1
+    x = (center + 0.5 * spread).requires_grad_()
+    loss(x).backward()
+    moved = x - 10 * x.grad
+    cos = [torch.nn.functional.cosine_similarity(y[:, None], y[None], dim=-1).mean() for y in (x, moved)]
+    assert sign * (cos[0] - cos[1]) > 0, "descending the loss must spread (the released form: gather) the points"
+
+
+def test_kde_is_the_mean_log_density_without_the_point_itself():
+    x = torch.randn(7, 5)
+    z = torch.nn.functional.normalize(x, dim=1)
+    direct = np.mean([np.log(np.mean([np.exp(5 * float(z[i] @ z[j])) for j in range(7) if j != i])) for i in range(7)])
+    assert abs(model.kde_loss(x).item() - direct) < 1e-5
+    assert abs(model.kde_loss(torch.ones(4, 3)).item() - 5) < 1e-5  # collapsed: log exp(kappa)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# teacher average, groups, schedules
+
+
+def student(arch=None):
+    c = arch or ViTConfig(14, 32, 3, 2, "mlp", 64, registers=4, pos_grid=4)
+    return torch.nn.ModuleDict({"backbone": ViT(c), "dino_head": DINOHead(c.embed_dim, 16, 8, 4),
+                                "ibot_head": DINOHead(c.embed_dim, 16, 8, 4)})
+
+
+def test_ema():
+    t, s = student(), student()
+    want = [0.9 * a.detach() + 0.1 * b.detach() for a, b in zip(t.parameters(), s.parameters())]
+    model.update_ema(t, s, 0.9)
+    for a, b in zip(t.parameters(), want):
+        close(a, b)
+
+
+def test_parameter_groups_of_the_dinov2_recipe():
+    with torch.device("meta"):
+        backbone = ViT(ARCHS["dinov2_vitg14_reg"])
+    groups = model.param_groups(torch.nn.ModuleDict({"backbone": backbone}))
+    count = {(g["lr_scale"], g["wd_scale"]): len(g["params"]) for g in groups}
+    assert count == {(1.0, 0.0): 402, (1.0, 1.0): 164, (0.2, 1.0): 1, (0.2, 0.0): 1}
+
+
+def test_every_trainable_parameter_is_in_exactly_one_group_with_its_multipliers():
+    s = student()
+    s["backbone"].cls_token.requires_grad_(False)
+    groups = model.param_groups(s, layer_decay=0.5)
+    ids = [id(p) for g in groups for p in g["params"]]
+    assert len(ids) == len(set(ids)) == sum(p.requires_grad for p in s.parameters())
+    where = {id(p): g for g in groups for p in g["params"]}
+    b = s["backbone"]
+    for p, lr, wd, last in [(b.patch_embed.proj.weight, 0.2 * 0.5**4, 1, 0), (b.pos_embed, 0.5**4, 1, 0),
+                            (b.register_tokens, 0.5**4, 1, 0), (b.mask_token, 0.5**4, 1, 0),
+                            (b.blocks[0].attn.qkv.weight, 0.5**3, 1, 0), (b.blocks[2].ls1.gamma, 0.5, 0, 0),
+                            (b.blocks[2].norm1.weight, 0.5, 0, 0), (b.norm.weight, 1, 0, 0),
+                            (s["dino_head"].mlp[0].weight, 1, 1, 0), (s["dino_head"].mlp[0].bias, 1, 0, 0),
+                            (s["ibot_head"].last_layer.weight_v, 1, 1, 1),
+                            (s["ibot_head"].last_layer.weight_g, 1, 1, 1)]:
+        g = where[id(p)]
+        assert (g["lr_scale"], g["wd_scale"], g["last_layer"]) == (lr, wd, last)
+
+
+def test_schedules_of_the_released_recipe():
+    m, z = golden("schedules")
+    e = m["iters_per_epoch"]
+    total, warmup = m["epochs"] * e, m["warmup_epochs"] * e
+    lr = m["base_lr"] * (m["global_batch"] / 1024) ** 0.5
+    temp = m["teacher_temp_warmup_epochs"] * e
+    for i, step in enumerate(z["iteration"].tolist()):
+        want = {k: float(z[k][i]) for k in ("lr", "weight_decay", "momentum", "teacher_temp", "last_layer_lr")}
+        got = model.cosine_schedule(step, lr, m["min_lr"], total, warmup)
+        assert got == pytest.approx(want["lr"], rel=1e-9, abs=1e-15)
+        last = 0 if step < m["freeze_last_layer_epochs"] * e else got
+        assert last == pytest.approx(want["last_layer_lr"], rel=1e-9, abs=1e-15)
+        assert model.cosine_schedule(step, *m["wd"], total) == pytest.approx(want["weight_decay"], rel=1e-9)
+        assert model.cosine_schedule(step, *m["momentum"], total) == pytest.approx(want["momentum"], rel=1e-9)
+        got = model.cosine_schedule(step, m["teacher_temp"][1], m["teacher_temp"][1], temp, temp, m["teacher_temp"][0])
+        assert got == pytest.approx(want["teacher_temp"], rel=1e-9)
+
+
+def test_schedule_end_points_and_monotonicity():
+    lr = [model.cosine_schedule(s, 1.0, 0.1, 100, 20) for s in range(120)]
+    assert lr[0] == 0 and lr[19] == 1.0 == max(lr) and lr[100:] == [0.1] * 20
+    assert all(a < b for a, b in zip(lr[:19], lr[1:20])) and all(a > b for a, b in zip(lr[20:99], lr[21:100]))
+    assert model.cosine_schedule(0, 1.0, 0.1, 100) == 1.0  # no warm-up: no step with learning rate 0
+    assert model.cosine_schedule(0, 1.0, 0.1, 100, 1, 0.5) == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# weight files
+
+
+def save(tmp_path, data, name="w.pth"):
+    torch.save(data, tmp_path / name)
+    return str(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_released_files_load_and_reproduce_their_outputs(name, tmp_path):
+    vit, z = build(name)
+    state = {k: v for k, v in vit.state_dict().items()}
+    if "blocks.0.attn.qkv.bias_mask" in state:  # released below 7B: both are zero
+        state |= {k: torch.zeros_like(v) for k, v in state.items() if k.endswith(("qkv.bias", "bias_mask"))}
+    path, x = save(tmp_path, state), pixels(z["in0/x_uint8"])
+    loaded = model.load_backbone(path, vit.config)  # heads of 16 channels: shapes alone would say 64
+    vit.load_state_dict(state)
+    close(loaded.eval()(x)["cls"], vit(x)["cls"])
+    assert list(loaded.state_dict()) == list(vit.state_dict())
+
+
+@pytest.mark.parametrize("arch", ["dinov2_vits14", "dinov2_vits14_reg", "dinov3_vits16", "toy"])
+def test_the_configuration_is_read_off_the_tensors(arch, tmp_path):
+    vit = ViT(replace(ARCHS[arch], depth=2))
+    state = {k: torch.zeros_like(v) if k.endswith("qkv.bias") else v for k, v in vit.state_dict().items()}
+    got = model.load_backbone(save(tmp_path, state)).config
+    ignore = dict(num_heads=0, pos_grid=0, layerscale=0) if arch == "toy" else dict(pos_grid=0, layerscale=0)
+    assert replace(got, **ignore) == replace(vit.config, **ignore)
+
+
+def test_own_and_openmidnight_teacher_files_load(tmp_path):
+    vit = ViT(ARCHS["toy"])
+    own = save(tmp_path, {"teacher": vit.state_dict(), "arch": "toy", "step": 3, "config": {"lr": 1.0}})
+    assert model.load_backbone(own).config == vit.config
+    chunked = {"backbone." + (k if not k.startswith("blocks.") else f"blocks.{int(k.split('.')[1]) // 2}.{k[7:]}"): v
+               for k, v in vit.state_dict().items()}
+    assert "backbone.blocks.1.3.norm1.weight" in chunked
+    chunked |= {"dino_head.mlp.0.weight": torch.zeros(2, 2), "ibot_head.mlp.0.weight": torch.zeros(2, 2)}
+    loaded = model.load_backbone(save(tmp_path, {"teacher": chunked}), "toy")
+    for k, v in loaded.state_dict().items():
+        close(v, vit.state_dict()[k], atol=0, rtol=0)
+
+
+def test_weight_files_that_do_not_fit_are_refused_by_name(tmp_path):
+    good = ViT(ARCHS["toy"]).state_dict()
+    v3 = ViT(replace(ARCHS["dinov3_vits16"], depth=1)).state_dict()
+    v3["blocks.0.attn.qkv.bias"] += 1
+    cases = [({k: v for k, v in good.items() if k != "norm.bias"}, "norm.bias"),
+             ({**good, "extra": good["norm.bias"]}, "extra"), ({**good, "norm.bias": torch.zeros(3)}, "norm.bias"),
+             ({"a": torch.zeros(1)}, "no DINOv2"), ([1, 2], "no DINOv2"),
+             (v3, "bias_mask"), ({"teacher": good, "arch": "nonsense"}, "nonsense")]
+    for data, part in cases:
+        path = save(tmp_path, data)
+        with pytest.raises(ValueError, match=part):
+            model.load_backbone(path)
+    with pytest.raises(ValueError, match="embed_dim is 128 .* 1536 in dinov2_vitg14_reg"):
+        model.load_backbone(save(tmp_path, good), "dinov2_vitg14_reg")
+    (tmp_path / "junk.pth").write_bytes(b"not weights")
+    for path in (tmp_path / "junk.pth", tmp_path / "missing.pth"):
+        with pytest.raises(ValueError, match=path.name):
+            model.load_backbone(path)
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("ran",))
+    with pytest.raises(ValueError, match="plain tensors"):
+        model.load_backbone(save(tmp_path, {"teacher": Evil()}))
+
+
+def test_a_518_px_table_gives_the_reference_features_at_224_px(tmp_path):
+    """The bug to catch: positions assigned to the wrong object, so that training starts from random ones."""
+    vit, _ = build("vit_dinov2_reg4_swiglu")
+    path, x = save(tmp_path, vit.state_dict()), torch.randn(2, 3, 224, 224)
+    at_16 = ViT(replace(vit.config, pos_grid=16))
+    model.init_from_file(at_16, path)
+    assert at_16.pos_embed.shape == (1, 257, 64)
+    close(at_16.eval()(x)["cls"], vit(x)["cls"])
+    random = ViT(replace(vit.config, pos_grid=16))
+    before = random.pos_embed.detach().clone()
+    model.init_from_file(random, path, "random")
+    close(random.pos_embed.detach(), before, atol=0, rtol=0)
+    assert (random.eval()(x)["cls"] - vit(x)["cls"]).abs().max() > 1e-2
