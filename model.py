@@ -42,7 +42,7 @@ class ViTConfig:
     mask_k_bias: bool = False  # DINOv3: the key's bias is masked out
     norm_eps: float = 1e-6
     local_cls_norm: bool = False  # DINOv3 7B: in training, local crops' class and registers have their own norm
-    layerscale: float = 1e-5  # initial value
+    layerscale: float = 1e-5  # initial value; at 1e-5 an untrained network's class token sees next to nothing
     drop_path: float = 0.0  # share of the batch that skips a residual branch in training; uniform over depth
     in_channels: int = 3
     rope_rescale: float = 0.0  # training: patch coordinates times a log-uniform factor in [1/r, r]; 0 = off
@@ -66,7 +66,7 @@ ARCHS |= {f"{name}_reg": replace(c, registers=4, pos_antialias=True, pos_offset=
 ARCHS |= {f"dinov3_vit{s}16": _dinov3(*size) for s, size in _SIZES.items()}
 ARCHS["dinov3_vith16plus"] = _dinov3(1280, 32, 20, "swiglu", 5120)
 ARCHS["dinov3_vit7b16"] = _dinov3(4096, 40, 32, "swiglu", 8192, qkv_bias=False, local_cls_norm=True)
-ARCHS["toy"] = ViTConfig(14, 128, 4, 4, "mlp", 512, registers=4, pos_grid=16)  # 0.9 M parameters: minutes on two cores
+ARCHS["toy"] = ViTConfig(14, 128, 4, 4, "mlp", 512, registers=4, pos_grid=16, layerscale=1.0)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # blocks. tokens of all resolutions travel as one flat (T, D) tensor: norms and linear layers see all of them at once,
@@ -480,7 +480,23 @@ def update_ema(teacher, student, momentum):
     """teacher = momentum * teacher + (1 - momentum) * student, parameter by parameter, on this rank's shards."""
     pairs = zip(teacher.parameters(), student.parameters(), strict=True)
     t, s = zip(*((getattr(a, "_local_tensor", a), getattr(b, "_local_tensor", b)) for a, b in pairs))
+    assert all(a.shape == b.shape for a, b in zip(t, s)), "teacher and student are not sharded alike"
     torch._foreach_lerp_(t, s, 1 - momentum)
+
+
+@torch.no_grad()
+def clip_gradients(student, max_norm):
+    """
+    Clip every part of a ModuleDict to a gradient norm of max_norm (0 = leave them), in place, each on its own as
+    DINOv2. Norms are over all ranks' shards. Returns the norms before clipping (parts,), the same on every rank.
+    """
+    grads = [[getattr(p.grad, "_local_tensor", p.grad) for p in part.parameters() if p.grad is not None]
+             for part in student.values()]
+    norms = _all_reduce(torch.stack([torch.stack(torch._foreach_norm(g)).square().sum() for g in grads])).sqrt()
+    for g, norm in zip(grads, norms):
+        if max_norm:
+            torch._foreach_mul_(g, (max_norm / (norm + 1e-6)).clamp(max=1))
+    return norms
 
 
 def param_groups(student, layer_decay=1.0, patch_embed_lr=0.2):

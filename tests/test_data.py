@@ -1,0 +1,347 @@
+"""Tiles, crops, masks, colour and the order of samples; several tests are bugs that such code bases really had."""
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import wsi
+
+GOLDEN = Path(__file__).parent / "golden"
+CONFIG = dict(
+    seed=0, max_steps=100, batch_size=4, slides="", sample_list="", tiles="", mpps=(0.5, 1.0), tile_px=64,
+    slide_mpp=0.0, tissue_share=0.6, open_slides=2, global_px=56, local_px=28, local_crops=3, global_scale=(0.32, 1.0),
+    local_scale=(0.05, 0.32), hed="od", hed_prob=0.5, hed_nats=0.3, jitter=(0.2, 0.2, 0.1, 0.05), jitter_prob=0.8,
+    gray_prob=0.2, blur_prob=(0.0, 0.9, 0.5), norm_mean=(0.5, 0.5, 0.5), norm_std=(0.5, 0.5, 0.5), mask_prob=0.5,
+    mask_ratio=(0.1, 0.5))
+
+
+class Noise:
+    """A source without files: sample n is an image that knows its number."""
+
+    def __init__(self, fails=()):
+        self.fails, self.seen = set(fails), []
+
+    def read(self, n, rng):
+        self.seen.append(n)
+        if n in self.fails:
+            raise OSError(f"tile {n} is damaged")
+        return rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+def batches(source=None, rank=0, world=1, **changes):
+    return data.Batches(source or Noise(), {**CONFIG, **changes}, 4, rank, world)
+
+
+def equal(a, b):
+    assert a.keys() == b.keys()
+    for k in a:
+        assert torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k], k
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# order
+
+
+def test_a_batch_is_a_pure_function_of_seed_step_rank_and_world():
+    a = batches()
+    first = [a[s] for s in (0, 1, 5)]
+    b = batches()  # another process that starts at step 5
+    equal(b[5], first[2])
+    equal(b[0], first[0])
+    assert not torch.equal(first[0]["global_crops"], first[1]["global_crops"])
+    assert not torch.equal(batches(seed=1)[0]["global_crops"], first[0]["global_crops"])
+
+
+def test_an_image_does_not_depend_on_how_many_ranks_share_the_batch():
+    whole = batches(batch_size=4)[3]
+    halves = [batches(rank=r, world=2, batch_size=2)[3] for r in range(2)]
+    for key in ("global_crops", "local_crops", "global_colour", "local_colour"):
+        views = [h[key].unflatten(0, (-1, 2)) for h in halves]  # crop-major
+        assert torch.equal(torch.cat(views, 1).flatten(0, 1), whole[key]), key
+
+
+@pytest.mark.parametrize("world, workers", [(1, 0), (2, 2), (3, 1)])
+def test_every_index_comes_exactly_once_over_ranks_and_workers(world, workers):
+    """The bug: each rank or worker read only a fraction of its rows."""
+    steps, batch, seen = 5, 4, []
+    for rank in range(world):
+        class Index(torch.utils.data.Dataset):
+            def __getitem__(self, step, rank=rank):
+                return list(data.sample_numbers(step, rank, world, batch))
+        loader = torch.utils.data.DataLoader(Index(), batch_size=None, sampler=range(steps), num_workers=workers)
+        seen += [data.shuffled(n, steps * batch * world, seed=3) for numbers in loader for n in numbers]
+    assert sorted(seen) == list(range(steps * batch * world))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000])
+def test_the_shuffle_is_a_new_permutation_each_pass(size):
+    passes = [[data.shuffled(n, size, 5) for n in range(p * size, (p + 1) * size)] for p in range(3)]
+    assert all(sorted(p) == list(range(size)) for p in passes)
+    if size > 50:
+        assert passes[0] != passes[1] != passes[2] and passes[0] != sorted(passes[0])
+        assert [data.shuffled(n, size, 6) for n in range(size)] != passes[0]
+        assert abs(np.corrcoef(passes[0], range(size))[0, 1]) < 0.3
+    big = {data.shuffled(n, 29_000_000, 0) for n in range(2000)}
+    assert len(big) == 2000 and max(big) < 29_000_000 and max(big) > 28_000_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sources
+
+
+def folder(tmp_path, n=6, size=64):
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        (tmp_path / f"case{i % 2}").mkdir(exist_ok=True)
+        image = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+        image.save(tmp_path / f"case{i % 2}" / f"{i}.png")
+    return str(tmp_path)
+
+
+def test_folder_of_tiles(tmp_path):
+    source = data.open_source({**CONFIG, "tiles": folder(tmp_path)})
+    tiles = [source.read(n, None) for n in range(6)]
+    assert len({t.tobytes() for t in tiles}) == 6 and tiles[0].shape == (64, 64, 3)
+    batch = batches(source)[0]
+    assert batch["global_crops"].shape == (8, 3, 56, 56) and batch["local_crops"].shape == (12, 3, 28, 28)
+    assert batch["global_crops"].dtype == torch.uint8 and batch["bad"] == []
+
+
+def test_unreadable_tiles_are_replaced_counted_and_named(tmp_path):
+    source = data.open_source({**CONFIG, "tiles": folder(tmp_path)})
+    damaged = Path(source.paths[2])
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    (tmp_path / "junk.jpg").write_bytes(b"not an image")
+    source = data.open_source({**CONFIG, "tiles": str(tmp_path)})
+    bad = [m for step in range(4) for m in batches(source)[step]["bad"]]
+    assert any(str(damaged) in m for m in bad) and any("junk.jpg" in m for m in bad)
+    assert all("\n" not in m for m in bad)
+    a, b = batches(Noise(fails=[1]))[0], batches(Noise(fails=[1]))[0]
+    equal(a, b)  # the replacement is drawn from the seed too
+    assert a["bad"] == ["tile 1 is damaged"] and a["global_crops"].shape[0] == 8
+    clean = batches(Noise())[0]
+    assert torch.equal(a["global_crops"][0], clean["global_crops"][0])  # the others stay
+
+
+def test_a_sample_that_cannot_be_replaced_ends_the_batch():
+    class Nothing:
+        def read(self, n, rng):
+            raise wsi.SlideError("every slide is damaged")
+    batch = batches(Nothing())[0]
+    assert "global_crops" not in batch and set(batch["bad"]) == {"every slide is damaged"}
+
+
+class FakeSlide:
+    opened = []
+    mpp = 0.5
+    mpp_xy = (0.5, 0.5)
+
+    def __init__(self, path, mpp=None):
+        self.path, self.stated, self.asked = path, mpp, []
+        FakeSlide.opened.append(path)
+
+    def random_tissue(self, rng, size, mpp):
+        return rng.integers(1000, size=2).tolist()
+
+    def read(self, x, y, size, mpp):
+        self.asked.append((x, y, size, mpp))
+        return np.full((size, size, 3), (200, 90, 160), np.uint8)
+
+    def read_level(self, x, y, size, level):
+        return np.full((size, size, 3), (x % 256, y % 256, level), np.uint8)
+
+
+@pytest.fixture
+def slides(tmp_path, monkeypatch):
+    FakeSlide.opened = []
+    monkeypatch.setattr(wsi, "Slide", FakeSlide)
+    for name in "abc":
+        (tmp_path / f"{name}.svs").touch()
+    return tmp_path
+
+
+def test_slides_stay_open_in_an_lru(slides):
+    """The bug: the slide reopened for every tile."""
+    source = data.open_source({**CONFIG, "slides": f"{slides}/*.svs", "open_slides": 3})
+    tiles = batches(source)
+    for step in range(10):
+        assert tiles[step]["bad"] == []
+    assert sorted(FakeSlide.opened) == source.paths
+    source = data.Slides(f"{slides}/*.svs", (0.5,), 64, open_slides=1)
+    for n in range(20):
+        source.read(n, np.random.default_rng(n))
+    assert len(FakeSlide.opened) > 8
+
+
+def test_mpp_is_drawn_among_those_that_the_slide_is_fine_enough_for(slides):
+    source = data.Slides(f"{slides}/a.svs", (0.25, 0.5, 1.0, 2.0), 64)
+    for n in range(60):
+        assert source.read(n, np.random.default_rng(n)).shape == (64, 64, 3)
+    slide = source.open(source.paths[0], __import__("os").getpid())
+    assert {mpp for *_, mpp in slide.asked} == {0.5, 1.0, 2.0}
+    with pytest.raises(wsi.SlideError, match="a.svs.*too coarse"):
+        data.Slides(f"{slides}/a.svs", (0.25,), 64).read(0, np.random.default_rng(0))
+    assert data.Slides(f"{slides}/a.svs", (0.5,), 64, slide_mpp=0.3).open(f"{slides}/a.svs", 0).stated == 0.3
+
+
+def test_tiles_without_tissue_are_drawn_again_and_then_named(slides, monkeypatch):
+    monkeypatch.setattr(FakeSlide, "read", lambda self, x, y, size, mpp: np.full((size, size, 3), 245, np.uint8))
+    with pytest.raises(wsi.SlideError, match="a.svs: no tile of 60% tissue at 0.5"):
+        data.Slides(f"{slides}/a.svs", (0.5,), 64).read(0, np.random.default_rng(0))
+
+
+def test_openmidnight_sample_lists(slides):
+    lines = [f"{slides}/a.svs 10 20 0", f"{slides}/with space.svs 30 40 2"]
+    (slides / "list.txt").write_text("\n".join(lines))
+    source = data.open_source({**CONFIG, "sample_list": f"{slides}/list.txt"})
+    tiles = {tuple(source.read(n, None)[0, 0].tolist()) for n in range(2)}
+    assert tiles == {(10, 20, 0), (30, 40, 2)} and set(FakeSlide.opened) == {line.rsplit(" ", 3)[0] for line in lines}
+    (slides / "list.txt").write_text(lines[0] + "\na.svs 10 20\n")
+    with pytest.raises(ValueError, match="line 2: not 'path x y level'"):
+        data.open_source({**CONFIG, "sample_list": f"{slides}/list.txt"})
+
+
+@pytest.mark.parametrize("keys, message", [
+    ({}, "exactly one of slides, sample_list, tiles .set now: none"),
+    ({"slides": "a", "tiles": "b"}, "set now: slides, tiles"),
+    ({"slides": "/nowhere/*.svs"}, "no file matches /nowhere"), ({"sample_list": "nowhere.txt"}, "no file nowhere.txt"),
+    ({"tiles": "nowhere"}, "no folder nowhere"), ({"tiles": str(GOLDEN)}, "no .jpg")])
+def test_missing_data_is_named(keys, message):
+    with pytest.raises(ValueError, match=message):
+        data.open_source({**CONFIG, **keys})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# crops and masks
+
+
+def test_crops_cover_the_stated_area_and_aspect():
+    rng, marks = np.random.default_rng(0), []
+    ramp = torch.arange(224).repeat(224, 1)
+    pixels = torch.stack([ramp, ramp.T, ramp]).to(torch.uint8)[None]  # x in red, y in green
+    for _ in range(300):
+        crop = data.crop_and_flip(pixels, rng, (0.32, 1.0), 56).float()
+        w, h = (crop[i].max() - crop[i].min() + 2 for i in (0, 1))
+        marks.append((w * h / 224**2, w / h, float(crop[0, 0, 0] > crop[0, 0, -1])))
+    area, aspect, flipped = np.array(marks, float).T
+    assert 0.28 < area.min() < 0.36 and 0.9 < area.max() < 1.05 and 0.7 < aspect.min() and aspect.max() < 1.42
+    assert abs(flipped.mean() - 0.5) < 0.1
+    assert data.crop_and_flip(pixels[:, :, :20], rng, (0.9, 1.0), 56).shape == (3, 56, 56)  # a very long tile
+
+
+def test_crops_are_antialiased_like_pillow():
+    rng = np.random.default_rng(1)
+    image = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    image = np.asarray(image.resize((160, 160), Image.BICUBIC))
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
+    ours = torch.nn.functional.interpolate(pixels, (56, 56), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    pillow = np.asarray(Image.fromarray(image).resize((56, 56), Image.BICUBIC))
+    assert np.abs(ours.numpy().astype(int) - pillow).mean() < 0.1
+
+
+@pytest.mark.parametrize("images, grid, total", [(56, 14, 3310), (16, 16, 1274), (8, 14, 507)])
+def test_masked_patches_are_a_constant_of_the_batch(images, grid, total):
+    counts = data.mask_counts(2 * images, grid, 0.5, (0.1, 0.5))
+    assert sum(counts) == total
+    for seed in range(3):
+        masks = data.block_masks(np.random.default_rng(seed), 2 * images, grid, 0.5, (0.1, 0.5))
+        assert sorted(masks.sum(1)) == [0] * images + sorted(counts)  # exactly half of the crops
+
+
+def test_masks_are_blocks_and_weights_count_each_masked_crop_once():
+    masks = data.block_masks(np.random.default_rng(0), 64, 16, 0.5, (0.1, 0.45)).reshape(64, 16, 16)
+    some = masks[masks.any((1, 2))]
+    same = (some[:, :, 1:] & some[:, :, :-1]).sum() / some[:, :, :-1].sum()
+    assert same > 0.7 > some.mean() + 0.3, "neighbours of masked patches are masked far more often than by chance"
+    batch = batches(batch_size=8)[0]
+    assert batch["masks"].shape == (16, 16) and len(batch["masked"]) == len(batch["mask_weights"])
+    assert torch.equal(batch["masks"].flatten()[batch["masked"]], torch.ones(len(batch["masked"]), dtype=torch.bool))
+    assert math.isclose(batch["mask_weights"].sum(), 8, rel_tol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# colour
+
+
+def test_shares_of_blurred_gray_and_jittered_crops_equal_the_keys():
+    """The bug: a blur probability applied as its complement."""
+    rng = np.random.default_rng(0)
+    for blur in (0.0, 0.9, 0.5):
+        rows = torch.stack([data.colour_parameters(rng, CONFIG, blur) for _ in range(2000)])
+        share = [(rows[:, 0] > 0), (rows[:, 4] >= 0), (rows[:, 9] > 0), (rows[:, 10] > 0)]
+        for got, want in zip(share, (0.5, 0.8, 0.2, blur)):
+            assert abs(got.float().mean() - want) < 0.04, (got.float().mean(), want)
+        assert rows[:, 1:4].abs().max() <= 0.3 and rows[:, 5].min() >= 0.8 and rows[:, 8].abs().max() <= 0.05
+        assert set(rows[:, 4].tolist()) == {-1.0, *map(float, range(24))}
+    batch = batches(blur_prob=(0.0, 1.0, 1.0))[0]
+    assert torch.equal(batch["global_colour"][:, 10] > 0, torch.tensor([False] * 4 + [True] * 4))  # crop-major
+    assert (batch["local_colour"][:, 10] > 0).all()
+
+
+def off(n):
+    row = torch.tensor([0, 0, 0, 0, -1, 1, 1, 1, 0, 0, 0.0])
+    return row.repeat(n, 1)
+
+
+def test_augment_without_any_operation_is_normalisation():
+    crops = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    out = data.augment(crops, off(3), CONFIG, "cpu")
+    torch.testing.assert_close(out, (crops / 255 - 0.5) / 0.5)
+
+
+@pytest.mark.parametrize("column, value", [(0, 1.0), (4, 5.0), (9, 1.0), (10, 1.5)])
+def test_augment_changes_only_the_crops_that_were_drawn(column, value):
+    crops, rows = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), off(4)
+    rows[[1, 3], column] = value
+    rows[:, 1:4], rows[:, 5:9] = 0.2, torch.tensor([1.2, 0.8, 1.1, 0.05])
+    changed = data.augment(crops, rows, CONFIG, "cpu") - data.augment(crops, off(4), CONFIG, "cpu")
+    changed = changed.abs().amax((1, 2, 3))
+    assert (changed[[1, 3]] > 0.01).all() and (changed[[0, 2]] == 0).all()
+
+
+def test_hed_shift_equals_scikit_image():
+    z = np.load(GOLDEN / "hed.npz")
+    rgb = torch.from_numpy(z["rgb"] / 255).permute(2, 0, 1)[None]
+    for i in range(3):
+        shift = torch.from_numpy(z[f"shift{i}"] * data.UNIT).double()[None]
+        got = data.hed_shift(rgb, shift, "openmidnight")[0].permute(1, 2, 0)
+        np.testing.assert_allclose(got, z[f"rgb{i}"], atol=1e-5)
+
+
+def test_hed_shift_in_optical_density_is_symmetric_and_leaves_no_tint_on_its_way_back():
+    x, shift = torch.rand(2, 3, 8, 8) * 0.4 + 0.1, torch.tensor([[0.1, -0.2, 0.05], [-0.3, 0.1, 0.0]])
+    torch.testing.assert_close(data.hed_shift(data.hed_shift(x, shift), -shift), x)
+    darker = data.hed_shift(x, torch.tensor([[0.3, 0, 0]] * 2))
+    od = -(darker / x).log().mean((0, 2, 3))
+    torch.testing.assert_close(od, 0.3 * data.RGB_FROM_HED[0])
+
+
+def test_colour_jitter_equals_pillows_operations_and_hue_turns():
+    from PIL import ImageEnhance
+    image = Image.fromarray(np.random.default_rng(0).integers(40, 200, (16, 16, 3), dtype=np.uint8))
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    for ours, theirs in ((data.brightness, ImageEnhance.Brightness), (data.contrast, ImageEnhance.Contrast),
+                         (data.saturation, ImageEnhance.Color)):
+        want = np.asarray(theirs(image).enhance(1.3)).astype(float)
+        assert np.abs(ours(x, 1.3)[0].permute(1, 2, 0).numpy() * 255 - want).max() < 2
+    f = torch.zeros(1, 1, 1, 1)
+    torch.testing.assert_close(data.hue(x, f), x, atol=1e-5, rtol=0)
+    red = torch.tensor([1.0, 0.2, 0.2])[None, :, None, None]
+    torch.testing.assert_close(data.hue(red, f + 1 / 3)[0, :, 0, 0], torch.tensor([0.2, 1.0, 0.2]))
+    torch.testing.assert_close(data.hue(red, f - 1 / 3)[0, :, 0, 0], torch.tensor([0.2, 0.2, 1.0]))
+
+
+def test_gaussian_blur_has_the_stated_width_and_keeps_the_mean():
+    x = torch.zeros(2, 3, 33, 33)
+    x[:, :, 16, 16] = 1
+    sigma = torch.tensor([0.5, 1.5])
+    y = data.gaussian_blur(x, sigma)
+    grid = torch.arange(33) - 16.0
+    width = (y[:, 0].sum(1) * grid**2).sum(1).sqrt()
+    torch.testing.assert_close(y.sum((2, 3)), torch.ones(2, 3))
+    torch.testing.assert_close(width, sigma, atol=0.06, rtol=0)
+    assert data.gaussian_blur(x[:0], sigma[:0]).shape == (0, 3, 33, 33)

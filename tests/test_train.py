@@ -1,0 +1,271 @@
+"""train.py as a program: what it computes, what it refuses, and what survives a stop."""
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+import data
+import eval_bach
+import model
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+TINY = dict(arch="toy", batch_size=4, global_px=56, local_px=28, local_crops=2, head_hidden=32, dino_prototypes=64,
+            ibot_prototypes=64, dino_bottleneck=16, ibot_bottleneck=16, workers=0, warmup_steps=2, freeze_last_layer=1,
+            teacher_temp_warmup=4, log_interval=1, save_interval=1000, base_lr=1e-2, drop_path=0.25, device="cpu",
+            max_steps=4)
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("tiles"), np.random.default_rng(0)
+    for i in range(24):
+        image = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((72, 72), Image.BICUBIC)
+        image.save(folder / f"{i:02d}.png")
+    return str(folder)
+
+
+def flags(**keys):
+    return [f"--{k}={v}" for k, v in {**TINY, **keys}.items()]
+
+
+def train(monkeypatch, argv):
+    """Run train.py in this process; returns its variables. Several runs must not leave a process group behind."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    try:
+        return runpy.run_path("train.py", run_name="__main__")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def refused(monkeypatch, argv):
+    with pytest.raises(SystemExit) as e:
+        train(monkeypatch, argv)
+    return str(e.value)
+
+
+def rows(folder, file="metrics.jsonl"):
+    return [json.loads(line) for line in open(f"{folder}/{file}")]
+
+
+def weights(run):
+    """Every number that the next step depends on: student, teacher, moments."""
+    tensors = {f"{net}.{k}": v for net in ("student", "teacher") for k, v in run[net].state_dict().items()}
+    for i, p in enumerate(run["optimizer"].state.values()):
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in p.items()}
+    tensors |= {f"center.{k}": v for k, v in run["centers"].items()}
+    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in tensors.items()}
+
+
+def bit_equal(a, b):
+    assert a.keys() == b.keys()
+    different = [k for k in a if not torch.equal(a[k], b[k])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ, first {different[:3]}"
+
+
+def test_twenty_steps_equal_ten_resume_ten_bit_for_bit(tiles, tmp_path, monkeypatch):
+    keys = dict(tiles=tiles, schedule_steps=20, centering="softmax", kde="koleo")
+    straight = train(monkeypatch, flags(**keys, max_steps=20, out_dir=tmp_path / "a"))
+    train(monkeypatch, flags(**keys, max_steps=12, save_interval=10, out_dir=tmp_path / "b"))
+    # a stop during the save at step 12: only its unfinished folder is there, and rows beyond step 10
+    os.rename(tmp_path / "b/ckpt/12", tmp_path / "b/ckpt/unfinished")
+    resumed = train(monkeypatch, flags(**keys, max_steps=20, out_dir=tmp_path / "b", resume="true"))
+    bit_equal(weights(straight), weights(resumed))
+    drop = ("images_per_s", "data_wait")
+    a, b = ([{k: v for k, v in r.items() if k not in drop} for r in rows(tmp_path / x)] for x in "ab")
+    assert a == b and [r["step"] for r in a] == list(range(21))
+    assert straight["progress"]["step"] == 20 and sorted(os.listdir(tmp_path / "b/ckpt")) == ["10", "20"]
+
+
+def test_two_ranks_equal_one_process_on_the_same_global_batch(tiles, tmp_path, monkeypatch):
+    """The bug: clipping local gradients before the sync. Clip is low, so that it acts on every step."""
+    keys = dict(tiles=tiles, drop_path=0.0, clip_grad=0.05, freeze_last_layer=0, warmup_steps=0, max_steps=5)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29653", "train.py"]
+    subprocess.run(command + flags(**keys, out_dir=tmp_path / "two"), cwd=ROOT, check=True, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one_rank = data.Batches.__getitem__
+
+    def both_ranks(self, step):
+        half = {**self.c, "batch_size": self.c["batch_size"] // 2}
+        a, b = (one_rank(data.Batches(self.source, half, self.grid, r, 2), step) for r in range(2))
+        L = self.c["local_crops"]
+        views = {"global_crops": 2, "global_colour": 2, "local_crops": L, "local_colour": L, "masks": 2}  # crop-major
+        merged = {k: torch.cat([x[k].unflatten(0, (v, -1)) for x in (a, b)], 1).flatten(0, 1) for k, v in views.items()}
+        masks = merged["masks"]
+        per_crop = (1 / masks.sum(1).clamp(min=1))[:, None].expand_as(masks)[masks]
+        return {**merged, "bad": [], "masked": masks.flatten().nonzero()[:, 0], "mask_weights": per_crop}
+
+    monkeypatch.setattr(data.Batches, "__getitem__", both_ranks)
+    train(monkeypatch, flags(**{**keys, "batch_size": 8}, out_dir=tmp_path / "one"))
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for a, b in zip(one[1:], two[1:]):
+        for k in ("loss", "dino", "ibot", "kde", "grad_norm", "grad_norm_backbone", "grad_norm_dino_head",
+                  "grad_norm_ibot_head", "lr"):
+            assert a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-7), (a["step"], k)
+        assert a["grad_norm_backbone"] > 0.05
+    saved = [torch.load(tmp_path / x / "teacher/5.pth", weights_only=True)["teacher"] for x in ("one", "two")]
+    for k in saved[0]:
+        torch.testing.assert_close(saved[0][k], saved[1][k], atol=1e-4, rtol=1e-3)
+
+
+def test_a_poisoned_batch_leaves_the_weights_bit_equal_and_is_counted(tiles, tmp_path, monkeypatch):
+    """The bug: a NaN loss that still steps the optimizer."""
+    keys = dict(tiles=tiles, schedule_steps=5)
+    clean = train(monkeypatch, flags(**keys, max_steps=3, out_dir=tmp_path / "clean"))
+    augment, calls = data.augment, []
+
+    def poison(crops, *rest):
+        calls.append(0)
+        x = augment(crops, *rest)
+        return x * float("nan") if len(calls) > 2 * 3 else x  # two calls a step: the fourth step and later
+
+    monkeypatch.setattr(data, "augment", poison)
+    poisoned = train(monkeypatch, flags(**keys, max_steps=5, out_dir=tmp_path / "poisoned"))
+    bit_equal(weights(clean), weights(poisoned))
+    assert poisoned["progress"] == {"step": 5, "bad_steps": 2}
+    assert [r["bad_steps"] for r in rows(tmp_path / "poisoned")[1:]] == [0, 0, 0, 1, 2]
+    calls.clear()
+    message = refused(monkeypatch, flags(**keys, max_steps=5, max_bad_steps=1, out_dir=tmp_path / "stopped"))
+    assert "2 steps were not finite (max_bad_steps = 1)" in message
+
+
+def test_the_rows_of_a_run(tiles, tmp_path, monkeypatch, capsys):
+    keys = dict(max_steps=5, log_interval=2, save_interval=2, keep_checkpoints=1, keep_every=4)
+    run = train(monkeypatch, flags(tiles=tiles, **keys, out_dir=tmp_path / "a"))
+    r = rows(tmp_path / "a")
+    assert [x["step"] for x in r] == [0, 2, 4, 5]
+    wanted = {"step", "loss", "dino", "ibot", "kde", "grad_norm", "lr", "images_per_s"}
+    assert all(wanted <= set(x) for x in r)
+    for x in r[1:]:
+        assert x["loss"] == pytest.approx(x["dino"] + x["ibot"] + 0.05 * x["kde"], rel=1e-5)
+        parts = [x[f"grad_norm_{k}"] for k in ("backbone", "dino_head", "ibot_head")]
+        assert x["grad_norm"] == pytest.approx(np.linalg.norm(parts), rel=1e-5)
+    assert sorted(os.listdir(tmp_path / "a/ckpt")) == ["4", "5"] and len(os.listdir(tmp_path / "a/teacher")) == 3
+    assert "step 2/5: loss" in capsys.readouterr().out, "plain lines where there is no terminal"
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    assert config["batch_size"] == 4 and config["mpps"] == [0.25, 0.5, 1.0, 2.0] and (tmp_path / "a/source.diff").exists()
+    exported = model.load_backbone(tmp_path / "a/teacher/5.pth")
+    for k, v in exported.state_dict().items():
+        mine = run["teacher"]["backbone"].state_dict()[k]
+        assert torch.equal(v, mine.full_tensor() if hasattr(mine, "full_tensor") else mine), k
+    assert not torch.equal(exported.cls_token, run["student"]["backbone"].cls_token.full_tensor())
+
+
+def test_a_run_starts_from_the_weights_that_it_is_given(tiles, tmp_path, monkeypatch):
+    vit = model.ViT(model.ARCHS["toy"])  # a table for 224 px, resampled to the crops' 4 x 4
+    torch.save({"teacher": vit.state_dict(), "arch": "toy", "step": 1, "config": {}}, tmp_path / "w.pth")
+    keys = dict(tiles=tiles, max_steps=0, weights=tmp_path / "w.pth")
+    for init in ("resample", "random"):
+        run = train(monkeypatch, flags(**keys, pos_embed_init=init, out_dir=tmp_path / init))
+        for net in (run["student"], run["teacher"]):
+            state = {k: v.full_tensor() for k, v in net["backbone"].state_dict().items()}
+            table = model.resample_pos_embed(vit.pos_embed.detach(), 4)
+            assert torch.equal(state["blocks.2.attn.qkv.weight"], vit.blocks[2].attn.qkv.weight)
+            assert torch.equal(state["pos_embed"], table) == (init == "resample")
+    assert "another architecture" in refused(monkeypatch, flags(**keys, arch="dinov2_vits14", out_dir=tmp_path / "c"))
+
+
+def test_the_teacher_is_the_average_of_the_student(tiles, tmp_path, monkeypatch):
+    """The bug: an average written to a gathered copy of the teacher, and lost."""
+    vit = model.ViT(model.replace(model.ARCHS["toy"], pos_grid=4))
+    torch.save({"teacher": vit.state_dict(), "arch": "toy", "step": 1, "config": {}}, tmp_path / "w.pth")
+    keys = dict(tiles=tiles, weights=tmp_path / "w.pth", momentum=0.75, momentum_end=0.75, warmup_steps=0,
+                save_interval=1, schedule_steps=10)
+    want = dict(vit.state_dict())
+    for steps in (1, 2, 3):
+        run = train(monkeypatch, flags(**keys, max_steps=steps, out_dir=tmp_path / str(steps)))
+        saved = torch.load(tmp_path / f"{steps}/teacher/{steps}.pth", weights_only=True)["teacher"]
+        for k, v in run["student"]["backbone"].state_dict().items():
+            want[k] = 0.75 * want[k] + 0.25 * v.full_tensor()
+            torch.testing.assert_close(saved[k], want[k], atol=1e-6, rtol=1e-5)
+            assert not torch.equal(saved[k], vit.state_dict()[k]) or k == "mask_token", k
+
+
+@pytest.mark.parametrize("keys", [dict(kde="openmidnight"), dict(kde="none", local_crops=0), dict(hed="openmidnight"),
+                                  dict(arch="dinov3_vits16", global_px=64, local_px=32, rope_rescale=2.0, layer_decay=0.9,
+                                       head_weight_norm="false", batch_size=2)])
+def test_the_ablations_that_are_keys_run(keys, tiles, tmp_path, monkeypatch):
+    train(monkeypatch, flags(**{"tiles": tiles, "max_steps": 2, "out_dir": tmp_path / "a", **keys}))
+    assert all(np.isfinite(r["loss"]) for r in rows(tmp_path / "a")[1:])
+
+
+def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    monkeypatch.setattr(model, "ViT", None)  # building would fail loudly
+    out = tmp_path / "new"
+    for keys, part in [(dict(out_dir=tmp_path / "full"), "is not empty: go on with --resume=true"),
+                       (dict(tiles=""), "exactly one of slides"), (dict(tiles=tmp_path / "none"), "no folder"),
+                       (dict(weights="none.pth"), "no file none.pth"), (dict(bach_dir=tmp_path), "Photos"),
+                       (dict(arch="vit"), "unknown arch 'vit'; known: dinov2_vits14"), (dict(kde="on"), "kde = 'on'"),
+                       (dict(global_px=60), "multiple of toy's patch of 14"), (dict(centering="x"), "sinkhorn")]:
+        message = refused(monkeypatch, flags(**{"tiles": tiles, "out_dir": out, **keys}))
+        assert part in message and "\n" not in message, message
+    assert not out.exists()
+
+
+def test_nothing_to_resume_is_said(tiles, tmp_path, monkeypatch):
+    assert "nothing to resume" in refused(monkeypatch, flags(tiles=tiles, out_dir=tmp_path / "none", resume="true"))
+
+
+def test_too_many_unreadable_tiles_stop_the_run_with_their_list(tiles, tmp_path, monkeypatch):
+    for i in range(8):
+        image = tmp_path / "tiles" / f"{i}.png"
+        image.parent.mkdir(exist_ok=True)
+        image.write_bytes(b"junk" if i < 3 else open(f"{tiles}/0{i}.png", "rb").read())
+    keys = dict(tiles=tmp_path / "tiles", max_steps=6)
+    train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
+    assert rows(tmp_path / "a")[-1]["bad_tiles"] == 3
+    message = refused(monkeypatch, flags(**keys, out_dir=tmp_path / "b", max_bad_tiles=2))
+    assert "3 unreadable" in message and all(f"{i}.png" in message for i in range(3))
+
+
+def test_the_bach_curve_starts_at_step_0(tiles, tmp_path, monkeypatch):
+    rng, photos = np.random.default_rng(0), tmp_path / "bach/ICIAR2018_BACH_Challenge/Photos"
+    for c, (name, prefix) in enumerate(zip(("Benign", "InSitu", "Invasive", "Normal"), ("b", "is", "iv", "n"))):
+        (photos / name).mkdir(parents=True)
+        for i in range(1, 101):
+            image = np.uint8(60 * c) + rng.integers(0, 40, (24, 32, 3), dtype=np.uint8)
+            Image.fromarray(image).save(photos / name / f"{prefix}{i:03d}.tif")
+    probe = eval_bach.probe
+    monkeypatch.setattr(eval_bach, "probe", lambda *a, **k: probe(*a, **{**k, "max_steps": 20}))
+    keys = dict(tiles=tiles, max_steps=3, eval_interval=2, bach_dir=tmp_path / "bach")
+    train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
+    curve, metrics = rows(tmp_path / "a", "bach.jsonl"), rows(tmp_path / "a")
+    assert [r["step"] for r in curve] == [0, 2, 3] and [r["step"] for r in metrics] == [0, 1, 2, 3]
+    for r in curve:
+        assert {"bach", "std", "seeds", "protocol", "effective_rank", "mean_cosine"} <= set(r) and len(r["seeds"]) == 5
+    for i in (0, 2, 3):
+        assert -1 <= metrics[i]["mean_cosine"] <= 1 and 1 <= metrics[i]["effective_rank"] <= 128
+    assert "bach" not in metrics[1]
+
+
+@pytest.mark.parametrize("world", [1, 8])
+def test_dry_run_prints_the_cost_of_vit_g_without_data_or_gpu(world):
+    run = subprocess.run([sys.executable, "train.py", "config/vitg_clip3.py", "--dry_run=true"], cwd=ROOT, check=True,
+                         capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": str(world)})
+    for part in ("dinov2_vitg14_reg: 1,134.8 M", "45,792 a rank, 27,297", "248.8 TFLOP", f"48 images x {world} ranks"):
+        assert part in run.stdout, run.stdout
+    state = 20 * 1.2349 / world
+    assert f"teacher {state:.1f}" in run.stdout
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="real slides are not part of the project")
+def test_twenty_steps_on_real_slides(tmp_path, monkeypatch):
+    """Two slides train; one without an mpp and one without H&E tissue are replaced and named."""
+    keys = dict(slides=f"{SHARED}/slides/*", mpps="(0.5,1.0)", tile_px=96, max_steps=20, workers=1, log_interval=10)
+    run = train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
+    assert rows(tmp_path / "a")[-1]["step"] == 20 and run["progress"]["bad_steps"] == 0
+    bad = "\n".join(run["bad_tiles"])
+    assert "tcga-cr" in bad and "mpp" in bad and "fluorescence" in bad and "CMU" not in bad and "cmu" not in bad

@@ -1,0 +1,464 @@
+"""
+Continual DINO + iBOT pretraining of a vision transformer on H&E tiles, with its BACH curve.
+
+    toy world, two cores     python prepare/toy.py && python train.py config/toy.py
+    two CPU processes        torchrun --nproc_per_node=2 train.py config/toy.py --device=cpu --out_dir=out/toy2
+    one node of 8 GPUs       torchrun --nproc_per_node=8 train.py config/vitg_clip3.py
+    two nodes, on each       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500
+    train.py ... what would it cost       torchrun --nproc_per_node=8 train.py config/vitg_clip3.py --dry_run=true go
+    on after a stop       the same command with --resume=true
+
+A step is a pure function of (config, seed, step): tiles, crops, masks and drop path are drawn from seeds that hold the
+step, so a resumed run equals an uninterrupted one, bit for bit on a CPU. Student and teacher are sharded with FSDP2 on
+every device count, one included; on a GPU parameters compute in bf16 and gradients are reduced in fp32.
+"""
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+import data
+import eval_bach
+import model
+from configurator import configure
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run
+out_dir = "out/run"      # config.json, metrics.jsonl, bach.jsonl, ckpt/, teacher/; must be empty, unless resuming
+seed = 0
+max_steps = 137_500      # optimizer steps; 110 "epochs" of 1,250 in OpenMidnight's current recipe
+resume = False           # go on from the newest complete checkpoint in out_dir
+dry_run = False          # print parameters, FLOPs and memory, then exit; needs neither data nor a GPU
+device = ""              # "cuda" or "cpu"; "" = cuda if there is one
+log_interval = 10        # steps a row of metrics.jsonl
+eval_interval = 2500     # steps a point of the BACH curve; also at step 0 and at the end
+save_interval = 2500     # steps a checkpoint and a teacher export; also at the end
+keep_checkpoints = 2     # the newest so many checkpoints; teacher exports are all kept
+keep_every = 0           # also keep every checkpoint at a multiple of so many steps; 0 = none
+max_bad_steps = 10       # steps with a non-finite loss or gradient, all skipped, before the run stops
+max_bad_tiles = 100      # different unreadable slides or tiles, all replaced, before the run stops with their list
+# ---------------------------------------------------------------------------------------------------------------------
+# data: exactly one of slides, sample_list, tiles
+slides = ""              # glob of whole-slide images, read on the fly
+sample_list = ""         # file of lines `path x y level`
+tiles = ""               # folder tree of images
+bach_dir = ""            # folder that holds ICIAR2018_BACH_Challenge; "" = no curve
+mpps = (0.25, 0.5, 1.0, 2.0)  # um/px, each as likely, of those that a slide is fine enough for (Midnight's set)
+tile_px = 224            # side of the tile that crops are cut from; at 224 the smallest global crop is enlarged 1.8 x
+slide_mpp = 0.0          # um/px of level 0 of every slide, overriding what the files say; 0 = believe the files
+tissue_share = 0.6       # share of a tile's pixels in Midnight's H&E range of HSV
+open_slides = 16         # slides kept open in each worker; OpenSlide caches up to 32 MiB for each
+workers = 4              # data processes a rank
+# ---------------------------------------------------------------------------------------------------------------------
+# augmentation; blur_prob is the share of blurred crops: DINOv2's code inverts its keys, its models saw these values
+global_px = 224
+local_px = 98            # a multiple of the patch: 7 x 14; 96 or 112 for patch 16
+local_crops = 8
+global_scale = (0.32, 1.0)   # area fraction of the tile
+local_scale = (0.05, 0.32)   # at 0.5 um/px the lower end is a square of about 25 um: a few nuclei
+hed = "od"               # stain shift in optical density; "openmidnight" clips stains at zero first: mostly darkens
+hed_prob = 0.5
+hed_nats = 0.69          # of optical density, up or down; 0.69 halves or doubles the light. not studied, inherited
+jitter = (0.2, 0.2, 0.1, 0.05)  # brightness, contrast, saturation, hue
+jitter_prob = 0.8
+gray_prob = 0.2
+blur_prob = (0.0, 0.9, 0.5)  # first global, second global, local crops
+norm_mean = (0.485, 0.456, 0.406)  # ImageNet's, as the released backbones expect
+norm_std = (0.229, 0.224, 0.225)
+mask_prob = 0.5          # share of global crops with masked patches for iBOT
+mask_ratio = (0.1, 0.45) # share of masked patches, stratified over the masked crops
+# ---------------------------------------------------------------------------------------------------------------------
+# model
+arch = "dinov2_vitg14_reg"  # a name in model.ARCHS
+weights = ""             # file to start from: released DINOv2 or DINOv3, or a teacher export; "" = random
+pos_embed_init = "resample"  # of a learned position table, from the file's grid; "random" is what OpenMidnight released
+drop_path = 0.4
+rope_rescale = 0.0       # DINOv3's training augmentation of positions is 2.0; 0 = off
+head_hidden = 2048
+head_weight_norm = True  # DINOv2's last layer; False is DINOv3's
+dino_prototypes = 131072
+dino_bottleneck = 384
+ibot_prototypes = 131072
+ibot_bottleneck = 256
+# ---------------------------------------------------------------------------------------------------------------------
+# losses
+ibot_weight = 1.0        # of the masked-patch term; DINO's weight is 1
+kde = "uniformity"       # spreads class tokens; "openmidnight" has the released sign, which gathers; "koleo"; "none"
+kde_weight = 0.05        # times the sum over the two global crops
+kde_kappa = 5.0          # concentration of the density estimate
+student_temp = 0.1
+centering = "sinkhorn"   # or "softmax", DINO's original
+# ---------------------------------------------------------------------------------------------------------------------
+# optimizer: AdamW
+batch_size = 48          # images a rank
+base_lr = 3e-4           # at a global batch of 1024; scaled by the square root of the batch
+min_lr = 1e-6
+betas = (0.9, 0.999)
+weight_decay = 0.04
+weight_decay_end = 0.2
+layer_decay = 1.0        # learning rate factor a block, from the last to the first; DINOv3 uses 0.98
+patch_embed_lr = 0.2     # learning rate factor of the patch embedding
+clip_grad = 3.0          # max gradient norm; backbone and each head are clipped separately as in DINOv2; 0 = off
+# ---------------------------------------------------------------------------------------------------------------------
+# schedules, in steps
+schedule_steps = 0       # length of the cosines; 0 = max_steps. longer than max_steps: the run stops on the way
+warmup_steps = 12_500
+freeze_last_layer = 1250 # prototypes do not move for so long
+momentum = 0.994         # of the teacher's average, to 1 by a cosine
+momentum_end = 1.0
+teacher_temp_start = 0.04
+teacher_temp = 0.07
+teacher_temp_warmup = 37_500
+
+config = configure(globals())
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the configuration implies, and what it needs: said before anything is built
+
+
+def stop(message):
+    raise SystemExit(f"train.py: {message}")
+
+
+if arch not in model.ARCHS:
+    stop(f"unknown arch '{arch}'; known: {', '.join(model.ARCHS)}")
+choices = {"kde": ("uniformity", "openmidnight", "koleo", "none"), "hed": ("od", "openmidnight"),
+           "centering": ("sinkhorn", "softmax"), "pos_embed_init": ("resample", "random"),
+           "device": ("", "cuda", "cpu")}
+for key, known in choices.items():
+    if config[key] not in known:
+        stop(f"{key} = {config[key]!r}; known: {', '.join(map(repr, known))}")
+patch = model.ARCHS[arch].patch_size
+for key, px in (("global_px", global_px), ("local_px", local_px)):
+    if px % patch:
+        stop(f"{key} = {px} is no multiple of {arch}'s patch of {patch}; nearest: {px // patch * patch}")
+grid = global_px // patch
+vit_config = model.replace(model.ARCHS[arch], pos_grid=grid, drop_path=drop_path, rope_rescale=rope_rescale)
+world, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+total_steps, images = schedule_steps or max_steps, batch_size * world  # images of all ranks in a step
+peak_lr = base_lr * math.sqrt(images / 1024)
+head_sizes = {"dino": (head_hidden, dino_bottleneck, dino_prototypes),
+              "ibot": (head_hidden, ibot_bottleneck, ibot_prototypes)}
+masked_patches = sum(data.mask_counts(2 * batch_size, grid, mask_prob, mask_ratio))
+
+
+def build():
+    """Backbone and heads of a student or a teacher."""
+    heads = {f"{k}_head": model.DINOHead(vit_config.embed_dim, K, hidden, bottleneck, weight_norm=head_weight_norm)
+             for k, (hidden, bottleneck, K) in head_sizes.items()}
+    return torch.nn.ModuleDict({"backbone": model.ViT(vit_config), **heads})
+
+
+def budget():
+    """What a step costs on one rank, as text; memory in GB (1e9 bytes) is an estimate without CUDA's own 1-2 GB."""
+    with torch.device("meta"):
+        backbone, dino_head, ibot_head = (sum(p.numel() for p in part.parameters()) for part in build().values())
+    tokens = [(px // patch) ** 2 + 1 + vit_config.registers for px in (global_px, local_px)]
+    crops = [2 * batch_size, local_crops * batch_size]
+    total = sum(b * n for b, n in zip(crops, tokens))
+    kept = sum(max(int(b * (1 - drop_path)), 1) * n for b, n in zip(crops, tokens))
+    cost = model.step_tflop(
+        vit_config, batch_size, global_px, local_px, local_crops, drop_path, head_sizes, masked_patches)
+    width, hidden = vit_config.embed_dim, vit_config.ffn_hidden * (4 if vit_config.ffn == "swiglu" else 2)
+    memory = {"parameters, gradients, AdamW, teacher": 20 * (backbone + dino_head + ibot_head) / world,
+              "activations": 2 * vit_config.depth * kept * ((13 if drop_path else 11) * width + hidden),
+              "logits": 20 * masked_patches * ibot_prototypes}  # five fp32 copies at the masked patches
+    return f"""{arch}: {backbone / 1e6:,.1f} M parameters, heads {(dino_head + ibot_head) / 1e6:,.1f} M
+batch: {batch_size} images x {world} ranks = {images}; {max_steps:,} steps are {max_steps * images / 1e6:,.2f} M images
+tokens: {crops[0]} x {tokens[0]} global + {crops[1]} x {tokens[1]} local = {total:,} a rank, {kept:,} of them in \
+each residual branch; {masked_patches:,} masked patches
+compute: {sum(cost.values()):.4g} TFLOP a step and rank ({", ".join(f"{k} {v:.4g}" for k, v in cost.items())})
+learning rate: {peak_lr:.4g} at its peak = {base_lr:g} x sqrt({images} / 1024)
+memory: {sum(memory.values()) / 1e9:.1f} GB a rank ({", ".join(f"{k} {v / 1e9:.1f}" for k, v in memory.items())})"""
+
+
+if dry_run:
+    if rank == 0:
+        print(budget())
+    sys.exit()
+try:
+    source = data.open_source(config)
+    if bach_dir:
+        eval_bach.bach_files(bach_dir)
+except ValueError as e:
+    stop(e)
+if weights and not os.path.isfile(weights):
+    stop(f"weights: no file {weights}")
+if rank == 0 and not resume and os.path.isdir(out_dir) and os.listdir(out_dir):
+    stop(f"{out_dir} is not empty: go on with --resume=true, or choose another --out_dir")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# set-up: processes, models, optimizer
+
+device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+store = None if "RANK" in os.environ else dist.HashStore()
+dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+if device == "cuda":
+    torch.cuda.set_device(local_rank)
+mesh = init_device_mesh(device, (world,))
+torch.manual_seed(seed)  # the same on every rank: parameters are drawn whole, then sharded
+student = build()
+if weights:
+    try:
+        model.init_from_file(student["backbone"], weights, pos_embed_init)
+    except ValueError as e:
+        stop(e)
+teacher = build()
+teacher.load_state_dict(student.state_dict())
+teacher.requires_grad_(False).eval()
+for net in (student, teacher):
+    bf16 = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device == "cuda" else {}
+    for block in net["backbone"].blocks:  # inputs are in bf16 already, and the rotary angles must stay in fp32
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(**bf16, cast_forward_inputs=False))
+    for part in net.values():
+        # without a backward to do it, the teacher's own parts stay gathered unless told to reshard: a second copy in
+        # memory, and an average that is written to the copy and lost at the next save
+        reshard = True if net is teacher else None
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(**bf16), reshard_after_forward=reshard)
+    net.to(device)
+groups = model.param_groups(student, layer_decay, patch_embed_lr)
+optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=betas, fused=True)
+centers = {k: torch.zeros(1, K, device=device) for k, (_, _, K) in head_sizes.items()}
+progress = {"step": 0, "bad_steps": 0}
+bad_tiles = {}  # message -> None, in the order of their first appearance
+
+
+def say(message):
+    if rank == 0:
+        tqdm.write(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints and rows
+
+
+def state():
+    """Everything that a later step depends on; tensors are shards. Random numbers are a function of the step."""
+    nets, optim = get_state_dict(torch.nn.ModuleDict({"student": student, "teacher": teacher}), optimizer)
+    return {"model": nets, "optimizer": optim, "centers": centers, "progress": progress}
+
+
+def save_checkpoint(step):
+    folder = f"{out_dir}/ckpt"
+    if rank == 0:
+        shutil.rmtree(f"{folder}/unfinished", ignore_errors=True)
+        os.makedirs(folder, exist_ok=True)
+    dist.barrier()
+    dcp.save(state(), checkpoint_id=f"{folder}/unfinished")
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(f"{folder}/{step}", ignore_errors=True)
+        os.replace(f"{folder}/unfinished", f"{folder}/{step}")  # complete once it bears its number
+        for old in complete_checkpoints()[:-keep_checkpoints]:
+            if not keep_every or old % keep_every:
+                shutil.rmtree(f"{folder}/{old}")
+
+
+def complete_checkpoints():
+    folder = f"{out_dir}/ckpt"
+    return sorted(int(name) for name in os.listdir(folder) if name.isdigit()) if os.path.isdir(folder) else []
+
+
+def load_checkpoint(step):
+    loaded = state()
+    dcp.load(loaded, checkpoint_id=f"{out_dir}/ckpt/{step}")
+    nets = torch.nn.ModuleDict({"student": student, "teacher": teacher})
+    set_state_dict(nets, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    progress.update(loaded["progress"])
+
+
+def export_teacher(step):
+    """out_dir/teacher/<step>.pth for load_backbone, gathered one tensor at a time into rank 0's memory."""
+    whole = {}
+    for k, v in teacher["backbone"].state_dict().items():
+        v = v.full_tensor() if hasattr(v, "full_tensor") else v
+        whole[k] = v.cpu() if rank == 0 else None
+    if rank == 0:
+        os.makedirs(f"{out_dir}/teacher", exist_ok=True)
+        torch.save({"teacher": whole, "arch": arch, "step": step, "config": config}, f"{out_dir}/teacher/unfinished")
+        os.replace(f"{out_dir}/teacher/unfinished", f"{out_dir}/teacher/{step}.pth")
+
+
+def write_row(file, row):
+    if rank == 0:
+        with open(f"{out_dir}/{file}", "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def drop_rows_after(step):
+    """A resumed run writes these steps again."""
+    for file in ("metrics.jsonl", "bach.jsonl"):
+        if os.path.isfile(f"{out_dir}/{file}"):
+            rows = [line for line in open(f"{out_dir}/{file}") if json.loads(line)["step"] <= step]
+            with open(f"{out_dir}/{file}.new", "w") as f:
+                f.writelines(rows)
+            os.replace(f"{out_dir}/{file}.new", f"{out_dir}/{file}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# start or resume
+
+if resume:
+    done = complete_checkpoints()
+    if not done:
+        stop(f"nothing to resume: no complete checkpoint in {out_dir}/ckpt")
+    load_checkpoint(done[-1])
+    if rank == 0:
+        drop_rows_after(done[-1])
+        with open(f"{out_dir}/config.json") as f:
+            before = json.load(f)
+        now = json.loads(json.dumps(config))
+        for key in (k for k in now if k != "resume" and before.get(k) != now[k]):
+            say(f"resume: {key} was {before.get(key)!r}, is now {now[key]!r}")
+    say(f"resume: step {progress['step']} of {out_dir}")
+elif rank == 0:
+    os.makedirs(out_dir, exist_ok=True)
+    with open(f"{out_dir}/config.json", "w") as f:
+        json.dump(config, f, indent=1)
+    with open(f"{out_dir}/source.diff", "w") as f:  # the commit and what differs from it
+        here = os.path.dirname(os.path.abspath(__file__))
+        for command in ("rev-parse", "diff") if shutil.which("git") else ():
+            f.write(subprocess.run(["git", "-C", here, command, "HEAD"], capture_output=True, text=True).stdout)
+pixels = None
+if bach_dir:  # decoded once: 400 x 224 x 224 x 3 bytes
+    pixels = eval_bach.load_pixels(bach_dir) if rank == 0 else torch.empty(400, 3, 224, 224, dtype=torch.uint8)
+    pixels = pixels.to(device)
+    dist.broadcast(pixels, 0)
+say(budget())
+
+
+def evaluate(step):
+    """A point of the BACH curve, on all ranks; rank 0 gets the row."""
+    if pixels is None:
+        return {}
+    start = time.time()
+    row = eval_bach.evaluate(teacher["backbone"], pixels, norm_mean, norm_std, device)
+    if rank != 0:
+        return {}
+    write_row("bach.jsonl", {"step": step, "images": step * images, **row, "seconds": round(time.time() - start, 1)})
+    say(f"step {step}: BACH {row['bach']:.3f} +- {row['std']:.3f}, mean cosine {row['mean_cosine']:.3f}, "
+        f"effective rank {row['effective_rank']:.1f}")
+    return {"bach": row["bach"], "mean_cosine": row["mean_cosine"], "effective_rank": row["effective_rank"]}
+
+
+def targets(logits, head, temp):
+    """Teacher logits -> probabilities."""
+    if centering == "sinkhorn":
+        return model.sinkhorn(logits, temp)
+    probabilities = model.softmax_center(logits, centers[head], temp)
+    model.update_center(centers[head], logits)
+    return probabilities
+
+
+def spreading(cls):
+    """The term that keeps class tokens apart, summed over the two global crops, unweighted; cls (2B, D)."""
+    if kde == "none":
+        return cls.new_zeros((), dtype=torch.float32)
+    if kde == "koleo":
+        return sum(model.koleo_loss(x) for x in cls.chunk(2))
+    form = model.kde_loss if kde == "uniformity" else model.kde_loss_openmidnight
+    return sum(form(x, kde_kappa) for x in cls.chunk(2))
+
+
+if progress["step"] == 0:
+    blank = dict.fromkeys(("loss", "dino", "ibot", "kde", "grad_norm", "lr", "images_per_s"))
+    write_row("metrics.jsonl", {"step": 0, **blank, **evaluate(0)})
+batches = iter(torch.utils.data.DataLoader(
+    data.Batches(source, config, grid, rank, world), batch_size=None, sampler=range(progress["step"], max_steps),
+    num_workers=workers, pin_memory=device == "cuda"))
+bar = tqdm(total=max_steps, initial=progress["step"], unit="step", disable=rank != 0 or not sys.stderr.isatty())
+clock = {"start": time.time(), "step": progress["step"], "data": 0.0}
+
+for step in range(progress["step"], max_steps):
+    torch.manual_seed(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0].item())  # drop path, rope
+    # schedules
+    lr = model.cosine_schedule(step, peak_lr, min_lr, total_steps, warmup_steps)
+    wd = model.cosine_schedule(step, weight_decay, weight_decay_end, total_steps)
+    temp = model.cosine_schedule(
+        step, teacher_temp, teacher_temp, teacher_temp_warmup, teacher_temp_warmup, teacher_temp_start)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 if group["last_layer"] and step < freeze_last_layer else lr * group["lr_scale"]
+        group["weight_decay"] = wd * group["wd_scale"]
+    # batch: crop-major, B images, L local crops, M masked patches
+    waited = time.time()
+    batch = next(batches)
+    clock["data"] += time.time() - waited
+    for message in batch["bad"]:
+        if message not in bad_tiles:
+            bad_tiles[message] = None
+            tqdm.write(f"rank {rank}, step {step}: replaced an unreadable tile: {message}")
+    if len(bad_tiles) > max_bad_tiles or "global_crops" not in batch:
+        stop(f"{len(bad_tiles)} unreadable slides or tiles (max_bad_tiles = {max_bad_tiles}):\n" + "\n".join(bad_tiles))
+    crops = [data.augment(batch["global_crops"], batch["global_colour"], config, device)]  # (2B, 3, S, S)
+    if local_crops:
+        crops.append(data.augment(batch["local_crops"], batch["local_colour"], config, device))  # (L*B, 3, s, s)
+    masks, masked, mask_weights = (batch[k].to(device, non_blocking=True) for k in ("masks", "masked", "mask_weights"))
+    # teacher: unmasked global crops
+    with torch.no_grad():
+        seen = teacher["backbone"](crops[0])
+        dino_targets = targets(teacher["dino_head"](seen["cls"]), "dino", temp)  # (2B, K)
+        ibot_targets = targets(teacher["ibot_head"](seen["patches"].flatten(0, 1)[masked]), "ibot", temp)  # (M, K)
+    # student: masked global crops, local crops
+    out = student["backbone"](crops, [masks, None][: len(crops)])
+    logits = student["dino_head"](torch.cat([o["cls"] for o in out]))  # ((2 + L) * B, K)
+    on_global, on_local = logits.split([2 * batch_size, local_crops * batch_size])
+    on_masked = student["ibot_head"](out[0]["patches"].flatten(0, 1)[masked])  # (M, K)
+    # losses
+    dino = sum(model.dino_loss(on_global, on_local, dino_targets, student_temp))
+    ibot = model.ibot_loss(on_masked, ibot_targets, mask_weights, 2 * batch_size, student_temp)
+    spread = spreading(out[0]["cls"])
+    loss = dino + ibot_weight * ibot + kde_weight * spread
+    loss.backward()
+    # clip, finite check, step, average
+    norms = model.clip_gradients(student, clip_grad)  # of backbone and heads, before clipping, over all ranks
+    terms = torch.stack([loss.detach(), dino.detach(), ibot.detach(), spread.detach()])
+    dist.all_reduce(terms)
+    if torch.isfinite(torch.cat([terms, norms])).all():
+        optimizer.step()
+        model.update_ema(teacher, student, model.cosine_schedule(step, momentum, momentum_end, total_steps))
+    else:
+        progress["bad_steps"] += 1
+        say(f"step {step}: loss or gradient is not finite, step skipped ({progress['bad_steps']} so far)")
+        if progress["bad_steps"] > max_bad_steps:
+            stop(f"{progress['bad_steps']} steps were not finite (max_bad_steps = {max_bad_steps})")
+    optimizer.zero_grad()
+    progress["step"] = done = step + 1
+    bar.update()
+    # log, evaluate, save
+    last = done == max_steps
+    evaluating = last or (eval_interval and done % eval_interval == 0)
+    if done % log_interval == 0 or evaluating:
+        seconds, steps = max(time.time() - clock["start"], 1e-9), done - clock["step"]
+        row = dict(zip(("loss", "dino", "ibot", "kde"), (terms / world).tolist()))
+        row = {"step": done, **row, "grad_norm": norms.square().sum().sqrt().item(), "lr": lr,
+               **{f"grad_norm_{k}": v for k, v in zip(student, norms.tolist())}, "teacher_temp": temp, "wd": wd,
+               "images_per_s": round(steps * images / seconds, 2), "data_wait": round(clock["data"] / seconds, 3),
+               "bad_steps": progress["bad_steps"], "bad_tiles": len(bad_tiles)}
+        text = f"loss {row['loss']:.4f}, gradient {row['grad_norm']:.2f}, {row['images_per_s']:.1f} images/s"
+        bar.set_postfix_str(text)
+        if bar.disable:
+            say(f"step {done}/{max_steps}: {text}")
+        write_row("metrics.jsonl", {**row, **(evaluate(done) if evaluating else {})})
+        clock = {"start": time.time(), "step": done, "data": 0.0}
+    if last or done % save_interval == 0:
+        save_checkpoint(done)
+        export_teacher(done)
+        clock["start"] = time.time()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# finish
+bar.close()
+say(f"done: {out_dir}/teacher/{max_steps}.pth")
+dist.destroy_process_group()
