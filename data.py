@@ -39,11 +39,11 @@ class Slides:
 
     def __init__(self, pattern, mpps, tile_px, slide_mpp=0.0, tissue_share=0.6, open_slides=16):
         self.paths, self.mpps, self.tile_px, self.tissue_share = expand(pattern, "slides"), mpps, tile_px, tissue_share
-        self.open = functools.lru_cache(open_slides)(functools.partial(open_slide, slide_mpp or None))
+        self.open = functools.lru_cache(open_slides)(lambda path: wsi.Slide(path, slide_mpp or None))
 
     def read(self, n, rng):
         path = self.paths[rng.integers(len(self.paths))]
-        slide = self.open(path, os.getpid())  # a handle must not cross a fork
+        slide = self.open(path)
         mpps = [m for m in self.mpps if m * wsi.MAX_ENLARGE >= max(slide.mpp_xy)]
         if not mpps:
             raise wsi.SlideError(f"{path}: {slide.mpp:.3f} um/px is too coarse for every key of mpps={self.mpps}")
@@ -77,14 +77,14 @@ class SampleList:
         if not self.paths:
             raise ValueError(f"{file}: the sample list is empty")
         # mpp 1 is stated because levels, not mpp, set the scale here: a slide that does not know its mpp may be listed
-        self.open = functools.lru_cache(open_slides)(functools.partial(open_slide, 1.0))
+        self.open = functools.lru_cache(open_slides)(lambda path: wsi.Slide(path, 1.0))
 
     def __len__(self):
         return len(self.slide)
 
     def read(self, n, rng):
         i = int(rng.integers(len(self))) if n is None else shuffled(n, len(self), self.seed)
-        slide = self.open(self.paths[self.slide[i]], os.getpid())
+        slide = self.open(self.paths[self.slide[i]])
         return slide.read_level(self.x[i], self.y[i], self.tile_px, self.level[i])
 
 
@@ -133,10 +133,6 @@ def expand(pattern, key):
     return paths
 
 
-def open_slide(mpp, path, pid):
-    return wsi.Slide(path, mpp)
-
-
 def shuffled(n, size, seed):
     """
     Element n of an endless walk over range(size) that visits each index once a pass, in a new random order each pass.
@@ -156,8 +152,7 @@ def shuffled(n, size, seed):
             return i
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# crops and masks, in the worker
+# ---- crops and masks, in the worker ---------------------------------------------------------------------------------
 
 
 def sample_numbers(step, rank, world, batch):
@@ -183,7 +178,8 @@ class Batches(torch.utils.data.Dataset):
         return self.c["max_steps"]
 
     def __getitem__(self, step):
-        torch.set_num_threads(1) if torch.utils.data.get_worker_info() else None
+        if torch.utils.data.get_worker_info():
+            torch.set_num_threads(1)
         c, bad = self.c, []
         images = [self.image(n, bad) for n in sample_numbers(step, self.rank, self.world, c["batch_size"])]
         if None in images:

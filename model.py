@@ -20,8 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# ---------------------------------------------------------------------------------------------------------------------
-# architectures
+# ---- architectures --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ ARCHS |= {f"{name}_reg": replace(c, registers=4, pos_antialias=True, pos_offset=
 ARCHS |= {f"dinov3_vit{s}16": _dinov3(*size) for s, size in _SIZES.items()}
 ARCHS["dinov3_vith16plus"] = _dinov3(1280, 32, 20, "swiglu", 5120)
 ARCHS["dinov3_vit7b16"] = _dinov3(4096, 40, 32, "swiglu", 8192, qkv_bias=False, local_cls_norm=True)
-ARCHS["toy"] = ViTConfig(14, 128, 4, 4, "mlp", 512, registers=4, pos_grid=16, layerscale=1.0)
+ARCHS["toy"] = ViTConfig(14, 128, 4, 2, "mlp", 512, registers=4, pos_grid=16, layerscale=1.0)  # minutes on two cores
 
 # ---------------------------------------------------------------------------------------------------------------------
 # blocks. tokens of all resolutions travel as one flat (T, D) tensor: norms and linear layers see all of them at once,
@@ -354,8 +353,7 @@ class DINOHead(nn.Module):
         return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-12))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# teacher targets and losses, in fp32 whatever the logits' type
+# ---- teacher targets and losses, in fp32 whatever the logits' type --------------------------------------------------
 
 
 def _all_reduce(x, op=dist.ReduceOp.SUM):
@@ -471,8 +469,7 @@ def kde_loss_openmidnight(x, kappa=5.0):
     return -((kappa * z @ z.T).exp().sum(1) + 1e-9).log().mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# optimisation: teacher average, parameter groups, schedules
+# ---- optimisation: teacher average, parameter groups, schedules -----------------------------------------------------
 
 
 @torch.no_grad()
@@ -534,8 +531,7 @@ def cosine_schedule(step, base, final, total, warmup=0, start=0.0):
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# weight files
+# ---- weight files ---------------------------------------------------------------------------------------------------
 
 
 def load_backbone(path, arch=None):
@@ -626,8 +622,7 @@ def init_from_file(vit, path, pos_embed_init="resample"):
     vit.load_state_dict(state, strict=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# cost of a step
+# ---- cost of a step -------------------------------------------------------------------------------------------------
 
 
 def forward_tflop(c, crops, px, drop_path=0.0):

@@ -34,8 +34,7 @@ import eval_bach
 import model
 from configurator import configure
 
-# ---------------------------------------------------------------------------------------------------------------------
-# run
+# ---- run ------------------------------------------------------------------------------------------------------------
 out_dir = "out/run"      # config.json, metrics.jsonl, bach.jsonl, ckpt/, teacher/; must be empty, unless resuming
 seed = 0
 max_steps = 137_500      # optimizer steps; 110 "epochs" of 1,250 in OpenMidnight's current recipe
@@ -43,14 +42,13 @@ resume = False           # go on from the newest complete checkpoint in out_dir
 dry_run = False          # print parameters, FLOPs and memory, then exit; needs neither data nor a GPU
 device = ""              # "cuda" or "cpu"; "" = cuda if there is one
 log_interval = 10        # steps a row of metrics.jsonl
-eval_interval = 2500     # steps a point of the BACH curve; also at step 0 and at the end
-save_interval = 2500     # steps a checkpoint and a teacher export; also at the end
-keep_checkpoints = 2     # the newest so many checkpoints; teacher exports are all kept
+eval_interval = 2500     # steps a point of the BACH curve; also at step 0 and at the end; 0 = only there
+save_interval = 2500     # steps a checkpoint and a teacher export; also at the end; 0 = only there
+keep_checkpoints = 2     # the newest so many checkpoints; 0 = all. teacher exports are all kept
 keep_every = 0           # also keep every checkpoint at a multiple of so many steps; 0 = none
 max_bad_steps = 10       # steps with a non-finite loss or gradient, all skipped, before the run stops
 max_bad_tiles = 100      # different unreadable slides or tiles, all replaced, before the run stops with their list
-# ---------------------------------------------------------------------------------------------------------------------
-# data: exactly one of slides, sample_list, tiles
+# ---- data: exactly one of slides, sample_list, tiles ----------------------------------------------------------------
 slides = ""              # glob of whole-slide images, read on the fly
 sample_list = ""         # file of lines `path x y level`
 tiles = ""               # folder tree of images
@@ -79,8 +77,7 @@ norm_mean = (0.485, 0.456, 0.406)  # ImageNet's, as the released backbones expec
 norm_std = (0.229, 0.224, 0.225)
 mask_prob = 0.5          # share of global crops with masked patches for iBOT
 mask_ratio = (0.1, 0.45) # share of masked patches, stratified over the masked crops
-# ---------------------------------------------------------------------------------------------------------------------
-# model
+# ---- model ----------------------------------------------------------------------------------------------------------
 arch = "dinov2_vitg14_reg"  # a name in model.ARCHS
 weights = ""             # file to start from: released DINOv2 or DINOv3, or a teacher export; "" = random
 pos_embed_init = "resample"  # of a learned position table, from the file's grid; "random" is what OpenMidnight released
@@ -92,16 +89,14 @@ dino_prototypes = 131072
 dino_bottleneck = 384
 ibot_prototypes = 131072
 ibot_bottleneck = 256
-# ---------------------------------------------------------------------------------------------------------------------
-# losses
+# ---- losses ---------------------------------------------------------------------------------------------------------
 ibot_weight = 1.0        # of the masked-patch term; DINO's weight is 1
 kde = "uniformity"       # spreads class tokens; "openmidnight" has the released sign, which gathers; "koleo"; "none"
 kde_weight = 0.05        # times the sum over the two global crops
 kde_kappa = 5.0          # concentration of the density estimate
 student_temp = 0.1
 centering = "sinkhorn"   # or "softmax", DINO's original
-# ---------------------------------------------------------------------------------------------------------------------
-# optimizer: AdamW
+# ---- optimizer: AdamW -----------------------------------------------------------------------------------------------
 batch_size = 48          # images a rank
 base_lr = 3e-4           # at a global batch of 1024; scaled by the square root of the batch
 min_lr = 1e-6
@@ -111,8 +106,7 @@ weight_decay_end = 0.2
 layer_decay = 1.0        # learning rate factor a block, from the last to the first; DINOv3 uses 0.98
 patch_embed_lr = 0.2     # learning rate factor of the patch embedding
 clip_grad = 3.0          # max gradient norm; backbone and each head are clipped separately as in DINOv2; 0 = off
-# ---------------------------------------------------------------------------------------------------------------------
-# schedules, in steps
+# ---- schedules, in steps --------------------------------------------------------------------------------------------
 schedule_steps = 0       # length of the cosines; 0 = max_steps. longer than max_steps: the run stops on the way
 warmup_steps = 12_500
 freeze_last_layer = 1250 # prototypes do not move for so long
@@ -124,8 +118,7 @@ teacher_temp_warmup = 37_500
 
 config = configure(globals())
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what the configuration implies, and what it needs: said before anything is built
+# ---- what the configuration implies, and what it needs: said before anything is built -------------------------------
 
 
 def stop(message):
@@ -140,6 +133,14 @@ choices = {"kde": ("uniformity", "openmidnight", "koleo", "none"), "hed": ("od",
 for key, known in choices.items():
     if config[key] not in known:
         stop(f"{key} = {config[key]!r}; known: {', '.join(map(repr, known))}")
+lengths = {"global_scale": 2, "local_scale": 2, "mask_ratio": 2, "betas": 2, "jitter": 4, "blur_prob": 3,
+           "norm_mean": 3, "norm_std": 3}
+for key in [k for k, n in lengths.items() if len(config[k]) != n]:
+    stop(f"{key} = {config[key]}: give {lengths[key]} numbers")
+for key in [k for k in ("batch_size", "log_interval", "tile_px", "global_px", "local_px") if config[k] < 1]:
+    stop(f"{key} = {config[key]}: must be at least 1")
+if device == "cuda" and not torch.cuda.is_available():
+    stop("device = 'cuda', but torch sees no GPU; --device=cpu runs without")
 patch = model.ARCHS[arch].patch_size
 for key, px in (("global_px", global_px), ("local_px", local_px)):
     if px % patch:
@@ -148,6 +149,8 @@ grid = global_px // patch
 vit_config = model.replace(model.ARCHS[arch], pos_grid=grid, drop_path=drop_path, rope_rescale=rope_rescale)
 world, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
 total_steps, images = schedule_steps or max_steps, batch_size * world  # images of all ranks in a step
+if kde != "none" and images < 2:
+    stop("the spreading term compares images: batch_size times ranks must be at least 2, or kde = 'none'")
 peak_lr = base_lr * math.sqrt(images / 1024)
 head_sizes = {"dino": (head_hidden, dino_bottleneck, dino_prototypes),
               "ibot": (head_hidden, ibot_bottleneck, ibot_prototypes)}
@@ -197,17 +200,16 @@ except ValueError as e:
 if weights and not os.path.isfile(weights):
     stop(f"weights: no file {weights}")
 if rank == 0 and not resume and os.path.isdir(out_dir) and os.listdir(out_dir):
-    stop(f"{out_dir} is not empty: go on with --resume=true, or choose another --out_dir")
+    stop(f"{out_dir} is not empty: go on with --resume=true, delete it, or choose another --out_dir")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# set-up: processes, models, optimizer
+# ---- set-up: processes, models, optimizer ---------------------------------------------------------------------------
 
-device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-store = None if "RANK" in os.environ else dist.HashStore()
-dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-if device == "cuda":
+dev = device or ("cuda" if torch.cuda.is_available() else "cpu")
+if dev == "cuda":
     torch.cuda.set_device(local_rank)
-mesh = init_device_mesh(device, (world,))
+store = None if "RANK" in os.environ else dist.HashStore()
+dist.init_process_group("nccl" if dev == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+mesh = init_device_mesh(dev, (world,))
 torch.manual_seed(seed)  # the same on every rank: parameters are drawn whole, then sharded
 student = build()
 if weights:
@@ -219,7 +221,7 @@ teacher = build()
 teacher.load_state_dict(student.state_dict())
 teacher.requires_grad_(False).eval()
 for net in (student, teacher):
-    bf16 = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device == "cuda" else {}
+    bf16 = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if dev == "cuda" else {}
     for block in net["backbone"].blocks:  # inputs are in bf16 already, and the rotary angles must stay in fp32
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(**bf16, cast_forward_inputs=False))
     for part in net.values():
@@ -227,10 +229,10 @@ for net in (student, teacher):
         # memory, and an average that is written to the copy and lost at the next save
         reshard = True if net is teacher else None
         fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(**bf16), reshard_after_forward=reshard)
-    net.to(device)
+    net.to(dev)
 groups = model.param_groups(student, layer_decay, patch_embed_lr)
 optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=betas, fused=True)
-centers = {k: torch.zeros(1, K, device=device) for k, (_, _, K) in head_sizes.items()}
+centers = {k: torch.zeros(1, K, device=dev) for k, (_, _, K) in head_sizes.items()}
 progress = {"step": 0, "bad_steps": 0}
 bad_tiles = {}  # message -> None, in the order of their first appearance
 
@@ -240,8 +242,7 @@ def say(message):
         tqdm.write(message)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints and rows
+# ---- checkpoints and rows -------------------------------------------------------------------------------------------
 
 
 def state():
@@ -301,19 +302,19 @@ def drop_rows_after(step):
     """A resumed run writes these steps again."""
     for file in ("metrics.jsonl", "bach.jsonl"):
         if os.path.isfile(f"{out_dir}/{file}"):
-            rows = [line for line in open(f"{out_dir}/{file}") if json.loads(line)["step"] <= step]
+            with open(f"{out_dir}/{file}") as f:  # a line cut short by a crash has no end
+                rows = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
             with open(f"{out_dir}/{file}.new", "w") as f:
                 f.writelines(rows)
             os.replace(f"{out_dir}/{file}.new", f"{out_dir}/{file}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# start or resume
+# ---- start or resume ------------------------------------------------------------------------------------------------
 
 if resume:
     done = complete_checkpoints()
     if not done:
-        stop(f"nothing to resume: no complete checkpoint in {out_dir}/ckpt")
+        stop(f"nothing to resume: no complete checkpoint in {out_dir}/ckpt; delete the folder and start afresh")
     load_checkpoint(done[-1])
     if rank == 0:
         drop_rows_after(done[-1])
@@ -334,7 +335,7 @@ elif rank == 0:
 pixels = None
 if bach_dir:  # decoded once: 400 x 224 x 224 x 3 bytes
     pixels = eval_bach.load_pixels(bach_dir) if rank == 0 else torch.empty(400, 3, 224, 224, dtype=torch.uint8)
-    pixels = pixels.to(device)
+    pixels = pixels.to(dev)
     dist.broadcast(pixels, 0)
 say(budget())
 
@@ -344,7 +345,7 @@ def evaluate(step):
     if pixels is None:
         return {}
     start = time.time()
-    row = eval_bach.evaluate(teacher["backbone"], pixels, norm_mean, norm_std, device)
+    row = eval_bach.evaluate(teacher["backbone"], pixels, norm_mean, norm_std, dev)
     if rank != 0:
         return {}
     write_row("bach.jsonl", {"step": step, "images": step * images, **row, "seconds": round(time.time() - start, 1)})
@@ -377,7 +378,7 @@ if progress["step"] == 0:
     write_row("metrics.jsonl", {"step": 0, **blank, **evaluate(0)})
 batches = iter(torch.utils.data.DataLoader(
     data.Batches(source, config, grid, rank, world), batch_size=None, sampler=range(progress["step"], max_steps),
-    num_workers=workers, pin_memory=device == "cuda"))
+    num_workers=workers, pin_memory=dev == "cuda"))
 bar = tqdm(total=max_steps, initial=progress["step"], unit="step", disable=rank != 0 or not sys.stderr.isatty())
 clock = {"start": time.time(), "step": progress["step"], "data": 0.0}
 
@@ -401,10 +402,10 @@ for step in range(progress["step"], max_steps):
             tqdm.write(f"rank {rank}, step {step}: replaced an unreadable tile: {message}")
     if len(bad_tiles) > max_bad_tiles or "global_crops" not in batch:
         stop(f"{len(bad_tiles)} unreadable slides or tiles (max_bad_tiles = {max_bad_tiles}):\n" + "\n".join(bad_tiles))
-    crops = [data.augment(batch["global_crops"], batch["global_colour"], config, device)]  # (2B, 3, S, S)
+    crops = [data.augment(batch["global_crops"], batch["global_colour"], config, dev)]  # (2B, 3, S, S)
     if local_crops:
-        crops.append(data.augment(batch["local_crops"], batch["local_colour"], config, device))  # (L*B, 3, s, s)
-    masks, masked, mask_weights = (batch[k].to(device, non_blocking=True) for k in ("masks", "masked", "mask_weights"))
+        crops.append(data.augment(batch["local_crops"], batch["local_colour"], config, dev))  # (L*B, 3, s, s)
+    masks, masked, mask_weights = (batch[k].to(dev, non_blocking=True) for k in ("masks", "masked", "mask_weights"))
     # teacher: unmasked global crops
     with torch.no_grad():
         seen = teacher["backbone"](crops[0])
@@ -452,13 +453,12 @@ for step in range(progress["step"], max_steps):
             say(f"step {done}/{max_steps}: {text}")
         write_row("metrics.jsonl", {**row, **(evaluate(done) if evaluating else {})})
         clock = {"start": time.time(), "step": done, "data": 0.0}
-    if last or done % save_interval == 0:
-        save_checkpoint(done)
+    if last or (save_interval and done % save_interval == 0):
         export_teacher(done)
+        save_checkpoint(done)  # last: a run that resumes here has its export and its rows
         clock["start"] = time.time()
 
-# ---------------------------------------------------------------------------------------------------------------------
-# finish
+# ---- finish ---------------------------------------------------------------------------------------------------------
 bar.close()
 say(f"done: {out_dir}/teacher/{max_steps}.pth")
 dist.destroy_process_group()

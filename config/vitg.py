@@ -1,8 +1,8 @@
-# question: what does OpenMidnight's current recipe reach with its known mistakes corrected?   parent: train.py's defaults
+# question: what does OpenMidnight's current recipe reach with its known mistakes corrected?   parent: train.py
 # run:      torchrun --nproc_per_node=8 train.py config/vitg.py
 # result:   not run yet
-# The recipe is DINOv2's ViT-g continued on TCGA: 48 images a GPU, 137,500 steps, cosine to the end. Corrected against the
-# published run: positions resampled from the 518 px table, the spreading term's sign, tiles at a target mpp, white borders,
+# DINOv2's ViT-g continued on TCGA, 48 images a GPU, 137,500 steps, cosines to the end. Corrected against the
+# published run: positions resampled from the 518 px table, the spreading sign, tiles at a target mpp, white borders,
 # stain jitter that does not clip. Slides, BACH and Meta's weights are expected under data/.
 out_dir = "out/vitg"
 slides = "data/TCGA/**/*.svs"

@@ -42,8 +42,7 @@ def equal(a, b):
         assert torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k], k
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# order
+# ---- order ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_is_a_pure_function_of_seed_step_rank_and_world():
@@ -89,8 +88,7 @@ def test_the_shuffle_is_a_new_permutation_each_pass(size):
     assert len(big) == 2000 and max(big) < 29_000_000 and max(big) > 28_000_000
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sources
+# ---- sources --------------------------------------------------------------------------------------------------------
 
 
 def folder(tmp_path, n=6, size=64):
@@ -181,11 +179,11 @@ def test_mpp_is_drawn_among_those_that_the_slide_is_fine_enough_for(slides):
     source = data.Slides(f"{slides}/a.svs", (0.25, 0.5, 1.0, 2.0), 64)
     for n in range(60):
         assert source.read(n, np.random.default_rng(n)).shape == (64, 64, 3)
-    slide = source.open(source.paths[0], __import__("os").getpid())
+    slide = source.open(source.paths[0])
     assert {mpp for *_, mpp in slide.asked} == {0.5, 1.0, 2.0}
     with pytest.raises(wsi.SlideError, match="a.svs.*too coarse"):
         data.Slides(f"{slides}/a.svs", (0.25,), 64).read(0, np.random.default_rng(0))
-    assert data.Slides(f"{slides}/a.svs", (0.5,), 64, slide_mpp=0.3).open(f"{slides}/a.svs", 0).stated == 0.3
+    assert data.Slides(f"{slides}/a.svs", (0.5,), 64, slide_mpp=0.3).open(f"{slides}/a.svs").stated == 0.3
 
 
 def test_tiles_without_tissue_are_drawn_again_and_then_named(slides, monkeypatch):
@@ -215,8 +213,7 @@ def test_missing_data_is_named(keys, message):
         data.open_source({**CONFIG, **keys})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# crops and masks
+# ---- crops and masks ------------------------------------------------------------------------------------------------
 
 
 def test_crops_cover_the_stated_area_and_aspect():
@@ -263,8 +260,7 @@ def test_masks_are_blocks_and_weights_count_each_masked_crop_once():
     assert math.isclose(batch["mask_weights"].sum(), 8, rel_tol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# colour
+# ---- colour ---------------------------------------------------------------------------------------------------------
 
 
 def test_shares_of_blurred_gray_and_jittered_crops_equal_the_keys():

@@ -41,8 +41,7 @@ def close(a, b, atol=1e-5, rtol=1e-5):
     torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the network
+# ---- the network ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", VITS)
@@ -158,8 +157,7 @@ def test_step_cost_agrees_with_the_published_accounting():
     assert abs(cost["student"] / 3 / B - 1.313) < 0.001 and abs(cost["teacher"] / B - 1.217) < 0.001
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# heads, targets, losses
+# ---- heads, targets, losses -----------------------------------------------------------------------------------------
 
 
 def test_head_equals_the_reference():
@@ -244,8 +242,7 @@ def test_kde_is_the_mean_log_density_without_the_point_itself():
     assert abs(model.kde_loss(torch.ones(4, 3)).item() - 5) < 1e-5  # collapsed: log exp(kappa)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# teacher average, groups, schedules
+# ---- teacher average, groups, schedules -----------------------------------------------------------------------------
 
 
 def student(arch=None):
@@ -315,8 +312,7 @@ def test_schedule_end_points_and_monotonicity():
     assert model.cosine_schedule(0, 1.0, 0.1, 100, 1, 0.5) == 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# weight files
+# ---- weight files ---------------------------------------------------------------------------------------------------
 
 
 def save(tmp_path, data, name="w.pth"):

@@ -154,7 +154,8 @@ def test_the_rows_of_a_run(tiles, tmp_path, monkeypatch, capsys):
     assert sorted(os.listdir(tmp_path / "a/ckpt")) == ["4", "5"] and len(os.listdir(tmp_path / "a/teacher")) == 3
     assert "step 2/5: loss" in capsys.readouterr().out, "plain lines where there is no terminal"
     config = json.loads((tmp_path / "a/config.json").read_text())
-    assert config["batch_size"] == 4 and config["mpps"] == [0.25, 0.5, 1.0, 2.0] and (tmp_path / "a/source.diff").exists()
+    assert config["batch_size"] == 4 and config["mpps"] == [0.25, 0.5, 1.0, 2.0]
+    assert (tmp_path / "a/source.diff").exists()
     exported = model.load_backbone(tmp_path / "a/teacher/5.pth")
     for k, v in exported.state_dict().items():
         mine = run["teacher"]["backbone"].state_dict()[k]
@@ -192,9 +193,12 @@ def test_the_teacher_is_the_average_of_the_student(tiles, tmp_path, monkeypatch)
             assert not torch.equal(saved[k], vit.state_dict()[k]) or k == "mask_token", k
 
 
+DINOV3 = dict(arch="dinov3_vits16", global_px=64, local_px=32, rope_rescale=2.0, layer_decay=0.9,
+              head_weight_norm="false", batch_size=2)
+
+
 @pytest.mark.parametrize("keys", [dict(kde="openmidnight"), dict(kde="none", local_crops=0), dict(hed="openmidnight"),
-                                  dict(arch="dinov3_vits16", global_px=64, local_px=32, rope_rescale=2.0, layer_decay=0.9,
-                                       head_weight_norm="false", batch_size=2)])
+                                  DINOV3])
 def test_the_ablations_that_are_keys_run(keys, tiles, tmp_path, monkeypatch):
     train(monkeypatch, flags(**{"tiles": tiles, "max_steps": 2, "out_dir": tmp_path / "a", **keys}))
     assert all(np.isfinite(r["loss"]) for r in rows(tmp_path / "a")[1:])
@@ -209,7 +213,10 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
                        (dict(tiles=""), "exactly one of slides"), (dict(tiles=tmp_path / "none"), "no folder"),
                        (dict(weights="none.pth"), "no file none.pth"), (dict(bach_dir=tmp_path), "Photos"),
                        (dict(arch="vit"), "unknown arch 'vit'; known: dinov2_vits14"), (dict(kde="on"), "kde = 'on'"),
-                       (dict(global_px=60), "multiple of toy's patch of 14"), (dict(centering="x"), "sinkhorn")]:
+                       (dict(global_px=60), "multiple of toy's patch of 14"), (dict(centering="x"), "sinkhorn"),
+                       (dict(batch_size=1), "at least 2"), (dict(batch_size=0), "at least 1"),
+                       (dict(blur_prob="(0.1,0.5)"), "blur_prob = (0.1, 0.5): give 3"),
+                       (dict(device="cuda"), "no GPU")]:
         message = refused(monkeypatch, flags(**{"tiles": tiles, "out_dir": out, **keys}))
         assert part in message and "\n" not in message, message
     assert not out.exists()

@@ -1,0 +1,21 @@
+# make toy: a small world, a run on it and its BACH curve, on two CPU cores. make test: the tests. make lint: ruff
+PYTHON ?= python3
+PY = .venv/bin/python
+
+.PHONY: toy test lint
+
+toy: .venv/ready
+	$(PY) prepare/toy.py
+	$(PY) train.py config/toy.py $(if $(wildcard out/toy),--resume=true)
+	$(PY) eval_bach.py --runs=out/toy
+
+test: .venv/ready
+	$(PY) -m pytest
+
+lint: .venv/ready
+	$(PY) -m ruff check
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
