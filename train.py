@@ -184,7 +184,7 @@ tokens: {crops[0]} x {tokens[0]} global + {crops[1]} x {tokens[1]} local = {tota
 each residual branch; {masked_patches:,} masked patches
 compute: {sum(cost.values()):.4g} TFLOP a step and rank ({", ".join(f"{k} {v:.4g}" for k, v in cost.items())})
 learning rate: {peak_lr:.4g} at its peak = {base_lr:g} x sqrt({images} / 1024)
-memory: {sum(memory.values()) / 1e9:.1f} GB a rank ({", ".join(f"{k} {v / 1e9:.1f}" for k, v in memory.items())})"""
+memory: {sum(memory.values()) / 1e9:.3g} GB a rank ({", ".join(f"{k} {v / 1e9:.3g}" for k, v in memory.items())})"""
 
 
 if dry_run:
