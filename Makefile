@@ -6,7 +6,8 @@ PY = .venv/bin/python
 
 toy: .venv/ready
 	$(PY) prepare/toy.py
-	$(PY) train.py config/toy.py $(if $(wildcard out/toy),--resume=true)
+	if ls out/toy/ckpt/[0-9]* >/dev/null 2>&1; then $(PY) train.py config/toy.py --resume=true; \
+	else rm -rf out/toy; $(PY) train.py config/toy.py; fi
 	$(PY) eval_bach.py --runs=out/toy
 
 test: .venv/ready

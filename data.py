@@ -12,7 +12,10 @@ are walked so that every index comes exactly once a pass, over all ranks and wor
 
 Work is split so that few cores feed a GPU: a worker decodes a tile and cuts its crops as uint8 (1.6 ms a tile of 10
 crops); colour, blur and normalisation run as batched tensor operations on the training device (`augment`), with
-parameters drawn by the worker. Cost of reading from slides: see wsi.py.
+parameters drawn by the worker. Reading from slides costs more: 1-18 ms a tile (wsi.py) and, where the slide is not open
+already, its tissue mask: about 1 s for a large slide, shared by the `tiles_per_visit` samples drawn from it.
+
+There is no split here yet: every slide that the keys name is trained on, so keep evaluation patients out of the glob.
 """
 import functools
 import hashlib
@@ -28,31 +31,39 @@ from PIL import Image
 import wsi
 
 ATTEMPTS = 100  # draws for one sample before its source is given up
+TISSUE_DRAWS = 20  # places in a slide before it counts as one without enough tissue; of masked ones, 9 in 10 pass
 READ_ERRORS = (wsi.SlideError, OSError, SyntaxError, Image.DecompressionBombError)  # PIL reports damage in several ways
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sources: read(n, rng) -> uint8 (H, W, 3), or one of READ_ERRORS naming the file. n is None for a replacement draw.
+# ---- sources: read(n, attempt) -> uint8 (H, W, 3), or one of READ_ERRORS; attempt > 0 is a replacement ---------------
 
 
 class Slides:
-    """Random tissue tiles of tile_px pixels at one of several mpp, from slides kept open in a per-process LRU."""
+    """
+    Random tissue tiles of tile_px pixels at one of several mpp, from slides kept open in a per-process LRU.
 
-    def __init__(self, pattern, mpps, tile_px, slide_mpp=0.0, tissue_share=0.6, open_slides=16):
+    `visit` consecutive samples come from one slide: opening it and masking its tissue costs up to a second.
+    """
+
+    def __init__(self, pattern, mpps, tile_px, seed=0, visit=1, slide_mpp=0.0, tissue_share=0.6, open_slides=16):
         self.paths, self.mpps, self.tile_px, self.tissue_share = expand(pattern, "slides"), mpps, tile_px, tissue_share
+        self.seed, self.visit = seed, visit
         self.open = functools.lru_cache(open_slides)(lambda path: wsi.Slide(path, slide_mpp or None))
 
-    def read(self, n, rng):
+    def read(self, n, attempt=0):
+        rng = np.random.default_rng((self.seed, n - n % self.visit, attempt))
         path = self.paths[rng.integers(len(self.paths))]
+        rng.bit_generator.advance((n % self.visit) << 40)  # each tile of a visit has its own stretch of the stream
         slide = self.open(path)
         mpps = [m for m in self.mpps if m * wsi.MAX_ENLARGE >= max(slide.mpp_xy)]
         if not mpps:
             raise wsi.SlideError(f"{path}: {slide.mpp:.3f} um/px is too coarse for every key of mpps={self.mpps}")
         mpp = float(rng.choice(mpps))
-        for _ in range(ATTEMPTS):
+        for _ in range(TISSUE_DRAWS):
             tile = slide.read(*slide.random_tissue(rng, self.tile_px, mpp), self.tile_px, mpp)
             if wsi.is_tissue(tile, self.tissue_share):
                 return tile
-        raise wsi.SlideError(f"{path}: no tile of {self.tissue_share:.0%} tissue at {mpp} um/px in {ATTEMPTS} draws")
+        share = f"{self.tissue_share:.0%} tissue at {mpp} um/px"
+        raise wsi.SlideError(f"{path}: no tile of {share} in {TISSUE_DRAWS} draws")
 
 
 class SampleList:
@@ -68,11 +79,11 @@ class SampleList:
                 try:
                     path, x, y, level = line.rsplit(maxsplit=3)  # a path may hold spaces
                     row = int(x), int(y), int(level)
-                except ValueError:
+                    for column, value in zip((self.x, self.y, self.level), row):
+                        column.append(value)
+                except (ValueError, OverflowError):
                     raise ValueError(f"{file}, line {number}: not 'path x y level': {line.strip()!r}") from None
                 self.slide.append(ids.setdefault(path, len(ids)))
-                for column, value in zip((self.x, self.y, self.level), row):
-                    column.append(value)
         self.paths = list(ids)
         if not self.paths:
             raise ValueError(f"{file}: the sample list is empty")
@@ -82,8 +93,8 @@ class SampleList:
     def __len__(self):
         return len(self.slide)
 
-    def read(self, n, rng):
-        i = int(rng.integers(len(self))) if n is None else shuffled(n, len(self), self.seed)
+    def read(self, n, attempt=0):
+        i = pick(n, attempt, len(self), self.seed)
         slide = self.open(self.paths[self.slide[i]])
         return slide.read_level(self.x[i], self.y[i], self.tile_px, self.level[i])
 
@@ -103,8 +114,8 @@ class Tiles:
     def __len__(self):
         return len(self.paths)
 
-    def read(self, n, rng):
-        path = self.paths[int(rng.integers(len(self))) if n is None else shuffled(n, len(self), self.seed)]
+    def read(self, n, attempt=0):
+        path = self.paths[pick(n, attempt, len(self), self.seed)]
         try:
             with Image.open(path) as image:
                 return np.array(image.convert("RGB"))
@@ -119,7 +130,8 @@ def open_source(c):
         raise ValueError(f"set exactly one of slides, sample_list, tiles (set now: {', '.join(named) or 'none'}); "
                          "python prepare/toy.py makes a small world to try")
     if named == ["slides"]:
-        return Slides(c["slides"], c["mpps"], c["tile_px"], c["slide_mpp"], c["tissue_share"], c["open_slides"])
+        return Slides(c["slides"], c["mpps"], c["tile_px"], c["seed"], c["tiles_per_visit"], c["slide_mpp"],
+                      c["tissue_share"], c["open_slides"])
     if named == ["sample_list"]:
         return SampleList(c["sample_list"], c["tile_px"], c["seed"], c["open_slides"])
     return Tiles(c["tiles"], c["seed"])
@@ -129,8 +141,14 @@ def expand(pattern, key):
     path = Path(pattern)
     paths = sorted(str(p) for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file())
     if not paths:
-        raise ValueError(f"{key}: no file matches {pattern}")
+        hint = f"; it is a folder: try '{pattern}/*.svs'" if path.is_dir() else ""
+        raise ValueError(f"{key}: no file matches {pattern}{hint}")
     return paths
+
+
+def pick(n, attempt, size, seed):
+    """Index of sample n in a list of `size`: the walk's at the first attempt, a random one for a replacement."""
+    return shuffled(n, size, seed) if attempt == 0 else int(np.random.default_rng((seed, n, attempt)).integers(size))
 
 
 def shuffled(n, size, seed):
@@ -200,7 +218,7 @@ class Batches(torch.utils.data.Dataset):
         c, tile = self.c, None
         for attempt in range(ATTEMPTS):
             try:
-                tile = self.source.read(n if attempt == 0 else None, np.random.default_rng((c["seed"], n, attempt)))
+                tile = self.source.read(n, attempt)
                 break
             except READ_ERRORS as e:
                 bad.append(" ".join(str(e).split()))

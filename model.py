@@ -385,10 +385,10 @@ def sinkhorn(logits, temp, iterations=3):
     """
     logits = logits.float() / temp
     q = (logits - _all_reduce(logits.max(), dist.ReduceOp.MAX)).exp()  # a global maximum cancels; a row's own would not
-    rows = torch.ones_like(q[:, 0])
+    rows, tiny = torch.ones_like(q[:, 0]), torch.finfo(q.dtype).tiny
     for _ in range(iterations):
-        columns = 1 / _all_reduce(rows @ q)
-        rows = 1 / (q @ columns)
+        columns = 1 / _all_reduce(rows @ q).clamp(min=tiny)  # a prototype or row that underflowed gets nothing, not NaN
+        rows = 1 / (q @ columns).clamp(min=tiny)
     return q * columns * rows[:, None]
 
 
@@ -400,10 +400,10 @@ def softmax_center(logits, center, temp):
 
 @torch.no_grad()
 def update_center(center, logits, momentum=0.9):
-    """center (1, K) becomes momentum * center + (1 - momentum) * mean of logits over all ranks, in place."""
+    """The next center: momentum * center (1, K) + (1 - momentum) * mean of logits (B, K) over all ranks."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     mean = _all_reduce(logits.float().mean(0, keepdim=True)) / world
-    return center.lerp_(mean, 1 - momentum)
+    return center.lerp(mean, 1 - momentum)
 
 
 def cross_entropy(logits, targets, temp=0.1):
@@ -567,15 +567,18 @@ def read_weights(path):
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such weight file") from None
-    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as e:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, OSError) as e:
         reason = " ".join(str(e).split())[:120]
         raise ValueError(f"{path}: not a file of plain tensors (weights_only=True refuses it): {reason}") from None
     state = data.get("teacher", data) if isinstance(data, dict) else {}
+    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
+        state = {}
     if any(k.startswith("backbone.") for k in state):
         state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}
-    if "cls_token" not in state or "patch_embed.proj.weight" not in state:
-        raise ValueError(f"{path}: no DINOv2 or DINOv3 backbone in this file: it has no cls_token or patch_embed.proj")
+    needed = ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight")
+    if missing := [k for k in needed if k not in state]:
+        raise ValueError(f"{path}: no DINOv2 or DINOv3 backbone in this file: it has no {' or '.join(missing)}")
     return state, data.get("arch") if "teacher" in data else None, "teacher" not in data
 
 
@@ -587,7 +590,7 @@ def infer_config(path, state, arch=None):
     rope = "rope_embed.periods" in state
     tokens = state.get("storage_tokens" if rope else "register_tokens")
     swiglu = "blocks.0.mlp.w3.weight" in state
-    hidden = state["blocks.0.mlp.w3.weight"].shape[1] if swiglu else len(state["blocks.0.mlp.fc1.weight"])
+    hidden = state["blocks.0.mlp.w3.weight"].shape[1] if swiglu else len(state.get("blocks.0.mlp.fc1.weight", ()))
     found = dict(patch_size=p, embed_dim=D, in_channels=C, pos="rope" if rope else "learned", ffn_hidden=hidden,
                  depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
                  ffn="swiglu" if swiglu else "mlp", registers=0 if tokens is None else tokens.shape[1],

@@ -1,12 +1,14 @@
 """
 Continual DINO + iBOT pretraining of a vision transformer on H&E tiles, with its BACH curve.
 
-    toy world, two cores     python prepare/toy.py && python train.py config/toy.py
-    two CPU processes        torchrun --nproc_per_node=2 train.py config/toy.py --device=cpu --out_dir=out/toy2
-    one node of 8 GPUs       torchrun --nproc_per_node=8 train.py config/vitg_clip3.py
-    two nodes, on each       torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500
-    train.py ... what would it cost       torchrun --nproc_per_node=8 train.py config/vitg_clip3.py --dry_run=true go
-    on after a stop       the same command with --resume=true
+    toy world, two cores   python prepare/toy.py && python train.py config/toy.py
+    two CPU processes      torchrun --nproc_per_node=2 train.py config/toy.py --device=cpu --out_dir=out/toy2
+    one node of 8 GPUs     torchrun --nproc_per_node=8 train.py config/vitg_clip3.py
+    on 80 GB a GPU         ... --batch_size=32
+    two nodes, on each     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+                               train.py config/vitg_clip3.py
+    what would it cost     torchrun --nproc_per_node=8 train.py config/vitg_clip3.py --dry_run=true
+    go on after a stop     the same command with --resume=true
 
 A step is a pure function of (config, seed, step): tiles, crops, masks and drop path are drawn from seeds that hold the
 step, so a resumed run equals an uninterrupted one, bit for bit on a CPU. Student and teacher are sharded with FSDP2 on
@@ -56,6 +58,7 @@ bach_dir = ""            # folder that holds ICIAR2018_BACH_Challenge; "" = no c
 mpps = (0.25, 0.5, 1.0, 2.0)  # um/px, each as likely, of those that a slide is fine enough for (Midnight's set)
 tile_px = 224            # side of the tile that crops are cut from; at 224 the smallest global crop is enlarged 1.8 x
 slide_mpp = 0.0          # um/px of level 0 of every slide, overriding what the files say; 0 = believe the files
+tiles_per_visit = 4      # consecutive samples from one slide: opening and masking it costs up to a second
 tissue_share = 0.6       # share of a tile's pixels in Midnight's H&E range of HSV
 open_slides = 16         # slides kept open in each worker; OpenSlide caches up to 32 MiB for each
 workers = 4              # data processes a rank
@@ -133,18 +136,33 @@ choices = {"kde": ("uniformity", "openmidnight", "koleo", "none"), "hed": ("od",
 for key, known in choices.items():
     if config[key] not in known:
         stop(f"{key} = {config[key]!r}; known: {', '.join(map(repr, known))}")
+rules = {
+    "more than 0": (lambda x: x > 0, """batch_size log_interval tile_px global_px local_px mpps open_slides
+        tiles_per_visit student_temp teacher_temp teacher_temp_start norm_std base_lr layer_decay head_hidden mask_prob
+        dino_prototypes dino_bottleneck ibot_prototypes ibot_bottleneck local_scale global_scale"""),
+    "at least 0": (lambda x: x >= 0, """seed max_steps eval_interval save_interval keep_checkpoints keep_every workers
+        slide_mpp local_crops clip_grad warmup_steps freeze_last_layer teacher_temp_warmup schedule_steps weight_decay
+        jitter hed_nats rope_rescale mask_ratio betas max_bad_steps max_bad_tiles"""),
+    "at most 1": (lambda x: x <= 1, """tissue_share mask_prob mask_ratio global_scale local_scale hed_prob jitter_prob
+        gray_prob blur_prob drop_path momentum momentum_end betas layer_decay"""),
+}
+for rule, (holds, names) in rules.items():
+    for key in names.split():
+        values = config[key] if isinstance(config[key], tuple) else (config[key],)
+        if not all(isinstance(x, (int, float)) and holds(x) for x in values):
+            stop(f"{key} = {config[key]!r}: must be {rule}")
 lengths = {"global_scale": 2, "local_scale": 2, "mask_ratio": 2, "betas": 2, "jitter": 4, "blur_prob": 3,
            "norm_mean": 3, "norm_std": 3}
 for key in [k for k, n in lengths.items() if len(config[k]) != n]:
     stop(f"{key} = {config[key]}: give {lengths[key]} numbers")
-for key in [k for k in ("batch_size", "log_interval", "tile_px", "global_px", "local_px") if config[k] < 1]:
-    stop(f"{key} = {config[key]}: must be at least 1")
+for key in [k for k in ("global_scale", "local_scale", "mask_ratio") if config[k][0] > config[k][1]]:
+    stop(f"{key} = {config[key]}: give the smaller number first")
 if device == "cuda" and not torch.cuda.is_available():
     stop("device = 'cuda', but torch sees no GPU; --device=cpu runs without")
 patch = model.ARCHS[arch].patch_size
 for key, px in (("global_px", global_px), ("local_px", local_px)):
     if px % patch:
-        stop(f"{key} = {px} is no multiple of {arch}'s patch of {patch}; nearest: {px // patch * patch}")
+        stop(f"{key} = {px} is no multiple of {arch}'s patch of {patch}; nearest: {max(round(px / patch), 1) * patch}")
 grid = global_px // patch
 vit_config = model.replace(model.ARCHS[arch], pos_grid=grid, drop_path=drop_path, rope_rescale=rope_rescale)
 world, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
@@ -154,6 +172,8 @@ if kde != "none" and images < 2:
 peak_lr = base_lr * math.sqrt(images / 1024)
 head_sizes = {"dino": (head_hidden, dino_bottleneck, dino_prototypes),
               "ibot": (head_hidden, ibot_bottleneck, ibot_prototypes)}
+if int(2 * batch_size * mask_prob) < 1:
+    stop(f"mask_prob = {mask_prob} of {2 * batch_size} crops masks none, and iBOT needs some")
 masked_patches = sum(data.mask_counts(2 * batch_size, grid, mask_prob, mask_ratio))
 
 
@@ -191,16 +211,18 @@ if dry_run:
     if rank == 0:
         print(budget())
     sys.exit()
-try:
-    source = data.open_source(config)
-    if bach_dir:
-        eval_bach.bach_files(bach_dir)
-except ValueError as e:
-    stop(e)
 if weights and not os.path.isfile(weights):
     stop(f"weights: no file {weights}")
 if rank == 0 and not resume and os.path.isdir(out_dir) and os.listdir(out_dir):
     stop(f"{out_dir} is not empty: go on with --resume=true, delete it, or choose another --out_dir")
+try:
+    source = data.open_source(config)
+    pixels = torch.empty(400, 3, 224, 224, dtype=torch.uint8)  # decoded once, on rank 0: 60 MB
+    if bach_dir and rank == 0:
+        pixels = eval_bach.load_pixels(bach_dir)
+    os.makedirs(out_dir, exist_ok=True)
+except (ValueError, OSError) as e:
+    stop(e)
 
 # ---- set-up: processes, models, optimizer ---------------------------------------------------------------------------
 
@@ -232,9 +254,12 @@ for net in (student, teacher):
     net.to(dev)
 groups = model.param_groups(student, layer_decay, patch_embed_lr)
 optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=betas, fused=True)
+for p in (p for group in groups for p in group["params"]):  # from the start, so that every checkpoint is complete
+    optimizer.state[p] = {"step": torch.zeros((), device=dev), "exp_avg": torch.zeros_like(p),
+                          "exp_avg_sq": torch.zeros_like(p)}
 centers = {k: torch.zeros(1, K, device=dev) for k, (_, _, K) in head_sizes.items()}
-progress = {"step": 0, "bad_steps": 0}
-bad_tiles = {}  # message -> None, in the order of their first appearance
+progress = {"step": 0, "bad_steps": 0, "images": images}
+bad_tiles = {}  # message -> None: of all ranks, in the order of their first appearance
 
 
 def say(message):
@@ -248,7 +273,8 @@ def say(message):
 def state():
     """Everything that a later step depends on; tensors are shards. Random numbers are a function of the step."""
     nets, optim = get_state_dict(torch.nn.ModuleDict({"student": student, "teacher": teacher}), optimizer)
-    return {"model": nets, "optimizer": optim, "centers": centers, "progress": progress}
+    texts = {"bad_tiles": json.dumps(list(bad_tiles)), "config": json.dumps(config)}
+    return {"model": nets, "optimizer": optim, "centers": centers, "progress": progress, **texts}
 
 
 def save_checkpoint(step):
@@ -273,11 +299,20 @@ def complete_checkpoints():
 
 
 def load_checkpoint(step):
-    loaded = state()
-    dcp.load(loaded, checkpoint_id=f"{out_dir}/ckpt/{step}")
+    loaded, path = state(), f"{out_dir}/ckpt/{step}"
+    try:
+        dcp.load(loaded, checkpoint_id=path)
+    except (Exception, dcp.api.CheckpointException) as e:  # a damaged file, or another architecture
+        reason = str(e).strip().split("\n")[-1]
+        stop(f"{path} does not load: {type(e).__name__}: {reason}; go back to its arch and heads (config.json), or "
+             "delete this folder to go on from the one before")
     nets = torch.nn.ModuleDict({"student": student, "teacher": teacher})
     set_state_dict(nets, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-    progress.update(loaded["progress"])
+    bad_tiles.update(dict.fromkeys(json.loads(loaded["bad_tiles"])))
+    if loaded["progress"]["images"] != images:
+        say(f"resume: {images} images a step instead of {loaded['progress']['images']}: other tiles and another "
+            "learning rate follow than without the stop")
+    progress.update({**loaded["progress"], "images": images})
 
 
 def export_teacher(step):
@@ -295,7 +330,8 @@ def export_teacher(step):
 def write_row(file, row):
     if rank == 0:
         with open(f"{out_dir}/{file}", "a") as f:
-            f.write(json.dumps(row) + "\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            f.write(json.dumps(finite) + "\n")
 
 
 def drop_rows_after(step):
@@ -318,23 +354,19 @@ if resume:
     load_checkpoint(done[-1])
     if rank == 0:
         drop_rows_after(done[-1])
-        with open(f"{out_dir}/config.json") as f:
-            before = json.load(f)
-        now = json.loads(json.dumps(config))
+        before, now = json.load(open(f"{out_dir}/config.json")), json.loads(json.dumps(config))
         for key in (k for k in now if k != "resume" and before.get(k) != now[k]):
             say(f"resume: {key} was {before.get(key)!r}, is now {now[key]!r}")
+        os.replace(f"{out_dir}/config.json", f"{out_dir}/config.before-{progress['step']}.json")
     say(f"resume: step {progress['step']} of {out_dir}")
-elif rank == 0:
-    os.makedirs(out_dir, exist_ok=True)
+if rank == 0:
     with open(f"{out_dir}/config.json", "w") as f:
         json.dump(config, f, indent=1)
     with open(f"{out_dir}/source.diff", "w") as f:  # the commit and what differs from it
         here = os.path.dirname(os.path.abspath(__file__))
         for command in ("rev-parse", "diff") if shutil.which("git") else ():
             f.write(subprocess.run(["git", "-C", here, command, "HEAD"], capture_output=True, text=True).stdout)
-pixels = None
-if bach_dir:  # decoded once: 400 x 224 x 224 x 3 bytes
-    pixels = eval_bach.load_pixels(bach_dir) if rank == 0 else torch.empty(400, 3, 224, 224, dtype=torch.uint8)
+if bach_dir:
     pixels = pixels.to(dev)
     dist.broadcast(pixels, 0)
 say(budget())
@@ -342,12 +374,13 @@ say(budget())
 
 def evaluate(step):
     """A point of the BACH curve, on all ranks; rank 0 gets the row."""
-    if pixels is None:
+    if not bach_dir:
         return {}
     start = time.time()
     row = eval_bach.evaluate(teacher["backbone"], pixels, norm_mean, norm_std, dev)
     if rank != 0:
         return {}
+    row["protocol"] += ", teacher in bf16" if dev == "cuda" else ""  # eva embeds in fp32
     write_row("bach.jsonl", {"step": step, "images": step * images, **row, "seconds": round(time.time() - start, 1)})
     say(f"step {step}: BACH {row['bach']:.3f} +- {row['std']:.3f}, mean cosine {row['mean_cosine']:.3f}, "
         f"effective rank {row['effective_rank']:.1f}")
@@ -358,9 +391,8 @@ def targets(logits, head, temp):
     """Teacher logits -> probabilities."""
     if centering == "sinkhorn":
         return model.sinkhorn(logits, temp)
-    probabilities = model.softmax_center(logits, centers[head], temp)
-    model.update_center(centers[head], logits)
-    return probabilities
+    next_centers[head] = model.update_center(centers[head], logits)
+    return model.softmax_center(logits, centers[head], temp)
 
 
 def spreading(cls):
@@ -373,14 +405,26 @@ def spreading(cls):
     return sum(form(x, kde_kappa) for x in cls.chunk(2))
 
 
+def note_bad_tiles(messages):
+    """Collect the unreadable tiles of all ranks; each is said once, and too many of them stop the run."""
+    everyone = [None] * world
+    dist.all_gather_object(everyone, messages)
+    for message in (m for of_rank in everyone for m in of_rank if m not in bad_tiles):
+        bad_tiles[message] = None
+        say(f"replaced an unreadable tile: {message}")
+    if len(bad_tiles) > max_bad_tiles:
+        stop(f"{len(bad_tiles)} unreadable slides or tiles (max_bad_tiles = {max_bad_tiles}):\n" + "\n".join(bad_tiles))
+
+
 if progress["step"] == 0:
     blank = dict.fromkeys(("loss", "dino", "ibot", "kde", "grad_norm", "lr", "images_per_s"))
     write_row("metrics.jsonl", {"step": 0, **blank, **evaluate(0)})
 batches = iter(torch.utils.data.DataLoader(
     data.Batches(source, config, grid, rank, world), batch_size=None, sampler=range(progress["step"], max_steps),
-    num_workers=workers, pin_memory=dev == "cuda"))
+    num_workers=workers, pin_memory=dev == "cuda", multiprocessing_context="fork" if workers else None))
 bar = tqdm(total=max_steps, initial=progress["step"], unit="step", disable=rank != 0 or not sys.stderr.isatty())
 clock = {"start": time.time(), "step": progress["step"], "data": 0.0}
+next_centers = {}  # taken over only if the step is
 
 for step in range(progress["step"], max_steps):
     torch.manual_seed(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0].item())  # drop path, rope
@@ -396,12 +440,8 @@ for step in range(progress["step"], max_steps):
     waited = time.time()
     batch = next(batches)
     clock["data"] += time.time() - waited
-    for message in batch["bad"]:
-        if message not in bad_tiles:
-            bad_tiles[message] = None
-            tqdm.write(f"rank {rank}, step {step}: replaced an unreadable tile: {message}")
-    if len(bad_tiles) > max_bad_tiles or "global_crops" not in batch:
-        stop(f"{len(bad_tiles)} unreadable slides or tiles (max_bad_tiles = {max_bad_tiles}):\n" + "\n".join(bad_tiles))
+    if "global_crops" not in batch:
+        stop("a tile could not be replaced, every draw failed:\n" + "\n".join(dict.fromkeys(batch["bad"])))
     crops = [data.augment(batch["global_crops"], batch["global_colour"], config, dev)]  # (2B, 3, S, S)
     if local_crops:
         crops.append(data.augment(batch["local_crops"], batch["local_colour"], config, dev))  # (L*B, 3, s, s)
@@ -424,10 +464,11 @@ for step in range(progress["step"], max_steps):
     loss.backward()
     # clip, finite check, step, average
     norms = model.clip_gradients(student, clip_grad)  # of backbone and heads, before clipping, over all ranks
-    terms = torch.stack([loss.detach(), dino.detach(), ibot.detach(), spread.detach()])
+    terms = torch.stack([loss, dino, ibot, spread, loss.new_tensor(len(batch["bad"]))]).detach()
     dist.all_reduce(terms)
     if torch.isfinite(torch.cat([terms, norms])).all():
         optimizer.step()
+        centers.update(next_centers)
         model.update_ema(teacher, student, model.cosine_schedule(step, momentum, momentum_end, total_steps))
     else:
         progress["bad_steps"] += 1
@@ -435,6 +476,8 @@ for step in range(progress["step"], max_steps):
         if progress["bad_steps"] > max_bad_steps:
             stop(f"{progress['bad_steps']} steps were not finite (max_bad_steps = {max_bad_steps})")
     optimizer.zero_grad()
+    if terms[-1] > 0:
+        note_bad_tiles(batch["bad"])
     progress["step"] = done = step + 1
     bar.update()
     # log, evaluate, save
@@ -454,11 +497,12 @@ for step in range(progress["step"], max_steps):
         write_row("metrics.jsonl", {**row, **(evaluate(done) if evaluating else {})})
         clock = {"start": time.time(), "step": done, "data": 0.0}
     if last or (save_interval and done % save_interval == 0):
+        saving = time.time()
         export_teacher(done)
         save_checkpoint(done)  # last: a run that resumes here has its export and its rows
-        clock["start"] = time.time()
+        clock["start"] += time.time() - saving
 
 # ---- finish ---------------------------------------------------------------------------------------------------------
 bar.close()
-say(f"done: {out_dir}/teacher/{max_steps}.pth")
+say(f"done: step {progress['step']}, {out_dir}/teacher/{progress['step']}.pth")
 dist.destroy_process_group()

@@ -12,6 +12,7 @@ workers = 1
 batch_size = 32
 mpps = (0.5, 1.0, 2.0)  # the probe's images are at 2.9 um/px
 tile_px = 128
+tiles_per_visit = 1  # all ten slides stay open
 global_px, local_px, local_crops = 84, 42, 4
 drop_path = 0.0
 head_hidden, dino_prototypes, ibot_prototypes = 256, 1024, 1024

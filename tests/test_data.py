@@ -1,4 +1,5 @@
 """Tiles, crops, masks, colour and the order of samples; several tests are bugs that such code bases really had."""
+import itertools
 import math
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import wsi
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = dict(
     seed=0, max_steps=100, batch_size=4, slides="", sample_list="", tiles="", mpps=(0.5, 1.0), tile_px=64,
-    slide_mpp=0.0, tissue_share=0.6, open_slides=2, global_px=56, local_px=28, local_crops=3, global_scale=(0.32, 1.0),
+    slide_mpp=0.0, tiles_per_visit=2, tissue_share=0.6, open_slides=2,
+    global_px=56, local_px=28, local_crops=3, global_scale=(0.32, 1.0),
     local_scale=(0.05, 0.32), hed="od", hed_prob=0.5, hed_nats=0.3, jitter=(0.2, 0.2, 0.1, 0.05), jitter_prob=0.8,
     gray_prob=0.2, blur_prob=(0.0, 0.9, 0.5), norm_mean=(0.5, 0.5, 0.5), norm_std=(0.5, 0.5, 0.5), mask_prob=0.5,
     mask_ratio=(0.1, 0.5))
@@ -25,11 +27,11 @@ class Noise:
     def __init__(self, fails=()):
         self.fails, self.seen = set(fails), []
 
-    def read(self, n, rng):
+    def read(self, n, attempt=0):
         self.seen.append(n)
-        if n in self.fails:
+        if n in self.fails and attempt == 0:
             raise OSError(f"tile {n} is damaged")
-        return rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        return np.random.default_rng((n, attempt)).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
 
 def batches(source=None, rank=0, world=1, **changes):
@@ -53,6 +55,15 @@ def test_a_batch_is_a_pure_function_of_seed_step_rank_and_world():
     equal(b[0], first[0])
     assert not torch.equal(first[0]["global_crops"], first[1]["global_crops"])
     assert not torch.equal(batches(seed=1)[0]["global_crops"], first[0]["global_crops"])
+    others = [first[1]["masks"], batches(rank=1, world=2)[0]["masks"], batches(seed=1)[0]["masks"]]
+    assert not any(torch.equal(m, first[0]["masks"]) for m in others), "masks are drawn anew by step, rank and seed"
+
+
+def test_workers_do_not_change_a_batch(tmp_path):
+    dataset = batches(data.open_source({**CONFIG, "tiles": folder(tmp_path)}))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(3, 7), num_workers=2)
+    for step, batch in zip(range(3, 7), loader):
+        equal(batch, dataset[step])
 
 
 def test_an_image_does_not_depend_on_how_many_ranks_share_the_batch():
@@ -102,7 +113,7 @@ def folder(tmp_path, n=6, size=64):
 
 def test_folder_of_tiles(tmp_path):
     source = data.open_source({**CONFIG, "tiles": folder(tmp_path)})
-    tiles = [source.read(n, None) for n in range(6)]
+    tiles = [source.read(n) for n in range(6)]
     assert len({t.tobytes() for t in tiles}) == 6 and tiles[0].shape == (64, 64, 3)
     batch = batches(source)[0]
     assert batch["global_crops"].shape == (8, 3, 56, 56) and batch["local_crops"].shape == (12, 3, 28, 28)
@@ -127,7 +138,7 @@ def test_unreadable_tiles_are_replaced_counted_and_named(tmp_path):
 
 def test_a_sample_that_cannot_be_replaced_ends_the_batch():
     class Nothing:
-        def read(self, n, rng):
+        def read(self, n, attempt=0):
             raise wsi.SlideError("every slide is damaged")
     batch = batches(Nothing())[0]
     assert "global_crops" not in batch and set(batch["bad"]) == {"every slide is damaged"}
@@ -169,34 +180,42 @@ def test_slides_stay_open_in_an_lru(slides):
     for step in range(10):
         assert tiles[step]["bad"] == []
     assert sorted(FakeSlide.opened) == source.paths
-    source = data.Slides(f"{slides}/*.svs", (0.5,), 64, open_slides=1)
-    for n in range(20):
-        source.read(n, np.random.default_rng(n))
-    assert len(FakeSlide.opened) > 8
+
+
+def test_a_visit_takes_several_tiles_from_one_slide(slides):
+    for name in range(40):
+        (slides / f"{name}.svs").touch()
+    for visit in (1, 8):
+        source, FakeSlide.opened = data.Slides(f"{slides}/*.svs", (0.5,), 64, visit=visit, open_slides=1), []
+        for n in range(80):
+            source.read(n)
+        assert len(FakeSlide.opened) == pytest.approx(80 / visit, abs=6 / visit + 0.5)
+    slide = source.open(FakeSlide.opened[-1])
+    assert len(set(slide.asked)) == 8, "eight different places"
 
 
 def test_mpp_is_drawn_among_those_that_the_slide_is_fine_enough_for(slides):
     source = data.Slides(f"{slides}/a.svs", (0.25, 0.5, 1.0, 2.0), 64)
     for n in range(60):
-        assert source.read(n, np.random.default_rng(n)).shape == (64, 64, 3)
+        assert source.read(n).shape == (64, 64, 3)
     slide = source.open(source.paths[0])
     assert {mpp for *_, mpp in slide.asked} == {0.5, 1.0, 2.0}
     with pytest.raises(wsi.SlideError, match="a.svs.*too coarse"):
-        data.Slides(f"{slides}/a.svs", (0.25,), 64).read(0, np.random.default_rng(0))
+        data.Slides(f"{slides}/a.svs", (0.25,), 64).read(0)
     assert data.Slides(f"{slides}/a.svs", (0.5,), 64, slide_mpp=0.3).open(f"{slides}/a.svs").stated == 0.3
 
 
 def test_tiles_without_tissue_are_drawn_again_and_then_named(slides, monkeypatch):
     monkeypatch.setattr(FakeSlide, "read", lambda self, x, y, size, mpp: np.full((size, size, 3), 245, np.uint8))
     with pytest.raises(wsi.SlideError, match="a.svs: no tile of 60% tissue at 0.5"):
-        data.Slides(f"{slides}/a.svs", (0.5,), 64).read(0, np.random.default_rng(0))
+        data.Slides(f"{slides}/a.svs", (0.5,), 64).read(0)
 
 
 def test_openmidnight_sample_lists(slides):
     lines = [f"{slides}/a.svs 10 20 0", f"{slides}/with space.svs 30 40 2"]
     (slides / "list.txt").write_text("\n".join(lines))
     source = data.open_source({**CONFIG, "sample_list": f"{slides}/list.txt"})
-    tiles = {tuple(source.read(n, None)[0, 0].tolist()) for n in range(2)}
+    tiles = {tuple(source.read(n)[0, 0].tolist()) for n in range(2)}
     assert tiles == {(10, 20, 0), (30, 40, 2)} and set(FakeSlide.opened) == {line.rsplit(" ", 3)[0] for line in lines}
     (slides / "list.txt").write_text(lines[0] + "\na.svs 10 20\n")
     with pytest.raises(ValueError, match="line 2: not 'path x y level'"):
@@ -238,6 +257,38 @@ def test_crops_are_antialiased_like_pillow():
     ours = torch.nn.functional.interpolate(pixels, (56, 56), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
     pillow = np.asarray(Image.fromarray(image).resize((56, 56), Image.BICUBIC))
     assert np.abs(ours.numpy().astype(int) - pillow).mean() < 0.1
+    checkers = torch.from_numpy(np.indices((224, 224)).sum(0) % 2 * 255).to(torch.uint8).expand(1, 3, -1, -1)
+    crop = data.crop_and_flip(checkers, rng, (0.9, 1.0), 28).float()
+    assert (crop - 127.5).abs().mean() < 10, "finer detail than a pixel averages out instead of aliasing"
+
+
+def test_global_and_local_crops_have_their_own_scales():
+    class Ramp(Noise):
+        def read(self, n, attempt=0):
+            return np.repeat(np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 64, 0), 3, 2)
+    batch = batches(Ramp(), batch_size=32)[0]
+    span = {k: batch[f"{k}_crops"].float().amax((1, 2, 3)) - batch[f"{k}_crops"].float().amin((1, 2, 3))
+            for k in ("global", "local")}
+    assert span["global"].min() > 28 and span["local"].max() < 43 and span["local"].min() < 20
+
+
+def test_blur_width_and_jitter_order_are_drawn_over_their_whole_range():
+    rng = np.random.default_rng(0)
+    sigma = torch.stack([data.colour_parameters(rng, CONFIG, 1.0)[10] for _ in range(500)])
+    assert 0.1 <= sigma.min() < 0.2 and 1.9 < sigma.max() <= 2.0 and abs(sigma.mean() - 1.05) < 0.1
+    assert sorted(map(tuple, data.ORDERS.tolist())) == sorted(itertools.permutations(range(4)))
+    crops, rows = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8), off(1)
+    rows[:, 5:9] = torch.tensor([1.2, 0.8, 0.9, 0.05])
+    results = set()
+    for order in range(24):
+        rows[:, 4] = order
+        results.add(tuple(data.augment(crops, rows, CONFIG, "cpu").flatten().tolist()))
+    assert len(results) > 6, "the order of the four operations matters"
+
+
+def test_which_crops_are_masked_is_random():
+    masks = np.stack([data.block_masks(np.random.default_rng(i), 8, 4, 0.5, (0.1, 0.5)).any(1) for i in range(200)])
+    assert (abs(masks.mean(0) - 0.5) < 0.15).all()
 
 
 @pytest.mark.parametrize("images, grid, total", [(56, 14, 3310), (16, 16, 1274), (8, 14, 507)])

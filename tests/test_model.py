@@ -187,6 +187,10 @@ def test_sinkhorn_survives_large_logits_and_small_temperatures():
     x = z["dino/teacher_logits"]
     close(model.sinkhorn(x + 50.0, 0.05), model.sinkhorn(x, 0.05), atol=1e-4, rtol=1e-3)
     close(model.sinkhorn(x, 0.05).sum(1), torch.ones(len(x)))
+    far = x.clone()
+    far[:, 3] -= 20  # a dead prototype
+    far[5] += 20  # a row beyond all others: exp of the rest underflows
+    assert torch.isfinite(model.sinkhorn(far, 0.04)).all()
 
 
 def test_softmax_centering_over_three_batches():
@@ -195,7 +199,7 @@ def test_softmax_centering_over_three_batches():
     for i in range(3):
         logits = z[f"center/teacher_logits{i}"]
         close(model.softmax_center(logits, center, meta["teacher_temp"]), z[f"center/targets{i}"])
-        model.update_center(center, logits)
+        center = model.update_center(center, logits)
     close(center, z["center/center_after"])
 
 
@@ -361,7 +365,9 @@ def test_weight_files_that_do_not_fit_are_refused_by_name(tmp_path):
     v3["blocks.0.attn.qkv.bias"] += 1
     cases = [({k: v for k, v in good.items() if k != "norm.bias"}, "norm.bias"),
              ({**good, "extra": good["norm.bias"]}, "extra"), ({**good, "norm.bias": torch.zeros(3)}, "norm.bias"),
-             ({"a": torch.zeros(1)}, "no DINOv2"), ([1, 2], "no DINOv2"),
+             ({"a": torch.zeros(1)}, "no DINOv2"), ([1, 2], "no DINOv2"), ({1: good["norm.bias"]}, "no DINOv2"),
+             ({"teacher": 3}, "no DINOv2"), ({k: v for k, v in good.items() if k[:6] != "blocks"}, "no DINOv2"),
+             ({k: v for k, v in good.items() if ".mlp." not in k}, "missing"),
              (v3, "bias_mask"), ({"teacher": good, "arch": "nonsense"}, "nonsense")]
     for data, part in cases:
         path = save(tmp_path, data)
@@ -370,7 +376,7 @@ def test_weight_files_that_do_not_fit_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="embed_dim is 128 .* 1536 in dinov2_vitg14_reg"):
         model.load_backbone(save(tmp_path, good), "dinov2_vitg14_reg")
     (tmp_path / "junk.pth").write_bytes(b"not weights")
-    for path in (tmp_path / "junk.pth", tmp_path / "missing.pth"):
+    for path in (tmp_path / "junk.pth", tmp_path / "missing.pth", tmp_path):
         with pytest.raises(ValueError, match=path.name):
             model.load_backbone(path)
 

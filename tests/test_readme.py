@@ -16,7 +16,7 @@ def test_the_map_names_every_file_with_about_its_line_count():
 def test_files_and_keys_that_the_readme_names_exist():
     for path in re.findall(r"(?:config|prepare|docs|tests)/[\w/]+\.(?:py|png)", TEXT):
         assert (ROOT / path).exists(), path
-    train = (ROOT / "train.py").read_text() + (ROOT / "eval_bach.py").read_text() + (ROOT / "prepare/toy.py").read_text()
+    train = "".join((ROOT / f).read_text() for f in ("train.py", "eval_bach.py", "prepare/toy.py"))
     for key in set(re.findall(r"--(\w+)=", TEXT)) - {"nproc_per_node", "name"}:
         assert re.search(rf"^ *{key} = ", train, re.M), key
     assert len(TEXT.splitlines()) <= 250 and TEXT.isascii()

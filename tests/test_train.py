@@ -90,7 +90,7 @@ def test_twenty_steps_equal_ten_resume_ten_bit_for_bit(tiles, tmp_path, monkeypa
 def test_two_ranks_equal_one_process_on_the_same_global_batch(tiles, tmp_path, monkeypatch):
     """The bug: clipping local gradients before the sync. Clip is low, so that it acts on every step."""
     keys = dict(tiles=tiles, drop_path=0.0, clip_grad=0.05, freeze_last_layer=0, warmup_steps=0, max_steps=5)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29653", "train.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
     subprocess.run(command + flags(**keys, out_dir=tmp_path / "two"), cwd=ROOT, check=True, capture_output=True,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
     one_rank = data.Batches.__getitem__
@@ -119,9 +119,10 @@ def test_two_ranks_equal_one_process_on_the_same_global_batch(tiles, tmp_path, m
         torch.testing.assert_close(saved[0][k], saved[1][k], atol=1e-4, rtol=1e-3)
 
 
-def test_a_poisoned_batch_leaves_the_weights_bit_equal_and_is_counted(tiles, tmp_path, monkeypatch):
+@pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
+def test_a_poisoned_batch_leaves_the_weights_bit_equal_and_is_counted(centering, tiles, tmp_path, monkeypatch):
     """The bug: a NaN loss that still steps the optimizer."""
-    keys = dict(tiles=tiles, schedule_steps=5)
+    keys = dict(tiles=tiles, schedule_steps=5, centering=centering)
     clean = train(monkeypatch, flags(**keys, max_steps=3, out_dir=tmp_path / "clean"))
     augment, calls = data.augment, []
 
@@ -133,11 +134,78 @@ def test_a_poisoned_batch_leaves_the_weights_bit_equal_and_is_counted(tiles, tmp
     monkeypatch.setattr(data, "augment", poison)
     poisoned = train(monkeypatch, flags(**keys, max_steps=5, out_dir=tmp_path / "poisoned"))
     bit_equal(weights(clean), weights(poisoned))
-    assert poisoned["progress"] == {"step": 5, "bad_steps": 2}
+    assert poisoned["progress"] == {"step": 5, "bad_steps": 2, "images": 4}
     assert [r["bad_steps"] for r in rows(tmp_path / "poisoned")[1:]] == [0, 0, 0, 1, 2]
+    assert rows(tmp_path / "poisoned")[-1]["loss"] is None, "NaN is not JSON"
     calls.clear()
     message = refused(monkeypatch, flags(**keys, max_steps=5, max_bad_steps=1, out_dir=tmp_path / "stopped"))
     assert "2 steps were not finite (max_bad_steps = 1)" in message
+
+
+def test_saving_before_the_first_good_step_changes_nothing(tiles, tmp_path, monkeypatch):
+    """The bug: asking for the optimizer's state makes it take an empty step when it has none."""
+    augment = data.augment
+    runs = []
+    for save in (1, 100):
+        calls = []
+
+        def poison(crops, *rest, calls=calls):
+            calls.append(0)
+            return augment(crops, *rest) * (float("nan") if len(calls) <= 2 else 1)
+
+        monkeypatch.setattr(data, "augment", poison)
+        keys = dict(tiles=tiles, max_steps=3, save_interval=save)
+        runs.append(train(monkeypatch, flags(**keys, out_dir=tmp_path / str(save))))
+    bit_equal(*map(weights, runs))
+
+
+def test_parameters_without_a_gradient_are_in_the_checkpoint(tiles, tmp_path, monkeypatch):
+    monkeypatch.setitem(model.ARCHS, "toy", model.replace(model.ARCHS["toy"], local_cls_norm=True))
+    keys = dict(tiles=tiles, local_crops=0, out_dir=tmp_path / "a")
+    train(monkeypatch, flags(**keys, max_steps=1))
+    assert train(monkeypatch, flags(**keys, max_steps=2, resume="true"))["progress"]["step"] == 2
+
+
+def test_a_step_follows_the_recipe(tiles, tmp_path, monkeypatch):
+    """What a wrong constant in the loop would change, recorded at the functions that the loop calls."""
+    seen = {k: [] for k in ("groups", "momentum", "temp", "dino", "ibot", "kde", "forward", "seeds")}
+
+    def spy(owner, name, key, take):
+        real = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            seen[key].append(take(*args, **kwargs))
+            return real(*args, **kwargs)
+        monkeypatch.setattr(owner, name, wrapped)
+
+    spy(torch.optim.AdamW, "step", "groups", lambda self: [
+        (g["lr"], g["weight_decay"], g["lr_scale"], g["wd_scale"], g["last_layer"]) for g in self.param_groups])
+    spy(model, "update_ema", "momentum", lambda teacher, student, m: m)
+    spy(model, "sinkhorn", "temp", lambda logits, temp: (temp, len(logits)))
+    spy(model, "dino_loss", "dino", lambda g, local, targets, temp: (len(g), len(local), temp))
+    spy(model, "ibot_loss", "ibot", lambda logits, targets, w, crops, temp: (crops, temp, round(w.sum().item(), 4)))
+    spy(model, "kde_loss", "kde", lambda x, kappa: (len(x), kappa))
+    spy(model.ViT, "embed", "forward", lambda self, images, mask, grid: (self.training, mask is not None))
+    spy(torch, "manual_seed", "seeds", lambda s: s)
+    keys = dict(max_steps=6, schedule_steps=10, warmup_steps=3, freeze_last_layer=2, weight_decay=0.1,
+                weight_decay_end=0.3, momentum=0.9, student_temp=0.2, teacher_temp_warmup=4, kde_kappa=4.0, base_lr=0.02, layer_decay=0.5)
+    train(monkeypatch, flags(tiles=tiles, **keys, out_dir=tmp_path / "a"))
+    cosine = lambda a, b, i, n: b + (a - b) * (1 + np.cos(np.pi * i / n)) / 2  # noqa: E731
+    peak = 0.02 * (4 / 1024) ** 0.5
+    for step in range(6):
+        lr = peak * step / 2 if step < 3 else cosine(peak, 1e-6, step - 3, 7)
+        for got, wd, lr_scale, wd_scale, last in seen["groups"][step]:
+            assert got == pytest.approx(0 if last and step < 2 else lr * lr_scale, rel=1e-9)
+            assert wd == pytest.approx(cosine(0.1, 0.3, step, 10) * wd_scale, rel=1e-9)
+        assert seen["momentum"][step] == pytest.approx(cosine(0.9, 1.0, step, 10))
+        assert seen["temp"][2 * step][0] == pytest.approx(0.04 + 0.03 * min(step, 3) / 3)
+    assert len({g[2] for g in seen["groups"][0]}) > 4 and {g[3] for g in seen["groups"][0]} == {0, 1}
+    masked = sum(data.mask_counts(8, 4, 0.5, (0.1, 0.45)))
+    assert [n for _, n in seen["temp"]] == [8, masked] * 6
+    assert set(seen["dino"]) == {(8, 8, 0.2)} and set(seen["ibot"]) == {(8, 0.2, 4.0)}
+    assert seen["kde"] == [(4, 4.0)] * 12, "each global crop on its own"
+    assert seen["forward"] == [(False, False), (True, True), (True, False)] * 6, "masks are for the student's globals"
+    assert len(set(seen["seeds"][-6:])) == 6, "drop path and positions are drawn anew each step"
 
 
 def test_the_rows_of_a_run(tiles, tmp_path, monkeypatch, capsys):
@@ -214,12 +282,24 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
                        (dict(weights="none.pth"), "no file none.pth"), (dict(bach_dir=tmp_path), "Photos"),
                        (dict(arch="vit"), "unknown arch 'vit'; known: dinov2_vits14"), (dict(kde="on"), "kde = 'on'"),
                        (dict(global_px=60), "multiple of toy's patch of 14"), (dict(centering="x"), "sinkhorn"),
-                       (dict(batch_size=1), "at least 2"), (dict(batch_size=0), "at least 1"),
+                       (dict(batch_size=1), "at least 2"), (dict(batch_size=0), "more than 0"),
                        (dict(blur_prob="(0.1,0.5)"), "blur_prob = (0.1, 0.5): give 3"),
-                       (dict(device="cuda"), "no GPU")]:
+                       (dict(device="cuda"), "no GPU"), (dict(seed=-1), "seed = -1: must be at least 0"),
+                       (dict(out_dir=tmp_path / "full/file"), "File exists"), (dict(mpps="(0,)"), "more than 0"),
+                       (dict(global_scale="(0.5,0.1)"), "smaller"), (dict(mask_prob=0.05), "masks none"),
+                       (dict(jitter="(0.1,0.1,0.1,'x')"), "jitter"), (dict(local_px=5), "nearest: 14")]:
         message = refused(monkeypatch, flags(**{"tiles": tiles, "out_dir": out, **keys}))
         assert part in message and "\n" not in message, message
     assert not out.exists()
+
+
+def test_a_checkpoint_that_does_not_load_is_named(tiles, tmp_path, monkeypatch):
+    keys = dict(tiles=tiles, max_steps=2, save_interval=1, out_dir=tmp_path / "a", resume="true")
+    train(monkeypatch, flags(**{**keys, "resume": "false"}))
+    assert "ckpt/2 does not load" in refused(monkeypatch, flags(**{**keys, "dino_prototypes": 32}))
+    for file in (tmp_path / "a/ckpt/2").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert "delete this folder" in refused(monkeypatch, flags(**keys))
 
 
 def test_nothing_to_resume_is_said(tiles, tmp_path, monkeypatch):
@@ -236,6 +316,8 @@ def test_too_many_unreadable_tiles_stop_the_run_with_their_list(tiles, tmp_path,
     assert rows(tmp_path / "a")[-1]["bad_tiles"] == 3
     message = refused(monkeypatch, flags(**keys, out_dir=tmp_path / "b", max_bad_tiles=2))
     assert "3 unreadable" in message and all(f"{i}.png" in message for i in range(3))
+    train(monkeypatch, flags(**{**keys, "max_steps": 7}, out_dir=tmp_path / "a", resume="true"))
+    assert rows(tmp_path / "a")[-1]["bad_tiles"] == 3, "a resumed run remembers them"
 
 
 def test_the_bach_curve_starts_at_step_0(tiles, tmp_path, monkeypatch):
