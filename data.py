@@ -127,14 +127,28 @@ def open_source(c):
     """The one source that the keys name. Raises ValueError naming what is missing, before anything is built."""
     named = [k for k in ("slides", "sample_list", "tiles") if c[k]]
     if len(named) != 1:
-        raise ValueError(f"set exactly one of slides, sample_list, tiles (set now: {', '.join(named) or 'none'}); "
-                         "python prepare/toy.py makes a small world to try")
+        remedy = "unset the others, as in --slides= --tiles=DIR" if named else "prepare/toy.py makes a world to try"
+        raise ValueError(f"set exactly one of slides, sample_list, tiles (now: {', '.join(named) or 'none'}); {remedy}")
     if named == ["slides"]:
-        return Slides(c["slides"], c["mpps"], c["tile_px"], c["seed"], c["tiles_per_visit"], c["slide_mpp"],
-                      c["tissue_share"], c["open_slides"])
+        source = Slides(c["slides"], c["mpps"], c["tile_px"], c["seed"], c["tiles_per_visit"], c["slide_mpp"],
+                        c["tissue_share"], c["open_slides"])
+        refuse_if_none_opens(source.paths[:20], c["slide_mpp"] or None)
+        return source
     if named == ["sample_list"]:
         return SampleList(c["sample_list"], c["tile_px"], c["seed"], c["open_slides"])
     return Tiles(c["tiles"], c["seed"])
+
+
+def refuse_if_none_opens(paths, mpp):
+    """A pattern that matches the wrong files should not cost a start; single bad slides are replaced while training."""
+    errors = []
+    for path in paths:
+        try:
+            return wsi.Slide(path, mpp).close()
+        except wsi.SlideError as e:
+            errors.append(e)
+    hint = "; are these tiles? then --slides= --tiles=FOLDER" if paths[0].endswith((".jpg", ".jpeg", ".png")) else ""
+    raise ValueError(f"slides: none of the first {len(paths)} opens{hint}: {errors[0]}")
 
 
 def expand(pattern, key):
@@ -179,6 +193,11 @@ def sample_numbers(step, rank, world, batch):
     return range(first, first + batch)
 
 
+def stack(views):
+    """Crop-major: views[view][image] -> one tensor, all images of the first view first."""
+    return torch.stack([image for view in views for image in view]) if views else torch.empty(0)
+
+
 class Batches(torch.utils.data.Dataset):
     """
     dataset[step] is the whole batch of this rank (B images, L local crops, M masked patches), crop-major:
@@ -203,10 +222,10 @@ class Batches(torch.utils.data.Dataset):
         if None in images:
             return {"bad": bad}
         batch = {"bad": bad}
-        for name, crops in (("global", slice(0, 2)), ("local", slice(2, None))):
-            for what, i in (("crops", 0), ("colour", 1)):
-                views = [v for views in zip(*(image[i][crops] for image in images)) for v in views]  # crop-major
-                batch[f"{name}_{what}"] = torch.stack(views) if views else torch.empty(0)
+        for what, of_images in zip(("crops", "colour"), zip(*images)):  # of_images[image][view]
+            views = list(zip(*of_images))
+            batch[f"global_{what}"] = stack(views[:2])
+            batch[f"local_{what}"] = stack(views[2:])
         rng = np.random.default_rng((c["seed"], step, self.rank, 1))
         masks = torch.from_numpy(block_masks(rng, 2 * len(images), self.grid, c["mask_prob"], c["mask_ratio"]))
         masked = masks.flatten().nonzero()[:, 0]

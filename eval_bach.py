@@ -269,6 +269,7 @@ def plot_curves(rows, title, path):
     axes = figure.add_subplot(xlabel="step", ylabel="balanced accuracy, 132 images", title=title)
     axes.fill_between(steps, mean - std, mean + std, alpha=0.2, linewidth=0, label="+- std over heads")
     axes.plot(steps, mean, marker="o", markersize=3, label="mean over heads")
+    axes.axhline(0.25, color="gray", linewidth=0.8, linestyle="--", label="chance")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

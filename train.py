@@ -49,11 +49,11 @@ save_interval = 2500     # steps a checkpoint and a teacher export; also at the 
 keep_checkpoints = 2     # the newest so many checkpoints; 0 = all. teacher exports are all kept
 keep_every = 0           # also keep every checkpoint at a multiple of so many steps; 0 = none
 max_bad_steps = 10       # steps with a non-finite loss or gradient, all skipped, before the run stops
-max_bad_tiles = 100      # different unreadable slides or tiles, all replaced, before the run stops with their list
+max_bad_tiles = 100      # files with unreadable tiles, all replaced by other draws, before the run stops with their list
 # ---- data: exactly one of slides, sample_list, tiles ----------------------------------------------------------------
 slides = ""              # glob of whole-slide images, read on the fly
 sample_list = ""         # file of lines `path x y level`
-tiles = ""               # folder tree of images
+tiles = ""               # folder tree of images, each a tile whatever its size; mpps and tile_px do nothing here
 bach_dir = ""            # folder that holds ICIAR2018_BACH_Challenge; "" = no curve
 mpps = (0.25, 0.5, 1.0, 2.0)  # um/px, each as likely, of those that a slide is fine enough for (Midnight's set)
 tile_px = 224            # side of the tile that crops are cut from; at 224 the smallest global crop is enlarged 1.8 x
@@ -62,8 +62,7 @@ tiles_per_visit = 4      # consecutive samples from one slide: opening and maski
 tissue_share = 0.6       # share of a tile's pixels in Midnight's H&E range of HSV
 open_slides = 16         # slides kept open in each worker; OpenSlide caches up to 32 MiB for each
 workers = 4              # data processes a rank
-# ---------------------------------------------------------------------------------------------------------------------
-# augmentation; blur_prob is the share of blurred crops: DINOv2's code inverts its keys, its models saw these values
+# ---- augmentation ---------------------------------------------------------------------------------------------------
 global_px = 224
 local_px = 98            # a multiple of the patch: 7 x 14; 96 or 112 for patch 16
 local_crops = 8
@@ -75,7 +74,7 @@ hed_nats = 0.69          # of optical density, up or down; 0.69 halves or double
 jitter = (0.2, 0.2, 0.1, 0.05)  # brightness, contrast, saturation, hue
 jitter_prob = 0.8
 gray_prob = 0.2
-blur_prob = (0.0, 0.9, 0.5)  # first global, second global, local crops
+blur_prob = (0.0, 0.9, 0.5)  # share of first global, second global, local crops; DINOv2's code inverts its own keys
 norm_mean = (0.485, 0.456, 0.406)  # ImageNet's, as the released backbones expect
 norm_std = (0.229, 0.224, 0.225)
 mask_prob = 0.5          # share of global crops with masked patches for iBOT
@@ -84,7 +83,7 @@ mask_ratio = (0.1, 0.45) # share of masked patches, stratified over the masked c
 arch = "dinov2_vitg14_reg"  # a name in model.ARCHS
 weights = ""             # file to start from: released DINOv2 or DINOv3, or a teacher export; "" = random
 pos_embed_init = "resample"  # of a learned position table, from the file's grid; "random" is what OpenMidnight released
-drop_path = 0.4
+drop_path = 0.4          # share of the crops that skip a residual branch; the same in every block
 rope_rescale = 0.0       # DINOv3's training augmentation of positions is 2.0; 0 = off
 head_hidden = 2048
 head_weight_norm = True  # DINOv2's last layer; False is DINOv3's
@@ -108,7 +107,7 @@ weight_decay = 0.04
 weight_decay_end = 0.2
 layer_decay = 1.0        # learning rate factor a block, from the last to the first; DINOv3 uses 0.98
 patch_embed_lr = 0.2     # learning rate factor of the patch embedding
-clip_grad = 3.0          # max gradient norm; backbone and each head are clipped separately as in DINOv2; 0 = off
+clip_grad = 3.0          # max gradient norm, of backbone and of each head on its own, as DINOv2 clips; 0 = off
 # ---- schedules, in steps --------------------------------------------------------------------------------------------
 schedule_steps = 0       # length of the cosines; 0 = max_steps. longer than max_steps: the run stops on the way
 warmup_steps = 12_500
@@ -259,7 +258,7 @@ for p in (p for group in groups for p in group["params"]):  # from the start, so
                           "exp_avg_sq": torch.zeros_like(p)}
 centers = {k: torch.zeros(1, K, device=dev) for k, (_, _, K) in head_sizes.items()}
 progress = {"step": 0, "bad_steps": 0, "images": images}
-bad_tiles = {}  # message -> None: of all ranks, in the order of their first appearance
+bad_tiles = {}  # file -> first message, of all ranks
 
 
 def say(message):
@@ -273,7 +272,7 @@ def say(message):
 def state():
     """Everything that a later step depends on; tensors are shards. Random numbers are a function of the step."""
     nets, optim = get_state_dict(torch.nn.ModuleDict({"student": student, "teacher": teacher}), optimizer)
-    texts = {"bad_tiles": json.dumps(list(bad_tiles)), "config": json.dumps(config)}
+    texts = {"bad_tiles": json.dumps(bad_tiles), "config": json.dumps(config)}
     return {"model": nets, "optimizer": optim, "centers": centers, "progress": progress, **texts}
 
 
@@ -308,7 +307,7 @@ def load_checkpoint(step):
              "delete this folder to go on from the one before")
     nets = torch.nn.ModuleDict({"student": student, "teacher": teacher})
     set_state_dict(nets, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-    bad_tiles.update(dict.fromkeys(json.loads(loaded["bad_tiles"])))
+    bad_tiles.update(json.loads(loaded["bad_tiles"]))
     if loaded["progress"]["images"] != images:
         say(f"resume: {images} images a step instead of {loaded['progress']['images']}: other tiles and another "
             "learning rate follow than without the stop")
@@ -362,10 +361,11 @@ if resume:
 if rank == 0:
     with open(f"{out_dir}/config.json", "w") as f:
         json.dump(config, f, indent=1)
-    with open(f"{out_dir}/source.diff", "w") as f:  # the commit and what differs from it
+    with open(f"{out_dir}/source.diff", "w") as f:  # the command, the commit and what differs from it
+        f.write(" ".join(sys.argv) + "\n")
         here = os.path.dirname(os.path.abspath(__file__))
-        for command in ("rev-parse", "diff") if shutil.which("git") else ():
-            f.write(subprocess.run(["git", "-C", here, command, "HEAD"], capture_output=True, text=True).stdout)
+        for command in (["rev-parse", "HEAD"], ["status", "--short"], ["diff", "HEAD"]) if shutil.which("git") else ():
+            f.write(subprocess.run(["git", "-C", here, *command], capture_output=True, text=True).stdout)
 if bach_dir:
     pixels = pixels.to(dev)
     dist.broadcast(pixels, 0)
@@ -406,14 +406,16 @@ def spreading(cls):
 
 
 def note_bad_tiles(messages):
-    """Collect the unreadable tiles of all ranks; each is said once, and too many of them stop the run."""
+    """Collect the unreadable tiles of all ranks, by file; each file is named once, and too many stop the run."""
     everyone = [None] * world
     dist.all_gather_object(everyone, messages)
-    for message in (m for of_rank in everyone for m in of_rank if m not in bad_tiles):
-        bad_tiles[message] = None
-        say(f"replaced an unreadable tile: {message}")
+    for message in (m for of_rank in everyone for m in of_rank):
+        file = message.split(": ")[0]
+        if file not in bad_tiles:
+            bad_tiles[file] = message
+            say(f"unreadable, another tile was drawn instead: {message}")
     if len(bad_tiles) > max_bad_tiles:
-        stop(f"{len(bad_tiles)} unreadable slides or tiles (max_bad_tiles = {max_bad_tiles}):\n" + "\n".join(bad_tiles))
+        stop(f"{len(bad_tiles)} unreadable files (max_bad_tiles = {max_bad_tiles}):\n" + "\n".join(bad_tiles.values()))
 
 
 if progress["step"] == 0:
@@ -500,9 +502,10 @@ for step in range(progress["step"], max_steps):
         saving = time.time()
         export_teacher(done)
         save_checkpoint(done)  # last: a run that resumes here has its export and its rows
+        say(f"saved: {out_dir}/ckpt/{done}, {out_dir}/teacher/{done}.pth")
         clock["start"] += time.time() - saving
 
 # ---- finish ---------------------------------------------------------------------------------------------------------
 bar.close()
-say(f"done: step {progress['step']}, {out_dir}/teacher/{progress['step']}.pth")
+say(f"done: {progress['step']} steps, {out_dir}")
 dist.destroy_process_group()

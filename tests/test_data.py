@@ -153,6 +153,9 @@ class FakeSlide:
         self.path, self.stated, self.asked = path, mpp, []
         FakeSlide.opened.append(path)
 
+    def close(self):
+        FakeSlide.opened.remove(self.path)
+
     def random_tissue(self, rng, size, mpp):
         return rng.integers(1000, size=2).tolist()
 
@@ -223,8 +226,10 @@ def test_openmidnight_sample_lists(slides):
 
 
 @pytest.mark.parametrize("keys, message", [
-    ({}, "exactly one of slides, sample_list, tiles .set now: none"),
-    ({"slides": "a", "tiles": "b"}, "set now: slides, tiles"),
+    ({}, "exactly one of slides, sample_list, tiles .now: none"),
+    ({"slides": "a", "tiles": "b"}, "now: slides, tiles.*--slides= --tiles=DIR"),
+    ({"slides": f"{GOLDEN}/*.npz"}, "none of the first .* opens: .*npz"),
+    ({"slides": str(GOLDEN)}, "it is a folder: try"),
     ({"slides": "/nowhere/*.svs"}, "no file matches /nowhere"), ({"sample_list": "nowhere.txt"}, "no file nowhere.txt"),
     ({"tiles": "nowhere"}, "no folder nowhere"), ({"tiles": str(GOLDEN)}, "no .jpg")])
 def test_missing_data_is_named(keys, message):

@@ -188,7 +188,8 @@ def test_a_step_follows_the_recipe(tiles, tmp_path, monkeypatch):
     spy(model.ViT, "embed", "forward", lambda self, images, mask, grid: (self.training, mask is not None))
     spy(torch, "manual_seed", "seeds", lambda s: s)
     keys = dict(max_steps=6, schedule_steps=10, warmup_steps=3, freeze_last_layer=2, weight_decay=0.1,
-                weight_decay_end=0.3, momentum=0.9, student_temp=0.2, teacher_temp_warmup=4, kde_kappa=4.0, base_lr=0.02, layer_decay=0.5)
+                weight_decay_end=0.3, momentum=0.9, student_temp=0.2, teacher_temp_warmup=4, kde_kappa=4.0,
+                base_lr=0.02, layer_decay=0.5)
     train(monkeypatch, flags(tiles=tiles, **keys, out_dir=tmp_path / "a"))
     cosine = lambda a, b, i, n: b + (a - b) * (1 + np.cos(np.pi * i / n)) / 2  # noqa: E731
     peak = 0.02 * (4 / 1024) ** 0.5
@@ -356,5 +357,5 @@ def test_twenty_steps_on_real_slides(tmp_path, monkeypatch):
     keys = dict(slides=f"{SHARED}/slides/*", mpps="(0.5,1.0)", tile_px=96, max_steps=20, workers=1, log_interval=10)
     run = train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
     assert rows(tmp_path / "a")[-1]["step"] == 20 and run["progress"]["bad_steps"] == 0
-    bad = "\n".join(run["bad_tiles"])
+    bad = "\n".join(run["bad_tiles"].values())
     assert "tcga-cr" in bad and "mpp" in bad and "fluorescence" in bad and "CMU" not in bad and "cmu" not in bad
