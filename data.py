@@ -52,7 +52,8 @@ class Slides:
     def read(self, n, attempt=0):
         rng = np.random.default_rng((self.seed, n - n % self.visit, attempt))
         path = self.paths[rng.integers(len(self.paths))]
-        rng.bit_generator.advance((n % self.visit) << 40)  # each tile of a visit has its own stretch of the stream
+        if n % self.visit:  # each tile of a visit has its own stretch of the stream
+            rng.bit_generator.advance((n % self.visit) << 40)
         slide = self.open(path)
         mpps = [m for m in self.mpps if m * wsi.MAX_ENLARGE >= max(slide.mpp_xy)]
         if not mpps:

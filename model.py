@@ -158,10 +158,11 @@ class Block(nn.Module):
 
     def residual(self, x, shapes, branch):
         """
-        x + branch(x), with drop path over the batch. Instead of zeroing the branch of the dropped crops, it is
-        computed on a random subset of exactly max(int(B * (1 - drop)), 1) crops per resolution and added back times B
-        / kept: the same expectation, and at 0.4 a third of the step's FLOPs less (DINOv2, section 5). Off: drop_path
-        = 0.
+        x + branch(x), with drop path over the batch (DINOv2, section 5; off: drop_path = 0).
+
+        Instead of zeroing the branch of the dropped crops, it is computed on a random subset of exactly
+        max(int(B * (1 - drop)), 1) crops per resolution and added back times B / kept. The expectation is the same; at
+        0.4 a ViT-g step costs a third less.
         """
         if not (self.training and self.drop_path):
             return x + branch(x, shapes)
@@ -447,8 +448,7 @@ def koleo_loss(x):
 def kde_loss(x, kappa=5.0):
     """
     mean_i [logsumexp_{j != i} kappa z_i.z_j - log(n - 1)] over x (n, D) of all ranks: the log of a von Mises-Fisher
-    density estimate at each point, lowest when the points spread over the sphere (Wang and Isola 2020, uniformity). n
-    >= 2.
+    density estimate at each point, lowest when points spread over the sphere (Wang and Isola 2020, uniformity); n > 1.
     """
     z, first = F.normalize(x.float(), dim=-1), 0
     everyone = z
@@ -462,8 +462,7 @@ def kde_loss(x, kappa=5.0):
 def kde_loss_openmidnight(x, kappa=5.0):
     """
     -mean_i log sum_j exp(kappa z_i.z_j) over x (n, D) of this rank, j = i included: OpenMidnight's released code. Its
-    sign rewards collapse (lowest when all points coincide); kept to reproduce that run. Their fp16 sums are fp32
-    here.
+    sign rewards collapse (lowest when all points coincide); kept to reproduce that run, but in fp32.
     """
     z = F.normalize(x.float(), dim=-1)
     return -((kappa * z @ z.T).exp().sum(1) + 1e-9).log().mean()

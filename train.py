@@ -53,7 +53,7 @@ max_bad_tiles = 100      # files with unreadable tiles, all replaced by other dr
 # ---- data: exactly one of slides, sample_list, tiles ----------------------------------------------------------------
 slides = ""              # glob of whole-slide images, read on the fly
 sample_list = ""         # file of lines `path x y level`
-tiles = ""               # folder tree of images, each a tile whatever its size; mpps and tile_px do nothing here
+tiles = ""               # folder tree of images, each a tile whatever its size (mpps, tile_px do nothing)
 bach_dir = ""            # folder that holds ICIAR2018_BACH_Challenge; "" = no curve
 mpps = (0.25, 0.5, 1.0, 2.0)  # um/px, each as likely, of those that a slide is fine enough for (Midnight's set)
 tile_px = 224            # side of the tile that crops are cut from; at 224 the smallest global crop is enlarged 1.8 x
