@@ -49,7 +49,7 @@ save_interval = 2500     # steps a checkpoint and a teacher export; also at the 
 keep_checkpoints = 2     # the newest so many checkpoints; 0 = all. teacher exports are all kept
 keep_every = 0           # also keep every checkpoint at a multiple of so many steps; 0 = none
 max_bad_steps = 10       # steps with a non-finite loss or gradient, all skipped, before the run stops
-max_bad_tiles = 100      # unreadable files, whose tiles are replaced by other draws, before the run stops with their list
+max_bad_tiles = 100      # files with unreadable tiles, replaced by other draws, before the run stops with their list
 # ---- data: exactly one of slides, sample_list, tiles ----------------------------------------------------------------
 slides = ""              # glob of whole-slide images, read on the fly
 sample_list = ""         # file of lines `path x y level`
