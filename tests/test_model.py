@@ -92,14 +92,14 @@ def test_local_crops_use_their_own_norm_in_training_only():
 @pytest.mark.parametrize("name", ["vit_dinov2_reg4_swiglu", "vit_dinov3_hplus_like"])
 def test_drop_path_computes_only_the_kept_crops_and_keeps_the_expectation(name):
     vit, z = build(name, drop_path=0.4)
-    x = [pixels(torch.cat([z["in0/x_uint8"]] * 5)), pixels(torch.cat([z["in1/x_uint8"]] * 6))]
+    x = [pixels(torch.cat([z["in0/x_uint8"]] * 6)[:11]), pixels(torch.cat([z["in1/x_uint8"]] * 6))]
     close(vit(x)[0]["cls"], vit(x[0])["cls"])  # off in eval
     rows = []
     hook = vit.blocks[0].mlp.register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
     torch.manual_seed(0)
     vit.train()(x)
     tokens = [vit.embed(i, None, (i.shape[2] // vit.config.patch_size, i.shape[3] // vit.config.patch_size)) for i in x]
-    assert rows == [6 * tokens[0].shape[1] + 7 * tokens[1].shape[1]]  # int(10 * 0.6) and int(12 * 0.6) crops
+    assert rows == [6 * tokens[0].shape[1] + 7 * tokens[1].shape[1]]  # int(11 * 0.6) and int(12 * 0.6) crops
     hook.remove()
     flat, shapes = torch.cat([t.flatten(0, 1) for t in tokens]), [t.shape[:2] for t in tokens]
     block, ropes = vit.blocks[0], [None, None]
@@ -167,6 +167,20 @@ def test_head_equals_the_reference():
     head.load_state_dict(subset(z, "head_sd/"), strict=True)
     close(head(z["head/x"]), z["head/y"])
     assert set(DINOHead(8, 16, 8, 4, weight_norm=False).state_dict()) >= {"last_layer.weight", "mlp.4.bias"}
+    with torch.no_grad():
+        for p in head.mlp[4].parameters():
+            p.mul_(1e-4)
+    close(head(z["head/x"]), z["head/y"], atol=1e-4)  # only the direction of the bottleneck counts
+
+
+def test_initial_tokens_and_weights():
+    for config, std in ((ViTConfig(depth=1, registers=4), 1e-6), (replace(ARCHS["dinov3_vits16"], depth=1), 0.02)):
+        torch.manual_seed(0)
+        vit = ViT(config)
+        tokens = getattr(vit, vit.registers_name)
+        assert 0.7 * std < tokens.std() < 1.3 * std and vit.mask_token.abs().max() == 0
+        assert 0.018 < vit.blocks[0].attn.qkv.weight.std() < 0.022 and vit.blocks[0].mlp.fc1.bias.abs().max() == 0
+        assert vit.blocks[0].ls1.gamma.unique().tolist() == [pytest.approx(1e-5)]
 
 
 def test_dino_loss_targets_and_gradients():

@@ -84,12 +84,15 @@ def test_twenty_steps_equal_ten_resume_ten_bit_for_bit(tiles, tmp_path, monkeypa
     drop = ("images_per_s", "data_wait")
     a, b = ([{k: v for k, v in r.items() if k not in drop} for r in rows(tmp_path / x)] for x in "ab")
     assert a == b and [r["step"] for r in a] == list(range(21))
+    assert all(c.abs().max() > 0 for c in straight["centers"].values())
     assert straight["progress"]["step"] == 20 and sorted(os.listdir(tmp_path / "b/ckpt")) == ["10", "20"]
 
 
-def test_two_ranks_equal_one_process_on_the_same_global_batch(tiles, tmp_path, monkeypatch):
+@pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
+def test_two_ranks_equal_one_process_on_the_same_global_batch(centering, tiles, tmp_path, monkeypatch):
     """The bug: clipping local gradients before the sync. Clip is low, so that it acts on every step."""
-    keys = dict(tiles=tiles, drop_path=0.0, clip_grad=0.05, freeze_last_layer=0, warmup_steps=0, max_steps=5)
+    keys = dict(tiles=tiles, drop_path=0.0, clip_grad=0.05, freeze_last_layer=0, warmup_steps=0, max_steps=5,
+                centering=centering)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
     subprocess.run(command + flags(**keys, out_dir=tmp_path / "two"), cwd=ROOT, check=True, capture_output=True,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
