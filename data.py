@@ -6,14 +6,14 @@ Sources, one a run (keys of train.py):
     sample_list = "list.txt"        lines `path x y level`: x y in level-0 pixels, tile_px pixels at that pyramid level
     tiles = "/data/tiles"           a folder tree of .jpg .png .tif tiles, each used whole
 
-Order. Sample n of a run is image n % batch of step n // batch, on whatever rank that falls; what it is depends only on
-(seed, n). So a batch is a pure function of (seed, step, rank, world), a resume needs no state, and lists and folders
-are walked so that every index comes exactly once a pass, over all ranks and workers.
+Order. With a global batch of B, sample n of a run is image n % B of step n // B, on whatever rank that falls; what it
+is depends only on (seed, n). So a batch is a pure function of (seed, step, rank, world), a resume needs no state, and
+lists and folders are walked so that every index comes exactly once a pass, over all ranks and workers.
 
-Work is split so that few cores feed a GPU: a worker decodes a tile and cuts its crops as uint8 (1.6 ms a tile of 10
-crops); colour, blur and normalisation run as batched tensor operations on the training device (`augment`), with
-parameters drawn by the worker. Reading from slides costs more: 1-18 ms a tile (wsi.py) and, where the slide is not open
-already, its tissue mask: about 1 s for a large slide, shared by the `tiles_per_visit` samples drawn from it.
+Work is split so that few cores feed a GPU: a worker decodes a tile and cuts its crops as uint8; colour, blur and
+normalisation run as batched tensor operations on the training device (`augment`), with parameters drawn by the
+worker. Reading from slides costs more: 1-18 ms a tile (wsi.py) and, where the slide is not open already, its tissue
+mask: about 1 s for a large slide, shared by the `tiles_per_visit` samples drawn from it.
 
 There is no split here yet: every slide that the keys name is trained on, so keep evaluation patients out of the glob.
 """
@@ -57,7 +57,7 @@ class Slides:
         slide = self.open(path)
         mpps = [m for m in self.mpps if m * wsi.MAX_ENLARGE >= max(slide.mpp_xy)]
         if not mpps:
-            raise wsi.SlideError(f"{path}: {slide.mpp:.3f} um/px is too coarse for every key of mpps={self.mpps}")
+            raise wsi.SlideError(f"{path}: {slide.mpp:.3f} um/px is too coarse for every target in mpps={self.mpps}")
         mpp = float(rng.choice(mpps))
         for _ in range(TISSUE_DRAWS):
             tile = slide.read(*slide.random_tissue(rng, self.tile_px, mpp), self.tile_px, mpp)

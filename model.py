@@ -614,7 +614,7 @@ def init_from_file(vit, path, pos_embed_init="resample"):
     Copy a weight file into a ViT that is to be trained. The learned position table is resampled to the ViT's grid, or
     left as initialised with pos_embed_init = "random" (what OpenMidnight's released run did).
     """
-    state = load_backbone(path, replace(vit.config, pos_grid=37)).state_dict()
+    state = load_backbone(path, vit.config).state_dict()
     c = vit.config
     if c.pos == "learned":
         table = state["pos_embed"]
