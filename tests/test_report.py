@@ -1,0 +1,225 @@
+"""Reports: rows that survive bad slides, defects, overlays in the right place, two sources compared, mean and std."""
+import csv
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+from PIL import Image
+from test_wsi import GLASS, PINK, pyramid, texture, toy_slide, write_slide
+
+import wsi
+from prepare import report
+
+SLIDES = Path(__file__).parents[1] / "../shared/data/slides"
+APERIO = "Aperio Image Library v12|AppMag = {}|MPP = {}|ScanScope ID = SS1234"
+BLUE, GREEN, BLACK = (20, 60, 220), (0, 140, 50), (0, 0, 0)  # of an overlay: tiles, tissue, scale bar
+
+
+def keys(slides, out, **changes):
+    """The keys of wsi.py's command line that reports read."""
+    c = dict(task="report", slides=str(slides), out=str(out), slide_mpp=0.0, mpp_from_objective=False, names="stem",
+             exact_reads=True, mask_dir="", mpps=(0.25, 0.5, 1.0), tile_px=256, overlap=0, min_tissue=0.25, workers=1,
+             patient=r"TCGA-\w\w-\w{4}")
+    return c | {f"mask_{key}": value for key, value in wsi.TISSUE.items()} | changes
+
+
+def row_of(path, **changes):
+    return report.slide_row((str(path), Path(path).stem, keys(path, "", **changes)))
+
+
+def tissue(w, h):
+    return np.where(np.random.default_rng(0).random((h, w, 1)) < 0.3, PINK, (130, 80, 160)).astype(np.uint8)
+
+
+# report
+
+def test_the_report_has_a_row_a_slide_in_order_with_the_slides_own_numbers(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    image = tissue(1024, 900)
+    for name, power in (("TCGA-AB-1234-01Z.svs", 20), ("b.svs", 40)):
+        write_slide(tmp_path / "in" / name, pyramid(image, 3.3), description=APERIO.format(power, 0.5))
+    (tmp_path / "in" / "a.svs").write_bytes(b"no slide")
+    write_slide(tmp_path / "in" / "c.tif", [image])
+    report.report(keys(tmp_path / "in/*", tmp_path / "out", workers=2))
+    rows = list(csv.DictReader(open(tmp_path / "out/report.csv")))
+    assert [row["name"] for row in rows] == ["TCGA-AB-1234-01Z", "a", "b", "c"]
+    good, junk, contradiction, bare = rows
+    expected = dict(
+        patient="TCGA-AB-1234", vendor="aperio", scanner="SS1234", width="1024", height="900", mpp_x="0.5", mpp_y="0.5",
+        mpp_source="openslide.mpp-x", objective_power="20", agree="yes", level_factors="1 3.306", tissue_share="1.0",
+        tissue_mm2="0.233", tiles_1="4", error="", defects="")
+    expected |= {"tiles_0.25": "", "tiles_0.5": "16"}
+    assert {key: good[key] for key in expected} == expected
+    assert "not a slide" in junk["error"] and junk["width"] == "" and junk["patient"] == "a"
+    assert (contradiction["agree"], contradiction["mpp_x"], contradiction["objective_power"]) == ("no", "0.5", "40")
+    assert "objective of 40x" in contradiction["error"] and contradiction["level_factors"] == "1 3.306"
+    assert (bare["vendor"], bare["width"], bare["mpp_x"], bare["agree"]) == ("generic-tiff", "1024", "", "unknown")
+    assert "no usable mpp" in bare["error"] and not any("\n" in row["error"] for row in rows)
+    printed = capsys.readouterr().out
+    assert "1 of 4 slides usable" in printed and "error: a: not a slide" in printed
+    assert any(line.split() == "SS1234 0.500 20 1 0 0.2 0 16 4".split() for line in printed.splitlines())
+    assert os.listdir(tmp_path / "out") == ["report.csv"]  # no unfinished file is left
+
+
+def test_an_empty_glob_is_an_error_that_names_the_pattern(tmp_path):
+    with pytest.raises(ValueError, match="slides: no file matches .*none"):
+        report.report(keys(tmp_path / "none*.svs", tmp_path))
+
+
+@pytest.mark.parametrize("power, agree", [
+    (None, "unknown"), (0, "unknown"), (20, "yes"), (25, "yes"), (40, "no"), (10, "no")])
+def test_mpp_and_power_agree_within_30_percent_even_where_the_mpp_is_stated(tmp_path, power, agree):
+    description = None if power is None else APERIO.format(power, 0.5)
+    path = write_slide(tmp_path / "a.svs", [tissue(300, 300)], description=description)
+    row = row_of(path, slide_mpp=0.5, mpps=(0.5,))
+    assert row["agree"] == agree and row["error"] == "" and row["mpp_source"] == "stated"
+
+
+def kill_itself_on_b(job):
+    if job[1] == "b":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return dict(report.new_row(job), vendor="read")
+
+
+def test_a_killed_worker_costs_its_own_slide_and_no_other(tmp_path, monkeypatch):
+    for name in "abcd":
+        (tmp_path / f"{name}.svs").write_bytes(b"")
+    monkeypatch.setattr(report, "slide_row", kill_itself_on_b)
+    report.report(keys(tmp_path / "*.svs", tmp_path / "out"))
+    rows = list(csv.DictReader(open(tmp_path / "out/report.csv")))
+    assert [(row["name"], row["vendor"]) for row in rows] == [("a", "read"), ("b", ""), ("c", "read"), ("d", "read")]
+    assert "process" in rows[1]["error"] and rows[1]["slide"] == str(tmp_path / "b.svs")
+
+
+def test_an_unforeseen_exception_is_a_row_too_and_keeps_what_was_known(tmp_path, monkeypatch):
+    path = write_slide(tmp_path / "a.tif", [tissue(300, 300)], (0.5, 0.5))
+    monkeypatch.setattr(report, "survey", lambda slide: 1 / 0)
+    row = row_of(path)
+    assert row["error"] == "ZeroDivisionError: division by zero" and row["width"] == 300 and row["mpp_x"] == 0.5
+
+
+def test_a_damaged_slide_and_a_level_that_lies_are_errors_with_the_rest_of_the_row(tmp_path):
+    whole = write_slide(tmp_path / "cut.tif", [texture(1500, 1500)], (0.5, 0.5))
+    os.truncate(whole, os.path.getsize(whole) // 2)
+    row = row_of(whole)
+    assert row["error"] and row["width"] == 1500 and row["mpp_x"] == 0.5
+    image = tissue(2048, 2048)
+    lie = write_slide(tmp_path / "lie.tif", [image, np.ascontiguousarray(image[:512, :512][::-1])], (0.5, 0.5))
+    row = row_of(lie)
+    assert "level 1 does not show" in row["error"] and row["level_factors"] == "1 4"
+
+
+def test_pen_is_found_with_its_share_and_a_clean_slide_has_no_defects(tmp_path):
+    toy_slide(tmp_path / "pen.tif", factors=(4,))
+    row = row_of(tmp_path / "pen.tif")
+    assert row["defects"].startswith("pen ") and float(row["defects"].split()[1]) == pytest.approx(13.1, abs=1)
+    toy_slide(tmp_path / "glass.tif", tissue=False)
+    row = row_of(tmp_path / "glass.tif")
+    assert row["defects"].endswith("; no tissue") and (row["tissue_share"], row["tiles_0.5"]) == (0, 0)
+    assert row["error"] == "" and row["sharpness"] == ""
+
+
+def test_a_black_border_is_told_from_pen_and_from_a_dark_slide(tmp_path):
+    image = np.full((1024, 2048, 3), GLASS, np.uint8)
+    image[300:700, 600:1600] = tissue(1000, 400)
+    image[:, :256] = 5
+    row = row_of(write_slide(tmp_path / "border.tif", [image], (0.5, 0.5)))
+    assert row["defects"].startswith("black border 12.5 %") and "pen" not in row["defects"]
+    row = row_of(write_slide(tmp_path / "dark.tif", [np.zeros((600, 600, 3), np.uint8)], (0.5, 0.5)))
+    assert row["defects"] == "dark (fluorescence?) 100.0 %; no tissue"
+
+
+def test_unscanned_area_is_found_by_its_transparency(tmp_path, monkeypatch):
+    path = write_slide(tmp_path / "sparse.tif", pyramid(tissue(2048, 2048), 4), (0.5, 0.5))
+    read = openslide.OpenSlide.read_region
+
+    def sparse(self, location, level, size):
+        rgba = np.array(read(self, location, level, size))
+        left = int(512 / self.level_downsamples[level] - location[0] / self.level_downsamples[level])
+        rgba[:, :max(left, 0)] = 0
+        return Image.fromarray(rgba)
+    monkeypatch.setattr(openslide.OpenSlide, "read_region", sparse)
+    assert "unscanned 25.0 %" in row_of(path)["defects"]
+
+
+def test_a_slide_out_of_focus_is_called_blurred(tmp_path):
+    sharp = np.repeat(tissue(256, 256), 8, 0).repeat(8, 1)
+    soft = np.full((2048, 2048, 3), PINK, np.uint8)
+    rows = [row_of(write_slide(tmp_path / f"{i}.tif", [image], (0.5, 0.5))) for i, image in enumerate((sharp, soft))]
+    assert "blurred" not in rows[0]["defects"] and rows[1]["defects"] == "blurred"
+    assert rows[0]["sharpness"] > 50 > rows[1]["sharpness"]
+
+
+# overlay
+
+def overlay_of(tmp_path, image, mpp, **changes):
+    path = write_slide(tmp_path / "slide.tif", pyramid(image, 4), mpp)
+    report.overlay(keys(path, tmp_path / "out", task="overlay", **changes))
+    return wsi.Slide(path), np.asarray(Image.open(tmp_path / "out/slide.png"))
+
+
+def near(picture, colour, reach=90):
+    return np.abs(picture.astype(int) - colour).sum(-1) < reach
+
+
+@pytest.mark.parametrize("mpp", [(0.5, 0.5), (1.0, 0.5)])
+def test_an_overlay_shows_tiles_tissue_and_a_scale_bar_where_they_are(tmp_path, mpp):
+    image = np.full((2600, 4000, 3), GLASS, np.uint8)
+    image[640:1664, 1024:2048] = tissue(1024, 1024)
+    slide, picture = overlay_of(tmp_path, image, mpp, mpps=(0.25, 1.0), tile_px=128)
+    um = max(4000 * mpp[0], 2600 * mpp[1]) / report.OVERLAY_PX
+    height = round(2600 * mpp[1] / um)
+    assert picture.shape[1] == 1600 and height < picture.shape[0] < height + 200  # true aspect, then a caption
+    xy, _ = slide.grid(128, 1.0)
+    assert len(xy) > 10
+    lines = near(picture, BLUE, 200) | near(picture, GREEN)
+    side = int(128 / um)
+    for x, y in np.rint(xy * mpp / um).astype(int):
+        for edge in (0, side):  # left and right, upper and lower
+            assert lines[y:y + side, x + edge - 1:x + edge + 2].any(1).mean() > 0.95
+            assert lines[y + edge - 1:y + edge + 2, x:x + side].any(0).mean() > 0.95
+    others = near(picture, BLUE, 200)
+    others[round(640 * mpp[1] / um) - side:round(1664 * mpp[1] / um) + side,
+           round(1024 * mpp[0] / um) - side:round(2048 * mpp[0] / um) + side] = False
+    assert not others.any(), "there are lines where there is no tile"
+    rows, columns = np.nonzero(near(picture[:height], GREEN))
+    box = np.array([columns.min(), columns.max(), rows.min(), rows.max()]) * um
+    truth = np.array([1024, 2048, 1024 * 0.625, 1664]) * np.repeat(mpp, 2)
+    assert np.abs(box - truth).max() < 40, "the outline is not where the tissue is"
+    bar = near(picture[height + 22, :1000], BLACK, 1).nonzero()[0]
+    length = {0.5: 0.5, 1.0: 1.0}[mpp[0]]  # mm: the slides are 2 and 4 mm wide
+    assert bar[0] == 12 and np.flatnonzero(np.diff(bar) > 1)[:1] + 1 == pytest.approx(length * 1000 / um, abs=1)
+
+
+@pytest.mark.parametrize("width, length", [(4, 1), (30, 1), (3, 1), (2, 0.5), (1.1, 0.2), (0.05, 0.01), (100, 20)])
+def test_the_scale_bar_is_1_mm_or_a_round_length_that_fits(width, length):
+    assert report.scale_bar(width) == pytest.approx(length)
+
+
+def test_a_small_slide_is_not_enlarged_and_its_caption_is_not_cut(tmp_path):
+    _, picture = overlay_of(tmp_path, tissue(200, 300), (0.5, 0.5), mpps=(0.5,))
+    assert picture.shape[1] > 300 and near(picture[:300, 200:], (255, 255, 255), 1).all()
+    assert near(picture[300:, -10:], (255, 255, 255), 1).all()
+
+
+def test_slides_that_cannot_be_drawn_are_named_and_the_others_are_drawn(tmp_path, capsys):
+    write_slide(tmp_path / "good.tif", [tissue(300, 300)], (0.5, 0.5))
+    write_slide(tmp_path / "bare.tif", [tissue(300, 300)])
+    report.overlay(keys(tmp_path / "*.tif", tmp_path / "out", task="overlay"))
+    assert os.listdir(tmp_path / "out") == ["good.png"]
+    printed = capsys.readouterr().out
+    assert "error: bare: no usable mpp" in printed and "1 of 2 slides drawn" in printed
+
+
+@pytest.mark.skipif(not SLIDES.is_dir(), reason="the real slides are not in ../shared/data/slides")
+def test_the_real_slides_are_told_apart(tmp_path):
+    rows = {row["name"]: row for row in report.report(keys(SLIDES / "*", tmp_path, workers=2))}
+    assert rows["CMU-1-Small-Region"]["agree"] == "yes" and rows["cmu1-4x-pyramid"]["agree"] == "unknown"
+    assert rows["cmu1-4x-pyramid"]["level_factors"] == "1 4.002 16.06"
+    assert rows["CMU-1-Small-Region"]["tiles_0.25"] == "" and rows["CMU-1-Small-Region"]["tiles_0.5"] > 20
+    assert "no tissue" in rows["hamamatsu-fluorescence"]["defects"] and rows["hamamatsu-fluorescence"]["error"] == ""
+    assert "no usable mpp" in rows["tcga-cr-7395-01a-01-ts1"]["error"]
+    assert rows["tcga-cr-7395-01a-01-ts1"]["vendor"] == "aperio"
