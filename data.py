@@ -1,196 +1,40 @@
 """
-Tiles, crops and masks, and the order in which they come.
-
-Sources, one a run (keys of train.py):
-    slides = "/data/TCGA/*.svs"     tiles read on the fly, at a target mpp, from random places with tissue
-    sample_list = "list.txt"        lines `path x y level`: x y in level-0 pixels, tile_px pixels at that pyramid level
-    tiles = "/data/tiles"           a folder tree of .jpg .png .tif tiles, each used whole
+Batches: crops, masks and colour, and the order in which samples come. Where tiles come from: sources.py.
 
 Order. With a global batch of B, sample n of a run is image n % B of step n // B, on whatever rank that falls; what it
-is depends only on (seed, n). So a batch is a pure function of (seed, step, rank, world), a resume needs no state, and
-lists and folders are walked so that every index comes exactly once a pass, over all ranks and workers.
+is depends only on (seed, n). So a batch is a pure function of (seed, step, rank, world), the position of a run is one
+number, the samples taken so far, and a resume with other ranks or another batch goes on behind it: every index of a
+list or folder comes exactly once a pass, over all ranks and workers.
+
+Before training, with train.py's keys and config files (prepare/compare.py):
+
+    python data.py --task=stats config/vitg.py --samples=10000                      # mean and std, to paste as `norm`
+    python data.py --task=compare --a=config/vitg.py --b='config/vitg.py --exact_reads=false' --out=out/compare
 
 Work is split so that few cores feed a GPU: a worker decodes a tile and cuts its crops as uint8; colour, blur and
 normalisation run as batched tensor operations on the training device (`augment`), with parameters drawn by the
 worker. Reading from slides costs more: 1-18 ms a tile (wsi.py) and, where the slide is not open already, its tissue
-mask: about 1 s for a large slide, shared by the `tiles_per_visit` samples drawn from it.
-
-There is no split here yet: every slide that the keys name is trained on, so keep evaluation patients out of the glob.
+mask: about 1 s for a large slide, shared by the `tiles_per_visit` samples drawn from it, or 3 ms from `mask_dir`.
 """
-import functools
-import hashlib
-import os
-from array import array
+import ast
+import shlex
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-import wsi
+import model
+from sources import READ_ERRORS, open_source  # noqa: F401  open_source is for callers
 
 ATTEMPTS = 100  # draws for one sample before its source is given up
-TISSUE_DRAWS = 20  # places in a slide before it counts as one without enough tissue; of masked ones, 9 in 10 pass
-READ_ERRORS = (wsi.SlideError, OSError, SyntaxError, Image.DecompressionBombError)  # PIL reports damage in several ways
-
-# ---- sources: read(n, attempt) -> uint8 (H, W, 3), or one of READ_ERRORS; attempt > 0 is a replacement ---------------
-
-
-class Slides:
-    """
-    Random tissue tiles of tile_px pixels at one of several mpp, from slides kept open in a per-process LRU.
-
-    `visit` consecutive samples come from one slide: opening it and masking its tissue costs up to a second.
-    """
-
-    def __init__(self, pattern, mpps, tile_px, seed=0, visit=1, slide_mpp=0.0, tissue_share=0.6, open_slides=16):
-        self.paths, self.mpps, self.tile_px, self.tissue_share = expand(pattern, "slides"), mpps, tile_px, tissue_share
-        self.seed, self.visit = seed, visit
-        self.open = functools.lru_cache(open_slides)(lambda path: wsi.Slide(path, slide_mpp or None))
-
-    def read(self, n, attempt=0):
-        rng = np.random.default_rng((self.seed, n - n % self.visit, attempt))
-        path = self.paths[rng.integers(len(self.paths))]
-        if n % self.visit:  # each tile of a visit has its own stretch of the stream
-            rng.bit_generator.advance((n % self.visit) << 40)
-        slide = self.open(path)
-        mpps = [m for m in self.mpps if m * wsi.MAX_ENLARGE >= max(slide.mpp_xy)]
-        if not mpps:
-            raise wsi.SlideError(f"{path}: {slide.mpp:.3f} um/px is too coarse for every target in mpps={self.mpps}")
-        mpp = float(rng.choice(mpps))
-        for _ in range(TISSUE_DRAWS):
-            tile = slide.read(*slide.random_tissue(rng, self.tile_px, mpp), self.tile_px, mpp)
-            if wsi.is_tissue(tile, self.tissue_share):
-                return tile
-        share = f"{self.tissue_share:.0%} tissue at {mpp} um/px"
-        raise wsi.SlideError(f"{path}: no tile of {share} in {TISSUE_DRAWS} draws")
-
-
-class SampleList:
-    """OpenMidnight's lists, held as arrays: 13 bytes a line and one string a slide."""
-
-    def __init__(self, file, tile_px, seed, open_slides=16):
-        ids, self.tile_px, self.seed = {}, tile_px, seed
-        self.slide, self.x, self.y, self.level = array("I"), array("i"), array("i"), array("B")
-        if not os.path.isfile(file):
-            raise ValueError(f"sample_list: no file {file}")
-        with open(file) as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    path, x, y, level = line.rsplit(maxsplit=3)  # a path may hold spaces
-                    row = int(x), int(y), int(level)
-                    for column, value in zip((self.x, self.y, self.level), row):
-                        column.append(value)
-                except (ValueError, OverflowError):
-                    raise ValueError(f"{file}, line {number}: not 'path x y level': {line.strip()!r}") from None
-                self.slide.append(ids.setdefault(path, len(ids)))
-        self.paths = list(ids)
-        if not self.paths:
-            raise ValueError(f"{file}: the sample list is empty")
-        # mpp 1 is stated because levels, not mpp, set the scale here: a slide that does not know its mpp may be listed
-        self.open = functools.lru_cache(open_slides)(lambda path: wsi.Slide(path, 1.0))
-
-    def __len__(self):
-        return len(self.slide)
-
-    def read(self, n, attempt=0):
-        i = pick(n, attempt, len(self), self.seed)
-        slide = self.open(self.paths[self.slide[i]])
-        return slide.read_level(self.x[i], self.y[i], self.tile_px, self.level[i])
-
-
-class Tiles:
-    """A folder tree of images, each a tile of its own size."""
-
-    def __init__(self, folder, seed):
-        if not os.path.isdir(folder):
-            raise ValueError(f"tiles: no folder {folder}")
-        endings = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
-        self.paths = sorted(str(p) for p in Path(folder).rglob("*") if p.suffix.lower() in endings)
-        self.seed = seed
-        if not self.paths:
-            raise ValueError(f"tiles: no {' '.join(endings)} files under {folder}")
-
-    def __len__(self):
-        return len(self.paths)
-
-    def read(self, n, attempt=0):
-        path = self.paths[pick(n, attempt, len(self), self.seed)]
-        try:
-            with Image.open(path) as image:
-                return np.array(image.convert("RGB"))
-        except READ_ERRORS as e:
-            raise OSError(f"{path}: {' '.join(str(e).split())}") from None
-
-
-def open_source(c):
-    """The one source that the keys name. Raises ValueError naming what is missing, before anything is built."""
-    named = [k for k in ("slides", "sample_list", "tiles") if c[k]]
-    if len(named) != 1:
-        remedy = "unset the others, as in --slides= --tiles=DIR" if named else "prepare/toy.py makes a world to try"
-        raise ValueError(f"set exactly one of slides, sample_list, tiles (now: {', '.join(named) or 'none'}); {remedy}")
-    if named == ["slides"]:
-        source = Slides(c["slides"], c["mpps"], c["tile_px"], c["seed"], c["tiles_per_visit"], c["slide_mpp"],
-                        c["tissue_share"], c["open_slides"])
-        refuse_if_none_opens(source.paths[:20], c["slide_mpp"] or None)
-        return source
-    if named == ["sample_list"]:
-        return SampleList(c["sample_list"], c["tile_px"], c["seed"], c["open_slides"])
-    return Tiles(c["tiles"], c["seed"])
-
-
-def refuse_if_none_opens(paths, mpp):
-    """A pattern that matches the wrong files should not cost a start; single bad slides are replaced while training."""
-    errors = []
-    for path in paths:
-        try:
-            return wsi.Slide(path, mpp).close()
-        except wsi.SlideError as e:
-            errors.append(e)
-    hint = "; are these tiles? then --slides= --tiles=FOLDER" if paths[0].endswith((".jpg", ".jpeg", ".png")) else ""
-    raise ValueError(f"slides: none of the first {len(paths)} opens{hint}: {errors[0]}")
-
-
-def expand(pattern, key):
-    path = Path(pattern)
-    paths = sorted(str(p) for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file())
-    if not paths:
-        hint = f"; it is a folder: try '{pattern}/*.svs'" if path.is_dir() else ""
-        raise ValueError(f"{key}: no file matches {pattern}{hint}")
-    return paths
-
-
-def pick(n, attempt, size, seed):
-    """Index of sample n in a list of `size`: the walk's at the first attempt, a random one for a replacement."""
-    return shuffled(n, size, seed) if attempt == 0 else int(np.random.default_rng((seed, n, attempt)).integers(size))
-
-
-def shuffled(n, size, seed):
-    """
-    Element n of an endless walk over range(size) that visits each index once a pass, in a new random order each pass.
-
-    A keyed permutation by a 4-round Feistel network (Luby and Rackoff 1988) walked until it lands in range: no memory
-    and no start-up for 29 million tiles, where a shuffled index costs 116 MB a worker and a second a pass.
-    """
-    epoch, i = divmod(n, size)
-    half = max((size - 1).bit_length() + 1, 2) // 2
-    while True:
-        left, right = i >> half, i & ((1 << half) - 1)
-        for r in range(4):
-            digest = hashlib.blake2b(f"{seed},{epoch},{r},{right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "little") & ((1 << half) - 1))
-        i = left << half | right
-        if i < size:
-            return i
-
 
 # ---- crops and masks, in the worker ---------------------------------------------------------------------------------
 
 
-def sample_numbers(step, rank, world, batch):
-    """The numbers of the `batch` samples of this rank at this step."""
-    first = (step * world + rank) * batch
+def sample_numbers(step, rank, world, batch, offset=0):
+    """The numbers of the `batch` samples of this rank at this step, `offset` further on than from the start."""
+    first = offset + (step * world + rank) * batch
     return range(first, first + batch)
 
 
@@ -206,11 +50,12 @@ class Batches(torch.utils.data.Dataset):
     global_crops uint8 (2B, 3, S, S), local_crops uint8 (L*B, 3, s, s), global_colour and local_colour (their parameters
     for `augment`), masks bool (2B, N), masked int64 (M) indices into the 2B*N patches, mask_weights (M) one over the
     masked patches of that crop, bad (messages of unreadable tiles that were replaced). Without crops if a tile could
-    not be replaced. `c` holds train.py's keys, `grid` the patches along a global crop's side.
+    not be replaced. `c` holds train.py's keys, `grid` the patches along a global crop's side, `offset` the samples
+    taken so far less what as many steps would take now: 0 unless a resume has changed the ranks or the batch.
     """
 
-    def __init__(self, source, c, grid, rank=0, world=1):
-        self.source, self.c, self.grid, self.rank, self.world = source, c, grid, rank, world
+    def __init__(self, source, c, grid, rank=0, world=1, offset=0):
+        self.source, self.c, self.grid, self.rank, self.world, self.offset = source, c, grid, rank, world, offset
 
     def __len__(self):
         return self.c["max_steps"]
@@ -219,7 +64,8 @@ class Batches(torch.utils.data.Dataset):
         if torch.utils.data.get_worker_info():
             torch.set_num_threads(1)
         c, bad = self.c, []
-        images = [self.image(n, bad) for n in sample_numbers(step, self.rank, self.world, c["batch_size"])]
+        numbers = sample_numbers(step, self.rank, self.world, c["batch_size"], self.offset)
+        images = [self.image(n, bad) for n in numbers]
         if None in images:
             return {"bad": bad}
         batch = {"bad": bad}
@@ -238,7 +84,7 @@ class Batches(torch.utils.data.Dataset):
         c, tile = self.c, None
         for attempt in range(ATTEMPTS):
             try:
-                tile = self.source.read(n, attempt)
+                tile, _ = self.source.read(n, attempt)
                 break
             except READ_ERRORS as e:
                 bad.append(" ".join(str(e).split()))
@@ -348,7 +194,7 @@ def augment(crops, colour, c, device):
             x[i] = jitter(x[i], p[i, 5 + k])
     x[on["gray"]] = gray(x[on["gray"]]).expand(-1, 3, -1, -1)
     x[on["blur"]] = gaussian_blur(x[on["blur"]], p[on["blur"], 10, 0, 0, 0])
-    mean, std = (torch.tensor(c[k], device=device)[:, None, None] for k in ("norm_mean", "norm_std"))
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in model.norm_values(c["norm"]))
     return (x - mean) / std
 
 
@@ -405,3 +251,38 @@ def gaussian_blur(x, sigma, size=9):
     x = F.pad(x.reshape(1, n * C, H, W), [size // 2] * 4, mode="reflect")
     x = F.conv2d(F.conv2d(x, k[:, None, :, None], groups=n * C), k[:, None, None, :], groups=n * C)
     return x.reshape(n, C, H, W)
+
+
+# ---- python data.py --task=... --------------------------------------------------------------------------------------
+
+
+def train_keys():
+    """train.py's keys and their defaults, read from its source: importing it would train."""
+    text = Path(__file__).with_name("train.py").read_text().partition("\nconfig = configure(")[0]
+    pairs = [(a.targets[0].id, a.value) for a in ast.parse(text).body if isinstance(a, ast.Assign)]
+    return {name: ast.literal_eval(value) for name, value in pairs}
+
+
+if __name__ == "__main__":
+    from configurator import configure
+    from prepare import compare
+
+    task = ""       # "stats" of one source, or "compare" of two; both take train.py's keys and config files
+    samples = 2000  # tiles, of each
+    out = ""        # folder for compare's table and picture
+    a = b = ""      # of compare: two command lines of train.py, such as --a="config/toy.py --exact_reads=false"
+    own = {"task": task, "samples": samples, "out": out, "a": a, "b": b}
+    config = configure(train_keys() | own)
+    try:
+        if config["task"] == "stats":
+            compare.stats(config)
+        elif config["task"] == "compare" and config["a"] and config["b"] and config["out"]:
+            for side in "ab":
+                print(f"--{side}={config[side]}")
+                common = {key: config[key] for key in train_keys()}
+                config[side] = configure(common, shlex.split(config[side]))
+            compare.compare(config)
+        else:
+            raise ValueError("--task=stats --slides=... (or another source), or --task=compare --a= --b= --out=")
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"data.py: {e}") from None

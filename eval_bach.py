@@ -46,7 +46,7 @@ RUNS, SEED, MAX_STEPS = 5, 42, 12500  # head r is seeded with SEED + r
 TRAIN_INDEX = [i for first, end in TRAIN_RANGES for i in range(first, end)]
 VAL_INDEX = sorted(set(range(400)) - set(TRAIN_INDEX))
 LABELS = torch.arange(400) // 100
-IMAGENET_NORM = {"norm_mean": (0.485, 0.456, 0.406), "norm_std": (0.229, 0.224, 0.225)}
+IMAGENET_NORM = dict(zip(("norm_mean", "norm_std"), model.NORMS["imagenet"]))
 REMEDY = "bach_dir must hold ICIAR2018_BACH_Challenge/ as unzipped from zenodo.org/records/3632035"
 
 
@@ -297,7 +297,8 @@ def score_weights(weights, bach_dir, arch, device, norms):
     backbone = model.load_backbone(weights, arch or None).to(device)
     file = torch.load(weights, map_location="cpu", mmap=True, weights_only=True) if zipfile.is_zipfile(weights) else {}
     stored = file.get("config") or {}
-    norms = {k: v or stored.get(k) or IMAGENET_NORM[k] for k, v in norms.items()}
+    theirs = dict(zip(IMAGENET_NORM, model.norm_values(stored.get("norm"))))
+    norms = {k: v or stored.get(k) or theirs[k] for k, v in norms.items()}  # older teachers store norm_mean, norm_std
     if any(not isinstance(v, (tuple, list)) or len(v) != 3 for v in norms.values()):
         raise ValueError(f"{norms}: give three numbers each, such as --norm_mean=0.5,0.5,0.5")
     pixels = load_pixels(bach_dir)

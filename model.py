@@ -67,6 +67,25 @@ ARCHS["dinov3_vith16plus"] = _dinov3(1280, 32, 20, "swiglu", 5120)
 ARCHS["dinov3_vit7b16"] = _dinov3(4096, 40, 32, "swiglu", 8192, qkv_bias=False, local_cls_norm=True)
 ARCHS["toy"] = ViTConfig(14, 128, 4, 2, "mlp", 512, registers=4, pos_grid=16, layerscale=1.0)  # minutes on two cores
 
+# ---- normalisation of the input -------------------------------------------------------------------------------------
+
+NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # mean and std; Meta's released backbones
+         "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}  # Midnight, Kaiko
+
+
+def norm_values(norm):
+    """(mean, std), three numbers each, of a name in NORMS, of None (imagenet) or of (mean, std) itself."""
+    values = NORMS["imagenet"] if norm is None else NORMS.get(norm) if isinstance(norm, str) else norm
+    try:
+        mean, std = ((float(r), float(g), float(b)) for r, g, b in values)
+        if min(std) > 0:
+            return mean, std
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"norm = {norm!r}: give {', '.join(map(repr, NORMS))}, or (mean, std) of three numbers each, "
+                     "std above 0")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # blocks. tokens of all resolutions travel as one flat (T, D) tensor: norms and linear layers see all of them at once,
 # which halves the sharded all-gathers of two separate calls; attention runs once per resolution, on (B, N) in

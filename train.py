@@ -11,8 +11,9 @@ Continual DINO + iBOT pretraining of a vision transformer on H&E tiles, with its
     go on after a stop     the same command with --resume=true
 
 A step is a pure function of (config, seed, step): tiles, crops, masks and drop path are drawn from seeds that hold the
-step, so a resumed run equals an uninterrupted one, bit for bit on a CPU. Student and teacher are sharded with FSDP2 on
-every device count, one included; on a GPU parameters compute in bf16 and gradients are reduced in fp32.
+step, so a resumed run equals an uninterrupted one, bit for bit on a CPU; on other ranks or with another batch it takes
+the samples that come next. Student and teacher are sharded with FSDP2 on every device count, one included; on a GPU
+parameters compute in bf16 and gradients are reduced in fp32.
 """
 import json
 import math
@@ -34,6 +35,7 @@ from tqdm import tqdm
 import data
 import eval_bach
 import model
+import sources
 from configurator import configure
 
 # ---- run ------------------------------------------------------------------------------------------------------------
@@ -50,14 +52,25 @@ keep_checkpoints = 2     # the newest so many checkpoints; 0 = all. teacher expo
 keep_every = 0           # also keep every checkpoint at a multiple of so many steps; 0 = none
 max_bad_steps = 10       # steps with a non-finite loss or gradient, all skipped, before the run stops
 max_bad_tiles = 100      # files with unreadable tiles, replaced by other draws, before the run stops with their list
-# ---- data: exactly one of slides, sample_list, tiles ----------------------------------------------------------------
+# ---- data: exactly one of the first six (sources.py) ----------------------------------------------------------------
 slides = ""              # glob of whole-slide images, read on the fly
 sample_list = ""         # file of lines `path x y level`
+shards = ""              # folder or glob of .tar shards with their .json, as wsi.py --task=tiles writes them
+parquet = ""             # folder or glob of .parquet with image bytes, medarc/TCGA-12K-parquet's columns; needs pyarrow
 tiles = ""               # folder tree of images, each a tile whatever its size (mpps, tile_px do nothing)
+mix = ()                 # several: ((kind, path, weight), ...), e.g. (("slides", "a/*.svs", 0.8), ("shards", "b", 0.2))
 bach_dir = ""            # folder that holds ICIAR2018_BACH_Challenge; "" = no curve
+holdout = 0.0            # share of the patients never trained on, by a hash of their names, whatever the seed; 0 = none
+patient = r"TCGA-\w\w-\w{4}"  # regular expression of the patient in a file's name; a slide without is its own patient
 mpps = (0.25, 0.5, 1.0, 2.0)  # um/px, each as likely, of those that a slide is fine enough for (Midnight's set)
+mpp_range = ()           # (low, high) um/px, log-uniform, as far as a slide is fine enough, instead of mpps; () = mpps
+eval_mpp = 0.5           # um/px of which a range has more: where the encoder will be used
+eval_share = 0.5         # share of a range's tiles at exactly eval_mpp; 0 = none
 tile_px = 224            # side of the tile that crops are cut from; at 224 the smallest global crop is enlarged 1.8 x
 slide_mpp = 0.0          # um/px of level 0 of every slide, overriding what the files say; 0 = believe the files
+mpp_from_objective = False  # where nothing better is stated, take 10 / objective power: a guess, off by up to 50 %
+exact_reads = True       # undo OpenSlide's interpolation (wsi.py); False is the old way
+mask_dir = ""            # folder that keeps tissue masks, filled at each slide's first visit; "" = masks are made anew
 tiles_per_visit = 4      # consecutive samples from one slide: opening and masking it costs up to a second
 tissue_share = 0.6       # share of a tile's pixels in Midnight's H&E range of HSV
 open_slides = 16         # slides kept open in each worker; OpenSlide caches up to 32 MiB for each
@@ -75,8 +88,7 @@ jitter = (0.2, 0.2, 0.1, 0.05)  # brightness, contrast, saturation, hue
 jitter_prob = 0.8
 gray_prob = 0.2
 blur_prob = (0.0, 0.9, 0.5)  # share of first global, second global, local crops; DINOv2's code inverts its own keys
-norm_mean = (0.485, 0.456, 0.406)  # ImageNet's, as the released backbones expect
-norm_std = (0.229, 0.224, 0.225)
+norm = None              # "imagenet", "half" (0.5) or (mean, std) of RGB in 0-1; None = imagenet, as Meta's weights
 mask_prob = 0.5          # share of global crops with masked patches for iBOT
 mask_ratio = (0.1, 0.45) # share of masked patches, stratified over the masked crops
 # ---- model ----------------------------------------------------------------------------------------------------------
@@ -137,13 +149,13 @@ for key, known in choices.items():
         stop(f"{key} = {config[key]!r}; known: {', '.join(map(repr, known))}")
 rules = {
     "more than 0": (lambda x: x > 0, """batch_size log_interval tile_px global_px local_px mpps open_slides
-        tiles_per_visit student_temp teacher_temp teacher_temp_start norm_std base_lr layer_decay head_hidden mask_prob
-        dino_prototypes dino_bottleneck ibot_prototypes ibot_bottleneck local_scale global_scale"""),
+        tiles_per_visit student_temp teacher_temp teacher_temp_start eval_mpp mpp_range base_lr layer_decay head_hidden
+        mask_prob dino_prototypes dino_bottleneck ibot_prototypes ibot_bottleneck local_scale global_scale"""),
     "at least 0": (lambda x: x >= 0, """seed max_steps eval_interval save_interval keep_checkpoints keep_every workers
         slide_mpp local_crops clip_grad warmup_steps freeze_last_layer teacher_temp_warmup schedule_steps weight_decay
-        jitter hed_nats rope_rescale mask_ratio betas max_bad_steps max_bad_tiles"""),
+        jitter hed_nats rope_rescale mask_ratio betas max_bad_steps max_bad_tiles eval_share holdout"""),
     "at most 1": (lambda x: x <= 1, """tissue_share mask_prob mask_ratio global_scale local_scale hed_prob jitter_prob
-        gray_prob blur_prob drop_path momentum momentum_end betas layer_decay"""),
+        gray_prob blur_prob drop_path momentum momentum_end betas layer_decay eval_share holdout"""),
 }
 for rule, (holds, names) in rules.items():
     for key in names.split():
@@ -151,11 +163,17 @@ for rule, (holds, names) in rules.items():
         if not all(isinstance(x, (int, float)) and holds(x) for x in values):
             stop(f"{key} = {config[key]!r}: must be {rule}")
 lengths = {"global_scale": 2, "local_scale": 2, "mask_ratio": 2, "betas": 2, "jitter": 4, "blur_prob": 3,
-           "norm_mean": 3, "norm_std": 3}
+           "mpp_range": 2 * bool(mpp_range)}
 for key in [k for k, n in lengths.items() if len(config[k]) != n]:
     stop(f"{key} = {config[key]}: give {lengths[key]} numbers")
-for key in [k for k in ("global_scale", "local_scale", "mask_ratio") if config[k][0] > config[k][1]]:
+for key in [k for k in ("global_scale", "local_scale", "mask_ratio", "mpp_range") if sorted(config[k]) != [*config[k]]]:
     stop(f"{key} = {config[key]}: give the smaller number first")
+if not mpps:
+    stop("mpps = (): give at least one um/px")
+try:
+    norm_mean, norm_std = model.norm_values(norm)
+except ValueError as e:
+    stop(e)
 if device == "cuda" and not torch.cuda.is_available():
     stop("device = 'cuda', but torch sees no GPU; --device=cpu runs without")
 patch = model.ARCHS[arch].patch_size
@@ -215,7 +233,7 @@ if weights and not os.path.isfile(weights):
 if rank == 0 and not resume and os.path.isdir(out_dir) and os.listdir(out_dir):
     stop(f"{out_dir} is not empty: go on with --resume=true, delete it, or choose another --out_dir")
 try:
-    source = data.open_source(config)
+    source = sources.open_source(config)
     pixels = torch.empty(400, 3, 224, 224, dtype=torch.uint8)  # decoded once, on rank 0: 60 MB
     if bach_dir and rank == 0:
         pixels = eval_bach.load_pixels(bach_dir)
@@ -257,7 +275,7 @@ for p in (p for group in groups for p in group["params"]):  # from the start, so
     optimizer.state[p] = {"step": torch.zeros((), device=dev), "exp_avg": torch.zeros_like(p),
                           "exp_avg_sq": torch.zeros_like(p)}
 centers = {k: torch.zeros(1, K, device=dev) for k, (_, _, K) in head_sizes.items()}
-progress = {"step": 0, "bad_steps": 0, "images": images}
+progress = {"step": 0, "bad_steps": 0, "samples": 0, "images": images}  # samples taken; images in a step
 bad_tiles = {}  # file -> first message, of all ranks
 
 
@@ -308,9 +326,10 @@ def load_checkpoint(step):
     nets = torch.nn.ModuleDict({"student": student, "teacher": teacher})
     set_state_dict(nets, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
     bad_tiles.update(json.loads(loaded["bad_tiles"]))
-    if loaded["progress"]["images"] != images:
-        say(f"resume: {images} images a step instead of {loaded['progress']['images']}: other tiles and another "
-            "learning rate follow than without the stop")
+    before = loaded["progress"]["images"]
+    if before != images:
+        say(f"resume: {images} images a step instead of {before}: the learning rate's peak is {peak_lr:.4g} instead of "
+            f"{base_lr * math.sqrt(before / 1024):.4g}; the data go on where they stopped, schedules count steps")
     progress.update({**loaded["progress"], "images": images})
 
 
@@ -369,7 +388,7 @@ if rank == 0:
 if bach_dir:
     pixels = pixels.to(dev)
     dist.broadcast(pixels, 0)
-say(budget())
+say(f"{budget()}\ndata: {source.about}")
 
 
 def evaluate(step):
@@ -381,7 +400,8 @@ def evaluate(step):
     if rank != 0:
         return {}
     row["protocol"] += ", teacher in bf16" if dev == "cuda" else ""  # eva embeds in fp32
-    write_row("bach.jsonl", {"step": step, "images": step * images, **row, "seconds": round(time.time() - start, 1)})
+    seconds = round(time.time() - start, 1)
+    write_row("bach.jsonl", {"step": step, "images": progress["samples"], **row, "seconds": seconds})
     say(f"step {step}: BACH {row['bach']:.3f} +- {row['std']:.3f}, mean cosine {row['mean_cosine']:.3f}, "
         f"effective rank {row['effective_rank']:.1f}")
     return {"bach": row["bach"], "mean_cosine": row["mean_cosine"], "effective_rank": row["effective_rank"]}
@@ -421,9 +441,11 @@ def note_bad_tiles(messages):
 if progress["step"] == 0:
     blank = dict.fromkeys(("loss", "dino", "ibot", "kde", "grad_norm", "lr", "images_per_s"))
     write_row("metrics.jsonl", {"step": 0, **blank, **evaluate(0)})
+offset = progress["samples"] - progress["step"] * images
 batches = iter(torch.utils.data.DataLoader(
-    data.Batches(source, config, grid, rank, world), batch_size=None, sampler=range(progress["step"], max_steps),
-    num_workers=workers, pin_memory=dev == "cuda", multiprocessing_context="fork" if workers else None))
+    data.Batches(source, config, grid, rank, world, offset), batch_size=None, num_workers=workers,
+    sampler=range(progress["step"], max_steps), pin_memory=dev == "cuda",
+    multiprocessing_context="fork" if workers else None))
 bar = tqdm(total=max_steps, initial=progress["step"], unit="step", disable=rank != 0 or not sys.stderr.isatty())
 clock = {"start": time.time(), "step": progress["step"], "data": 0.0}
 next_centers = {}  # taken over only if the step is
@@ -481,6 +503,7 @@ for step in range(progress["step"], max_steps):
     if terms[-1] > 0:
         note_bad_tiles(batch["bad"])
     progress["step"] = done = step + 1
+    progress["samples"] += images
     bar.update()
     # log, evaluate, save
     last = done == max_steps

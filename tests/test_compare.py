@@ -2,15 +2,22 @@
 import csv
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_wsi import PINK, flat, pyramid, texture, write_slide
 
+import data
 import wsi
 from prepare import compare
+
+ROOT = Path(__file__).parents[1]
+
 
 
 def tissue(w, h):
@@ -143,3 +150,29 @@ def test_no_readable_tile_is_an_error_for_stats_and_compare(tmp_path, monkeypatc
 
 
 # real slides
+
+
+# python data.py --task=...
+
+def run(*arguments):
+    return subprocess.run([sys.executable, ROOT / "data.py", *arguments], capture_output=True, text=True)
+
+
+def test_the_tasks_take_train_pys_keys_and_configs_and_say_what_is_missing(tmp_path):
+    keys = data.train_keys()
+    assert keys["batch_size"] == 48 and keys["norm"] is None and "rank" not in keys and keys["mpps"][0] == 0.25
+    for k in range(6):
+        Image.fromarray(np.full((40, 40, 3), (200, 100 + 10 * k, 150), np.uint8)).save(tmp_path / f"{k}.png")
+    config = tmp_path / "a.py"
+    config.write_text(f"tiles = {str(tmp_path)!r}\nseed = 3\n")
+    done = run(config, "--task=stats", "--samples=6")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["mean"] == pytest.approx([200 / 255, 125 / 255, 150 / 255])
+    done = run("--task=compare", f"--a={config}", f"--b={config} --seed=4", "--samples=6", f"--out={tmp_path}/out")
+    assert done.returncode == 0 and (tmp_path / "out/compare.csv").is_file(), done.stderr
+    assert "config: seed = 4" in done.stdout
+    for arguments, message in ((["--task=stats"], "set exactly one of slides"), ([], "--task=stats --slides=..."),
+                               (["--task=stats", "--tile=x"], "did you mean 'tiles'"),
+                               (["--task=compare", f"--a={config}"], "--a= --b= --out=")):
+        failed = run(*arguments)
+        assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 
 import data
+import model
+import sources
 import wsi
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = dict(
-    seed=0, max_steps=100, batch_size=4, slides="", sample_list="", tiles="", mpps=(0.5, 1.0), tile_px=64,
-    slide_mpp=0.0, tiles_per_visit=2, tissue_share=0.6, open_slides=2,
-    global_px=56, local_px=28, local_crops=3, global_scale=(0.32, 1.0),
+    seed=0, max_steps=100, batch_size=4, global_px=56, local_px=28, local_crops=3, global_scale=(0.32, 1.0),
     local_scale=(0.05, 0.32), hed="od", hed_prob=0.5, hed_nats=0.3, jitter=(0.2, 0.2, 0.1, 0.05), jitter_prob=0.8,
-    gray_prob=0.2, blur_prob=(0.0, 0.9, 0.5), norm_mean=(0.5, 0.5, 0.5), norm_std=(0.5, 0.5, 0.5), mask_prob=0.5,
+    gray_prob=0.2, blur_prob=(0.0, 0.9, 0.5), norm="half", mask_prob=0.5,
     mask_ratio=(0.1, 0.5))
 
 
@@ -31,11 +31,12 @@ class Noise:
         self.seen.append(n)
         if n in self.fails and attempt == 0:
             raise OSError(f"tile {n} is damaged")
-        return np.random.default_rng((n, attempt)).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        pixels = np.random.default_rng((n, attempt)).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        return pixels, {"slide": "noise", "x": n, "y": 0, "mpp": math.nan}
 
 
-def batches(source=None, rank=0, world=1, **changes):
-    return data.Batches(source or Noise(), {**CONFIG, **changes}, 4, rank, world)
+def batches(source=None, rank=0, world=1, offset=0, **changes):
+    return data.Batches(source or Noise(), {**CONFIG, **changes}, 4, rank, world, offset)
 
 
 def equal(a, b):
@@ -59,8 +60,8 @@ def test_a_batch_is_a_pure_function_of_seed_step_rank_and_world():
     assert not any(torch.equal(m, first[0]["masks"]) for m in others), "masks are drawn anew by step, rank and seed"
 
 
-def test_workers_do_not_change_a_batch(tmp_path):
-    dataset = batches(data.open_source({**CONFIG, "tiles": folder(tmp_path)}))
+def test_workers_do_not_change_a_batch():
+    dataset = batches()
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(3, 7), num_workers=2)
     for step, batch in zip(range(3, 7), loader):
         equal(batch, dataset[step])
@@ -83,57 +84,32 @@ def test_every_index_comes_exactly_once_over_ranks_and_workers(world, workers):
             def __getitem__(self, step, rank=rank):
                 return list(data.sample_numbers(step, rank, world, batch))
         loader = torch.utils.data.DataLoader(Index(), batch_size=None, sampler=range(steps), num_workers=workers)
-        seen += [data.shuffled(n, steps * batch * world, seed=3) for numbers in loader for n in numbers]
+        seen += [sources.shuffled(n, steps * batch * world, seed=3) for numbers in loader for n in numbers]
     assert sorted(seen) == list(range(steps * batch * world))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000])
-def test_the_shuffle_is_a_new_permutation_each_pass(size):
-    passes = [[data.shuffled(n, size, 5) for n in range(p * size, (p + 1) * size)] for p in range(3)]
-    assert all(sorted(p) == list(range(size)) for p in passes)
-    if size > 50:
-        assert passes[0] != passes[1] != passes[2] and passes[0] != sorted(passes[0])
-        assert [data.shuffled(n, size, 6) for n in range(size)] != passes[0]
-        assert abs(np.corrcoef(passes[0], range(size))[0, 1]) < 0.3
-    big = {data.shuffled(n, 29_000_000, 0) for n in range(2000)}
-    assert len(big) == 2000 and max(big) < 29_000_000 and max(big) > 28_000_000
+def test_after_a_resume_with_another_batch_the_samples_go_on_where_they_stopped():
+    """The bug: a resume with other ranks that replayed samples and left others out."""
+    samples = [n for step in range(5) for rank in range(2) for n in data.sample_numbers(step, rank, 2, 4)]
+    taken, step = len(samples), 5
+    for world, batch, steps in ((1, 4, 3), (3, 5, 2), (2, 4, 2)):  # three resumes
+        offset = taken - step * world * batch
+        for step in range(step, step + steps):
+            samples += [n for r in range(world) for n in data.sample_numbers(step, r, world, batch, offset)]
+        taken, step = taken + steps * world * batch, step + 1
+    assert samples == list(range(taken)), "each once, in their order"
+    source = Noise()
+    batches(source, offset=3)[2]
+    assert source.seen == [11, 12, 13, 14]
 
 
-# ---- sources --------------------------------------------------------------------------------------------------------
-
-
-def folder(tmp_path, n=6, size=64):
-    rng = np.random.default_rng(0)
-    for i in range(n):
-        (tmp_path / f"case{i % 2}").mkdir(exist_ok=True)
-        image = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
-        image.save(tmp_path / f"case{i % 2}" / f"{i}.png")
-    return str(tmp_path)
-
-
-def test_folder_of_tiles(tmp_path):
-    source = data.open_source({**CONFIG, "tiles": folder(tmp_path)})
-    tiles = [source.read(n) for n in range(6)]
-    assert len({t.tobytes() for t in tiles}) == 6 and tiles[0].shape == (64, 64, 3)
-    batch = batches(source)[0]
-    assert batch["global_crops"].shape == (8, 3, 56, 56) and batch["local_crops"].shape == (12, 3, 28, 28)
-    assert batch["global_crops"].dtype == torch.uint8 and batch["bad"] == []
-
-
-def test_unreadable_tiles_are_replaced_counted_and_named(tmp_path):
-    source = data.open_source({**CONFIG, "tiles": folder(tmp_path)})
-    damaged = Path(source.paths[2])
-    damaged.write_bytes(damaged.read_bytes()[:200])
-    (tmp_path / "junk.jpg").write_bytes(b"not an image")
-    source = data.open_source({**CONFIG, "tiles": str(tmp_path)})
-    bad = [m for step in range(4) for m in batches(source)[step]["bad"]]
-    assert any(str(damaged) in m for m in bad) and any("junk.jpg" in m for m in bad)
-    assert all("\n" not in m for m in bad)
+def test_unreadable_tiles_are_replaced_counted_and_named():
     a, b = batches(Noise(fails=[1]))[0], batches(Noise(fails=[1]))[0]
     equal(a, b)  # the replacement is drawn from the seed too
     assert a["bad"] == ["tile 1 is damaged"] and a["global_crops"].shape[0] == 8
     clean = batches(Noise())[0]
     assert torch.equal(a["global_crops"][0], clean["global_crops"][0])  # the others stay
+    assert not torch.equal(a["global_crops"][1], clean["global_crops"][1])
 
 
 def test_a_sample_that_cannot_be_replaced_ends_the_batch():
@@ -142,99 +118,6 @@ def test_a_sample_that_cannot_be_replaced_ends_the_batch():
             raise wsi.SlideError("every slide is damaged")
     batch = batches(Nothing())[0]
     assert "global_crops" not in batch and set(batch["bad"]) == {"every slide is damaged"}
-
-
-class FakeSlide:
-    opened = []
-    mpp = 0.5
-    mpp_xy = (0.5, 0.5)
-
-    def __init__(self, path, mpp=None):
-        self.path, self.stated, self.asked = path, mpp, []
-        FakeSlide.opened.append(path)
-
-    def close(self):
-        FakeSlide.opened.remove(self.path)
-
-    def random_tissue(self, rng, size, mpp):
-        return rng.integers(1000, size=2).tolist()
-
-    def read(self, x, y, size, mpp):
-        self.asked.append((x, y, size, mpp))
-        return np.full((size, size, 3), (200, 90, 160), np.uint8)
-
-    def read_level(self, x, y, size, level):
-        return np.full((size, size, 3), (x % 256, y % 256, level), np.uint8)
-
-
-@pytest.fixture
-def slides(tmp_path, monkeypatch):
-    FakeSlide.opened = []
-    monkeypatch.setattr(wsi, "Slide", FakeSlide)
-    for name in "abc":
-        (tmp_path / f"{name}.svs").touch()
-    return tmp_path
-
-
-def test_slides_stay_open_in_an_lru(slides):
-    """The bug: the slide reopened for every tile."""
-    source = data.open_source({**CONFIG, "slides": f"{slides}/*.svs", "open_slides": 3})
-    tiles = batches(source)
-    for step in range(10):
-        assert tiles[step]["bad"] == []
-    assert sorted(FakeSlide.opened) == source.paths
-
-
-def test_a_visit_takes_several_tiles_from_one_slide(slides):
-    for name in range(40):
-        (slides / f"{name}.svs").touch()
-    for visit in (1, 8):
-        source, FakeSlide.opened = data.Slides(f"{slides}/*.svs", (0.5,), 64, visit=visit, open_slides=1), []
-        for n in range(80):
-            source.read(n)
-        assert len(FakeSlide.opened) == pytest.approx(80 / visit, abs=6 / visit + 0.5)
-    slide = source.open(FakeSlide.opened[-1])
-    assert len(set(slide.asked)) == 8, "eight different places"
-
-
-def test_mpp_is_drawn_among_those_that_the_slide_is_fine_enough_for(slides):
-    source = data.Slides(f"{slides}/a.svs", (0.25, 0.5, 1.0, 2.0), 64)
-    for n in range(60):
-        assert source.read(n).shape == (64, 64, 3)
-    slide = source.open(source.paths[0])
-    assert {mpp for *_, mpp in slide.asked} == {0.5, 1.0, 2.0}
-    with pytest.raises(wsi.SlideError, match="a.svs.*too coarse"):
-        data.Slides(f"{slides}/a.svs", (0.25,), 64).read(0)
-    assert data.Slides(f"{slides}/a.svs", (0.5,), 64, slide_mpp=0.3).open(f"{slides}/a.svs").stated == 0.3
-
-
-def test_tiles_without_tissue_are_drawn_again_and_then_named(slides, monkeypatch):
-    monkeypatch.setattr(FakeSlide, "read", lambda self, x, y, size, mpp: np.full((size, size, 3), 245, np.uint8))
-    with pytest.raises(wsi.SlideError, match="a.svs: no tile of 60% tissue at 0.5"):
-        data.Slides(f"{slides}/a.svs", (0.5,), 64).read(0)
-
-
-def test_openmidnight_sample_lists(slides):
-    lines = [f"{slides}/a.svs 10 20 0", f"{slides}/with space.svs 30 40 2"]
-    (slides / "list.txt").write_text("\n".join(lines))
-    source = data.open_source({**CONFIG, "sample_list": f"{slides}/list.txt"})
-    tiles = {tuple(source.read(n)[0, 0].tolist()) for n in range(2)}
-    assert tiles == {(10, 20, 0), (30, 40, 2)} and set(FakeSlide.opened) == {line.rsplit(" ", 3)[0] for line in lines}
-    (slides / "list.txt").write_text(lines[0] + "\na.svs 10 20\n")
-    with pytest.raises(ValueError, match="line 2: not 'path x y level'"):
-        data.open_source({**CONFIG, "sample_list": f"{slides}/list.txt"})
-
-
-@pytest.mark.parametrize("keys, message", [
-    ({}, "exactly one of slides, sample_list, tiles .now: none"),
-    ({"slides": "a", "tiles": "b"}, "now: slides, tiles.*--slides= --tiles=DIR"),
-    ({"slides": f"{GOLDEN}/*.npz"}, "none of the first .* opens: .*npz"),
-    ({"slides": str(GOLDEN)}, "it is a folder: try"),
-    ({"slides": "/nowhere/*.svs"}, "no file matches /nowhere"), ({"sample_list": "nowhere.txt"}, "no file nowhere.txt"),
-    ({"tiles": "nowhere"}, "no folder nowhere"), ({"tiles": str(GOLDEN)}, "no .jpg")])
-def test_missing_data_is_named(keys, message):
-    with pytest.raises(ValueError, match=message):
-        data.open_source({**CONFIG, **keys})
 
 
 # ---- crops and masks ------------------------------------------------------------------------------------------------
@@ -270,7 +153,7 @@ def test_crops_are_antialiased_like_pillow():
 def test_global_and_local_crops_have_their_own_scales():
     class Ramp(Noise):
         def read(self, n, attempt=0):
-            return np.repeat(np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 64, 0), 3, 2)
+            return np.repeat(np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 64, 0), 3, 2), {}
     batch = batches(Ramp(), batch_size=32)[0]
     span = {k: batch[f"{k}_crops"].float().amax((1, 2, 3)) - batch[f"{k}_crops"].float().amin((1, 2, 3))
             for k in ("global", "local")}
@@ -339,10 +222,21 @@ def off(n):
     return row.repeat(n, 1)
 
 
-def test_augment_without_any_operation_is_normalisation():
+@pytest.mark.parametrize("norm, mean, std", [
+    ("half", 0.5, 0.5), (None, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ([[0.7, 0.5, 0.6], [0.2, 0.3, 0.2]], (0.7, 0.5, 0.6), (0.2, 0.3, 0.2))])
+def test_augment_without_any_operation_is_normalisation(norm, mean, std):
     crops = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
-    out = data.augment(crops, off(3), CONFIG, "cpu")
-    torch.testing.assert_close(out, (crops / 255 - 0.5) / 0.5)
+    out = data.augment(crops, off(3), {**CONFIG, "norm": norm}, "cpu")
+    mean, std = (torch.tensor(v).expand(3)[:, None, None] for v in (mean, std))
+    torch.testing.assert_close(out, (crops / 255 - mean) / std)
+
+
+@pytest.mark.parametrize("norm", ["tcga", (0.5, 0.5, 0.5), ((0.5,) * 3, (0.5, 0.5, 0.0)), ((0.5,) * 3, (0.5,) * 2), 0.5,
+                                  ((0.5,) * 3, "abc")])
+def test_a_normalisation_that_is_none_is_named(norm):
+    with pytest.raises(ValueError, match="norm = .*'imagenet', 'half', or .mean, std."):
+        model.norm_values(norm)
 
 
 @pytest.mark.parametrize("column, value", [(0, 1.0), (4, 5.0), (9, 1.0), (10, 1.5)])

@@ -417,7 +417,7 @@ def test_runs_without_matplotlib(tmp_path, monkeypatch, capsys):
 def test_weights_command(bach_template, tmp_path):
     torch.manual_seed(0)
     vit = model.ViT(replace(model.ARCHS["toy"], layerscale=1.0))  # at the usual 1e-5 the image hardly reaches the CLS
-    config = {"norm_mean": (0.5,) * 3, "norm_std": [0.4] * 3}
+    config = {"norm": ([0.5] * 3, [0.4] * 3)}
     torch.save({"teacher": vit.state_dict(), "arch": "toy", "step": 7, "config": config}, tmp_path / "7.pth")
     flags = ["--device=cpu", "--norm_std=0.3,0.3,0.3"]
     done = command(f"--weights={tmp_path}/7.pth", f"--bach_dir={bach_template}", *flags)
@@ -426,6 +426,22 @@ def test_weights_command(bach_template, tmp_path):
     assert 0.5 < row["bach"] <= 1 and len(row["seeds"]) == 5 and row["protocol"].startswith("eva-bach: ")
     assert {"std", "accuracy", "plateau", "effective_rank", "mean_cosine"} <= row.keys()
     assert (row["arch"], row["step"], row["norm_mean"], row["norm_std"]) == ("toy", 7, [0.5] * 3, [0.3] * 3)
+
+
+@pytest.mark.parametrize("config, stated, want", [
+    ({"norm": "half"}, None, (0.5, 0.5)), ({"norm": None}, None, (MEAN, STD)), ({}, None, (MEAN, STD)),
+    ({"norm": [[0.6] * 3, [0.2] * 3]}, (0.3,) * 3, (0.6, 0.3)),
+    ({"norm_mean": (0.7,) * 3, "norm_std": [0.4] * 3}, None, (0.7, 0.4))])  # what older teachers store
+def test_images_are_normalised_as_the_teacher_was_trained(config, stated, want, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(eval_bach, "load_pixels", lambda folder: [])
+    monkeypatch.setattr(eval_bach, "evaluate", lambda vit, pixels, mean, std, dev: seen.extend((mean, std)) or {
+        "bach": 0, "std": 0, "seeds": [], "plateau": 0, "effective_rank": 0, "mean_cosine": 0})
+    vit = model.ViT(model.ARCHS["toy"])
+    torch.save({"teacher": vit.state_dict(), "arch": "toy", "step": 7, "config": config}, tmp_path / "7.pth")
+    eval_bach.score_weights(str(tmp_path / "7.pth"), "bach", "", "cpu", {"norm_mean": None, "norm_std": stated})
+    for got, value in zip(seen, want):
+        np.testing.assert_allclose(got, np.broadcast_to(value, 3))
 
 
 @pytest.mark.parametrize("flags, message", [

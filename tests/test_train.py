@@ -88,6 +88,25 @@ def test_twenty_steps_equal_ten_resume_ten_bit_for_bit(tiles, tmp_path, monkeypa
     assert straight["progress"]["step"] == 20 and sorted(os.listdir(tmp_path / "b/ckpt")) == ["10", "20"]
 
 
+def test_a_resume_on_other_ranks_or_with_another_batch_takes_the_samples_that_come_next(tiles, tmp_path, monkeypatch,
+                                                                                       capsys):
+    """The bug: a resume that replayed the data, or left some out."""
+    keys = dict(tiles=tiles, local_crops=0, out_dir=tmp_path / "a", schedule_steps=9)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
+    subprocess.run(command + flags(**keys, max_steps=2), cwd=ROOT, check=True, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    seen, image = [], data.Batches.image
+    monkeypatch.setattr(data.Batches, "image", lambda self, n, bad: seen.append(n) or image(self, n, bad))
+    train(monkeypatch, flags(**keys, max_steps=4, resume="true"))  # 2 x 4 images before, 1 x 4 now
+    assert "resume: 4 images a step instead of 8: the learning rate's peak is 0.000625 instead of 0.0008839" in (
+        capsys.readouterr().out)
+    run = train(monkeypatch, flags(**keys, max_steps=6, batch_size=5, resume="true"))
+    assert seen == list(range(16, 16 + 2 * 4 + 2 * 5)) and run["progress"]["samples"] == 34
+    seen.clear()
+    train(monkeypatch, flags(**keys, max_steps=7, batch_size=5, resume="true"))
+    assert seen == list(range(34, 39)) and "images a step" not in capsys.readouterr().out.split("resume: step 6")[1]
+
+
 @pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
 def test_two_ranks_equal_one_process_on_the_same_global_batch(centering, tiles, tmp_path, monkeypatch):
     """The bug: clipping local gradients before the sync. Clip is low, so that it acts on every step."""
@@ -137,7 +156,7 @@ def test_a_poisoned_batch_leaves_the_weights_bit_equal_and_is_counted(centering,
     monkeypatch.setattr(data, "augment", poison)
     poisoned = train(monkeypatch, flags(**keys, max_steps=5, out_dir=tmp_path / "poisoned"))
     bit_equal(weights(clean), weights(poisoned))
-    assert poisoned["progress"] == {"step": 5, "bad_steps": 2, "images": 4}
+    assert poisoned["progress"] == {"step": 5, "bad_steps": 2, "samples": 20, "images": 4}
     assert [r["bad_steps"] for r in rows(tmp_path / "poisoned")[1:]] == [0, 0, 0, 1, 2]
     assert rows(tmp_path / "poisoned")[-1]["loss"] is None, "NaN is not JSON"
     calls.clear()
@@ -291,7 +310,14 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
                        (dict(device="cuda"), "no GPU"), (dict(seed=-1), "seed = -1: must be at least 0"),
                        (dict(out_dir=tmp_path / "full/file"), "File exists"), (dict(mpps="(0,)"), "more than 0"),
                        (dict(global_scale="(0.5,0.1)"), "smaller"), (dict(mask_prob=0.05), "masks none"),
-                       (dict(jitter="(0.1,0.1,0.1,'x')"), "jitter"), (dict(local_px=5), "nearest: 14")]:
+                       (dict(jitter="(0.1,0.1,0.1,'x')"), "jitter"), (dict(local_px=5), "nearest: 14"),
+                       (dict(norm="tcga"), "norm = 'tcga': give 'imagenet', 'half', or (mean, std)"),
+                       (dict(mpp_range="(1,0.5)"), "smaller number first"), (dict(mpp_range="(1,)"), "give 2 numbers"),
+                       (dict(mpp_range="(0,1)"), "more than 0"), (dict(mpps="()"), "at least one"),
+                       (dict(holdout=1.5), "at most 1"), (dict(eval_share=-1), "at least 0"),
+                       (dict(shards="x"), "exactly one of"),
+                       (dict(tiles="", mix="(('tiles','x',0),)"), "weight above 0"),
+                       (dict(patient="["), "no regular expression"), (dict(holdout=0.5), "holdout needs patients")]:
         message = refused(monkeypatch, flags(**{"tiles": tiles, "out_dir": out, **keys}))
         assert part in message and "\n" not in message, message
     assert not out.exists()
@@ -337,6 +363,7 @@ def test_the_bach_curve_starts_at_step_0(tiles, tmp_path, monkeypatch):
     train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
     curve, metrics = rows(tmp_path / "a", "bach.jsonl"), rows(tmp_path / "a")
     assert [r["step"] for r in curve] == [0, 2, 3] and [r["step"] for r in metrics] == [0, 1, 2, 3]
+    assert [r["images"] for r in curve] == [0, 8, 12]
     for r in curve:
         assert {"bach", "std", "seeds", "protocol", "effective_rank", "mean_cosine"} <= set(r) and len(r["seeds"]) == 5
     for i in (0, 2, 3):

@@ -1,0 +1,676 @@
+"""Where tiles come from: order, slides, lists, folders, shards, parquet, mixes; what is refused, what is left out."""
+import collections
+import io
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import sources
+import wsi
+
+GOLDEN = Path(__file__).parent / "golden"
+CONFIG = dict(
+    seed=0, slides="", sample_list="", shards="", parquet="", tiles="", mix=(), holdout=0.0,
+    patient=r"TCGA-\w\w-\w{4}", mpps=(0.5, 1.0), mpp_range=(), eval_mpp=0.5, eval_share=0.5, tile_px=64, slide_mpp=0.0,
+    mpp_from_objective=False, exact_reads=True, mask_dir="", tiles_per_visit=2, tissue_share=0.6, open_slides=3)
+FORK = multiprocessing.get_context("fork")
+
+
+def open_source(**keys):
+    return sources.open_source({**CONFIG, **keys})
+
+
+def wheres(source, numbers):
+    """What the samples are: tuples (slide, x, y, mpp), nan as None."""
+    found = [source.read(n)[1] for n in numbers]
+    return [(w["slide"], w["x"], w["y"], None if math.isnan(w["mpp"]) else w["mpp"]) for w in found]
+
+
+def patients(share=0.5):
+    """(patients that are trained on, patients that are held out)"""
+    names = [f"TCGA-AA-{i:04d}" for i in range(12)]
+    held = [p for p in names if wsi.held_out(p, share)]
+    assert 0 < len(held) < 12
+    return [p for p in names if p not in held], held
+
+
+def noise(i, side=24):
+    return np.random.default_rng(i).integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+def encode(pixels, form="PNG"):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form, **({"quality": 95} if form == "JPEG" else {}))
+    return file.getvalue()
+
+
+def write_folder(folder, names):
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(encode(noise(i)))
+    return str(folder)
+
+
+def write_shard(folder, name, count, slide=None):
+    """A finished shard of wsi.py --task=tiles: the tar, then its sidecar."""
+    folder.mkdir(exist_ok=True)
+    slide = slide or f"/slides/{name}.svs"
+    side = {"version": 1, "tar": f"{name}.tar", "slide": slide, "name": name, "patient": name, "tile_px": 24, "bad": {},
+            "slide_mpp": [0.25, 0.25], "mpp_source": "stated", "offset": [], "size": [], "x": [], "y": [], "mpp": [],
+            "tissue": []}
+    with tarfile.open(folder / f"{name}.tar", "w") as tar:
+        for i in range(count):
+            jpg, meta = encode(noise(i), "JPEG"), json.dumps({"slide": slide, "x": 24 * i}).encode()
+            for ending, blob in ((".jpg", jpg), (".json", meta)):
+                member = tarfile.TarInfo(f"{name}_500nm_{24 * i}_7{ending}")
+                member.size = len(blob)
+                start = tar.offset
+                tar.addfile(member, io.BytesIO(blob))
+                if ending == ".jpg":
+                    side["offset"].append(start + 512)
+            for key, value in (("size", len(jpg)), ("x", 24 * i), ("y", 7), ("mpp", 0.5), ("tissue", 0.9)):
+                side[key].append(value)
+    side["bytes"] = os.path.getsize(folder / f"{name}.tar")
+    (folder / f"{name}.json").write_text(json.dumps(side))
+    return str(folder)
+
+
+def write_parquet(folder, groups, form="PNG", slides=("a.svs",), side=24):
+    """A file for each list of row group sizes; x counts the rows of all."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder.mkdir(exist_ok=True)
+    x = 0
+    for f, sizes in enumerate(groups):
+        with pq.ParquetWriter(folder / f"{f}.parquet", schema(pa)) as file:
+            for rows in sizes:
+                numbers = range(x, x := x + rows)
+                blobs = [noise(i, side).tobytes() if form == "raw" else encode(noise(i, side), form) for i in numbers]
+                columns = {"task_id": [0] * rows, "slide_path": [slides[i % len(slides)] for i in numbers],
+                           "x": list(numbers), "y": [7] * rows, "level": [1] * rows, "tile_size": [side] * rows,
+                           "level_downsample": [4.0] * rows, "image_bytes": blobs,
+                           "image_dtype": ["uint8" if form == "raw" else form.lower()] * rows}
+                file.write_table(pa.table(columns, schema(pa)))
+    return str(folder)
+
+
+def schema(pa):
+    ints, texts = ("task_id", "x", "y", "level", "tile_size"), ("slide_path", "image_dtype")
+    return pa.schema([*((k, pa.int64()) for k in ints), *((k, pa.string()) for k in texts),
+                      ("level_downsample", pa.float64()), ("image_bytes", pa.binary())])
+
+
+# ---- order ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000])
+def test_the_shuffle_is_a_new_permutation_each_pass(size):
+    passes = [[sources.shuffled(n, size, 5) for n in range(p * size, (p + 1) * size)] for p in range(3)]
+    assert all(sorted(p) == list(range(size)) for p in passes)
+    if size > 50:
+        assert passes[0] != passes[1] != passes[2] and passes[0] != sorted(passes[0])
+        assert [sources.shuffled(n, size, 6) for n in range(size)] != passes[0]
+        assert abs(np.corrcoef(passes[0], range(size))[0, 1]) < 0.3
+    big = {sources.shuffled(n, 29_000_000, 0) for n in range(2000)}
+    assert len(big) == 2000 and max(big) < 29_000_000 and max(big) > 28_000_000
+
+
+def write_world(kind, folder, monkeypatch):
+    """30 tiles as a source of that kind."""
+    if kind == "tiles":
+        return write_folder(folder / "tiles", [f"{i}.png" for i in range(30)])
+    if kind == "shards":
+        write_shard(folder / "shards", "a", 17)
+        return write_shard(folder / "shards", "b", 13)
+    if kind == "parquet":
+        monkeypatch.setattr(sources, "WINDOW", 2)
+        return write_parquet(folder / "parquet", ((4, 5, 6), (8, 7)))
+    monkeypatch.setattr(wsi, "Slide", FakeSlide)
+    (folder / "list.txt").write_text("".join(f"{folder}/{i % 3}.svs {i} 7 0\n" for i in range(30)))
+    return f"{folder}/list.txt"
+
+
+@pytest.mark.parametrize("world, workers", [(1, 2), (3, 0)])
+@pytest.mark.parametrize("kind", ["tiles", "shards", "parquet", "sample_list"])
+def test_every_tile_comes_exactly_once_a_pass_over_ranks_and_workers(kind, world, workers, tmp_path, monkeypatch):
+    """The bug: each rank or worker read only a fraction of its rows."""
+    keys, seen = {kind: write_world(kind, tmp_path, monkeypatch)}, []
+    source = open_source(**keys)
+    for rank in range(world):
+        class Where(torch.utils.data.Dataset):
+            def __getitem__(self, step, rank=rank):
+                return wheres(source, data.sample_numbers(step, rank, world, 2))
+        loader = torch.utils.data.DataLoader(Where(), batch_size=None, sampler=range(30 // world), num_workers=workers,
+                                             multiprocessing_context="fork" if workers else None)
+        seen += [(step, rank, i, tuple(where)) for step, batch in enumerate(loader) for i, where in enumerate(batch)]
+    order = [where for *_, where in sorted(seen, key=lambda s: s[:3])]
+    assert len(set(order[:30])) == len(set(order[30:])) == 30 == len(order) / 2
+    assert order[:30] != order[30:] and order == wheres(open_source(**keys), range(60)) != sorted(order)
+    assert order[:30] != wheres(open_source(**keys, seed=1), range(30))
+
+
+# ---- slides ---------------------------------------------------------------------------------------------------------
+
+
+class FakeSlide:
+    """Records what is asked of it; a name with "bad" does not open, one with "glass" has no tissue."""
+    opened, tried = [], []
+    mpp = 0.5
+    mpp_xy = (0.5, 0.5)
+    level_mpp = [0.5, 2.0]
+
+    def __init__(self, path, mpp=None, exact_reads=True, mpp_from_objective=False, tissue=None, mask_dir=""):
+        FakeSlide.tried.append(path)
+        if "bad" in path or ("unknown" in path and mpp is None):
+            raise wsi.SlideError(f"{path}: cut short")
+        self.path, self.asked, self.keys = path, [], (mpp, exact_reads, mpp_from_objective, mask_dir)
+        FakeSlide.opened.append(path)
+
+    def close(self):
+        FakeSlide.opened.remove(self.path)
+
+    def random_point(self, rng):
+        if "glass" in self.path:
+            raise wsi.SlideError(f"{self.path}: no tissue")
+
+    def random_tissue(self, rng, size, mpp):
+        return tuple(rng.integers(1000, size=2).tolist())
+
+    def read(self, x, y, size, mpp):
+        self.asked.append((x, y, size, mpp))
+        if "damaged" in self.path and x % 2:
+            raise wsi.SlideError(f"{self.path}: cannot read x={x}")
+        return np.full((size, size, 3), (200, 90, 160), np.uint8)
+
+    def read_level(self, x, y, size, level):
+        return np.full((size, size, 3), (x % 256, y % 256, level), np.uint8)
+
+
+@pytest.fixture
+def slides(tmp_path, monkeypatch):
+    FakeSlide.opened, FakeSlide.tried = [], []
+    monkeypatch.setattr(wsi, "Slide", FakeSlide)
+    for name in "abc":
+        (tmp_path / f"{name}.svs").touch()
+    return tmp_path
+
+
+def test_slides_stay_open_in_an_lru(slides):
+    """The bug: the slide reopened for every tile."""
+    source = open_source(slides=f"{slides}/*.svs")
+    for n in range(40):
+        tile, where = source.read(n)
+        assert tile.shape == (64, 64, 3) and where["slide"] in source.paths and where["mpp"] in (0.5, 1.0)
+    assert sorted(FakeSlide.opened) == source.paths
+    x, y, _, mpp = source.open(where["slide"]).asked[-1]
+    assert (where["x"], where["y"], where["mpp"]) == (x, y, mpp)
+
+
+def test_a_visit_takes_several_tiles_from_one_slide(slides):
+    for name in range(40):
+        (slides / f"{name}.svs").touch()
+    for visit in (1, 8):
+        source = open_source(slides=f"{slides}/*.svs", mpps=(0.5,), tiles_per_visit=visit, open_slides=1)
+        FakeSlide.opened = []
+        for n in range(80):
+            source.read(n)
+        assert len(FakeSlide.opened) == pytest.approx(80 / visit, abs=6 / visit + 0.5)
+    assert len(set(source.open(FakeSlide.opened[-1]).asked)) == 8, "eight different places"
+
+
+def test_the_keys_reach_the_slide(slides):
+    keys = dict(slide_mpp=0.3, exact_reads=False, mpp_from_objective=True, mask_dir="masks")
+    source = open_source(slides=f"{slides}/a.svs", **keys)
+    assert source.open(f"{slides}/a.svs").keys == (0.3, False, True, "masks")
+    assert open_source(slides=f"{slides}/a.svs").open(f"{slides}/a.svs").keys == (None, True, False, "")
+
+
+def test_mpp_is_drawn_among_those_that_the_slide_is_fine_enough_for(slides):
+    source = open_source(slides=f"{slides}/a.svs", mpps=(0.25, 0.5, 1.0, 2.0))
+    assert {mpp for *_, mpp in wheres(source, range(60))} == {0.5, 1.0, 2.0}
+    for keys in (dict(mpps=(0.25,)), dict(mpp_range=(0.2, 0.4), eval_mpp=0.25)):
+        with pytest.raises(wsi.SlideError, match="a.svs: 0.500 um/px is too coarse for every target in mpp.*0.2"):
+            open_source(slides=f"{slides}/a.svs", **keys).read(0)
+
+
+@pytest.mark.parametrize("keys, share, low", [
+    (dict(mpp_range=(0.25, 2.0)), 0.5, 0.5 / 1.1),          # cut at what the slide has
+    (dict(mpp_range=(0.25, 2.0), eval_share=0.2), 0.2, 0.5 / 1.1),
+    (dict(mpp_range=(0.8, 2.0), eval_mpp=0.25), 0, 0.8),    # too coarse for the evaluation's
+    (dict(mpp_range=(0.8, 2.0), eval_share=0.0), 0, 0.8),
+    (dict(mpp_range=(0.25, 0.4), eval_share=0.2), 1, 0.5)])  # nothing but the evaluation's is left
+def test_a_range_of_mpp_is_log_uniform_with_a_share_at_the_evaluation_mpp(keys, share, low):
+    c, rng = {**CONFIG, **keys}, np.random.default_rng(0)
+    drawn = np.array([sources.draw_mpp(rng, 0.5, c) for _ in range(2000)])
+    assert (drawn == c["eval_mpp"]).mean() == pytest.approx(share, abs=0.04)
+    rest = drawn[drawn != c["eval_mpp"]]
+    if len(rest):
+        assert low <= rest.min() < 1.03 * low and 1.95 < rest.max() <= 2.0
+        assert np.log(rest).mean() == pytest.approx(np.log(low * 2) / 2, abs=0.05)
+
+
+def test_tiles_without_tissue_are_drawn_again_and_then_named(slides, monkeypatch):
+    monkeypatch.setattr(FakeSlide, "read", lambda self, x, y, size, mpp: np.full((size, size, 3), 245, np.uint8))
+    with pytest.raises(wsi.SlideError, match="a.svs: no tile of 60% tissue at 0.5"):
+        open_source(slides=f"{slides}/a.svs", mpps=(0.5,)).read(0)
+
+
+def test_a_slide_that_failed_is_not_opened_again_but_one_with_a_damaged_tile_is(slides):
+    for name in ("bad", "glass", "damaged"):
+        (slides / f"{name}.svs").touch()
+    source, errors = open_source(slides=f"{slides}/*.svs"), collections.Counter()
+    FakeSlide.tried = []
+    for n in range(200):
+        try:
+            source.read(n)
+        except wsi.SlideError as e:
+            errors[Path(str(e).split(":")[0]).stem] += 1
+    tried = collections.Counter(Path(p).stem for p in FakeSlide.tried)
+    assert tried["bad"] == tried["glass"] == 1 and min(errors["bad"], errors["glass"]) > 10
+    assert 5 < errors["damaged"] < errors["bad"], "its other tiles are used"
+
+
+def test_held_out_patients_slides_are_left_out(slides):
+    used, held = patients()
+    for p in used + held:
+        (slides / f"{p}-01Z-00-DX1.svs").touch()
+    source = open_source(slides=f"{slides}/TCGA*.svs", holdout=0.5)
+    assert [Path(p).name[:12] for p in source.paths] == used and f"{len(used)} of 12 slides" in source.about
+    with pytest.raises(ValueError, match="holdout = 0.5 leaves none of the 1 in"):
+        open_source(slides=f"{slides}/{held[0]}*", holdout=0.5)
+    with pytest.raises(ValueError, match="patient = '.*' is no regular expression"):
+        open_source(slides=f"{slides}/TCGA*.svs", patient="(")
+
+
+# ---- sample lists and their table -----------------------------------------------------------------------------------
+
+
+def write_list(folder, lines, name="list.txt"):
+    (folder / name).write_text("".join(f"{line}\n" for line in lines))
+    return f"{folder}/{name}"
+
+
+def test_openmidnight_sample_lists(slides):
+    lines = [f"{slides}/a.svs 10 20 0", f"{slides}/with space.svs 30 -40 1", f"{slides}/unknown.svs 5 6 1",
+             f"{slides}/six 6 fields.svs 7 8 1 2.0001 1.9998"]
+    source = open_source(sample_list=write_list(slides, lines))
+    assert set(wheres(source, range(4))) == {
+        (f"{slides}/a.svs", 10, 20, 0.5), (f"{slides}/with space.svs", 30, -40, 2.0),
+        (f"{slides}/unknown.svs", 5, 6, None), (f"{slides}/six 6 fields.svs", 7, 8, 2.0)}
+    pixels = {tuple(source.read(n)[0][0, 0].tolist()) for n in range(4)}
+    assert pixels == {(10, 20, 0), (30, 216, 1), (5, 6, 1), (7, 8, 1)}
+
+
+@pytest.mark.parametrize("line", ["a.svs 10 20", "", "a.svs 10 20 x", "a.svs 1.5 20 0", "a.svs 1 2 256", "a.svs 1 2 -1",
+                                  f"a.svs {2**31} 2 0", "a.svs 1 2 0.25 0.25"])
+def test_a_bad_line_is_named_with_its_number(line, slides):
+    file = write_list(slides, ["a.svs 1 2 0", line])
+    with pytest.raises(ValueError, match="list.txt, line 2: not 'path x y level'") as e:
+        open_source(sample_list=file)
+    assert "\n" not in str(e.value) and not [p for p in os.listdir(slides) if p.endswith(".table")]
+
+
+def test_a_list_is_a_memory_map_of_13_bytes_a_line_that_is_parsed_again_only_if_the_file_changes(slides, monkeypatch):
+    """The bug: the list's strings in every rank, 42 GB a node."""
+    file = write_list(slides, [f"{slides}/{i % 3}.svs {i} 0 0" for i in range(100)])
+    source = open_source(sample_list=file)
+    assert isinstance(source.table, np.memmap) and source.table.mode == "r" and source.table.nbytes == 1300
+    parse, parsed = sources.SampleList.parse, []
+    monkeypatch.setattr(sources.SampleList, "parse", lambda self, write: parsed.append(0) or parse(self, write))
+    again = open_source(sample_list=file)
+    open_source(sample_list=file, patient="none is held out, so this changes nothing")
+    assert not parsed and wheres(again, range(100)) == wheres(source, range(100))
+    stat = os.stat(file)
+    write_list(slides, [f"{slides}/{i % 3}.svs {99 - i} 0 0" for i in range(100)])
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    changed = open_source(sample_list=file)
+    assert len(parsed) == 1 and changed.table["x"].tolist() == source.table["x"][::-1].tolist()
+    open_source(sample_list=file, holdout=0.5, patient=r"\d")
+    assert len(parsed) == 2
+
+
+def test_held_out_patients_are_not_in_the_table(slides):
+    used, held = patients()
+    lines = [f"{slides}/{p}-01Z.svs {i} 0 0" for p in used + held for i in range(3)]
+    source = open_source(sample_list=write_list(slides, lines), holdout=0.5)
+    assert len(source.table) == 3 * len(used)
+    assert {Path(slide).name[:12] for slide, *_ in wheres(source, range(3 * len(used)))} == set(used)
+    with pytest.raises(ValueError, match="sample_list: no tile to train on"):
+        open_source(sample_list=write_list(slides, [f"{held[0]}.svs 0 0 0"]), holdout=0.5)
+    with pytest.raises(ValueError, match="sample_list: no tile to train on: empty"):
+        open_source(sample_list=write_list(slides, []))
+
+
+def build_slowly(folder, ready, results):
+    def build(write):
+        with open(folder / "builds", "a") as f:
+            f.write("x")
+        time.sleep(0.2)
+        write(np.arange(5, dtype="<u4").tobytes())
+        return ["a"]
+    ready.wait()
+    rows, names = sources.shared_table("test", [folder / "input"], CONFIG, "<u4", build)
+    results.put((rows.tolist(), names))
+
+
+def test_ranks_that_start_at_once_build_the_table_once(tmp_path):
+    (tmp_path / "input").touch()
+    ready, results = FORK.Barrier(8), FORK.Queue()
+    ranks = [FORK.Process(target=build_slowly, args=(tmp_path, ready, results)) for _ in range(8)]
+    for rank in ranks:
+        rank.start()
+    assert [results.get(timeout=20) for _ in ranks] == [([0, 1, 2, 3, 4], ["a"])] * 8
+    assert (tmp_path / "builds").read_text() == "x"
+    for rank in ranks:
+        rank.join()
+
+
+def test_a_killed_or_failed_builder_leaves_neither_a_lock_nor_half_a_table(tmp_path):
+    (tmp_path / "input").touch()
+
+    def killed(write):
+        write(b"1234")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def full_disk(write):
+        write(b"1234")
+        raise OSError("No space left on device")
+
+    def whole(write):
+        write(b"12345678")
+        return []
+
+    table = lambda build: sources.shared_table("test", [tmp_path / "input"], CONFIG, "<u4", build)[0]  # noqa: E731
+    process = FORK.Process(target=table, args=(killed,))
+    process.start()
+    process.join(20)
+    assert process.exitcode == -signal.SIGKILL
+    with pytest.raises(OSError, match="table could not be written: No space left on device"):
+        table(full_disk)
+    assert len(table(whole)) == 2
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == ["", ".lock", ".table"]
+
+
+def test_the_table_lies_in_the_temporary_folder_where_the_list_s_is_not_writable(tmp_path, monkeypatch):
+    for folder in ("data", "tmp"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data/input").touch()
+    lock = sources.fcntl.flock
+
+    def refuse(file, how):
+        if "data" in file.name:
+            raise OSError("Function not implemented")  # Lustre without -o flock
+        lock(file, how)
+
+    monkeypatch.setattr(sources.fcntl, "flock", refuse)
+    monkeypatch.setattr(sources.tempfile, "gettempdir", lambda: f"{tmp_path}/tmp")
+    rows, _ = sources.shared_table("test", [tmp_path / "data/input"], CONFIG, "<u4", lambda write: write(b"1234"))
+    assert Path(rows.filename).parent == tmp_path / "tmp"
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+
+def test_folder_of_tiles(tmp_path):
+    source = open_source(tiles=write_folder(tmp_path, [f"case{i % 2}/{i}.png" for i in range(6)]))
+    tiles = [source.read(n) for n in range(6)]
+    assert len({t.tobytes() for t, _ in tiles}) == 6 and tiles[0][0].shape == (24, 24, 3)
+    for pixels, where in tiles:
+        assert np.array_equal(pixels, noise(int(Path(where["slide"]).stem)))
+
+
+def test_a_damaged_tile_is_named_in_one_line(tmp_path):
+    source = open_source(tiles=write_folder(tmp_path, ["0.png", "1.png", "2.png", "3.png"]))
+    good = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "0.png").write_bytes(good[:200])
+    (tmp_path / "1.png").write_bytes(b"not an image")
+    (tmp_path / "2.png").write_bytes(good[:60] + b"\0" * 60 + good[120:])
+    errors = []
+    for n in range(4):
+        try:
+            source.read(n)
+        except sources.READ_ERRORS as e:
+            errors.append(str(e))
+    assert len(errors) == 3 and not any("\n" in e for e in errors)
+    assert {e.split(": ")[0] for e in errors} == {f"{tmp_path}/{i}.png" for i in range(3)}
+
+
+def test_a_holdout_of_tiles_needs_patients_in_their_names(tmp_path):
+    """The bug: tiles of one patient on both sides, each tile being its own patient."""
+    used, held = patients()
+    write_folder(tmp_path, [f"{p}_{i}.png" for p in used + held for i in range(2)])
+    source = open_source(tiles=str(tmp_path), holdout=0.5)
+    assert [Path(p).name[:12] for p in source.paths] == sorted(2 * used)
+    write_folder(tmp_path, ["nobody.png"])
+    with pytest.raises(ValueError, match="holdout needs patients, but .*nobody.png has none: set --patient=REGEX"):
+        open_source(tiles=str(tmp_path), holdout=0.5)
+
+
+# ---- shards ---------------------------------------------------------------------------------------------------------
+
+
+def test_shards_are_read_in_place(tmp_path):
+    write_shard(tmp_path / "s", "b", 3, "/slides/some b.svs")
+    source = open_source(shards=write_shard(tmp_path / "s", "a.1", 4))
+    assert isinstance(source.table, np.memmap) and source.table.dtype.itemsize == 28
+    seen = set()
+    for n in range(7):
+        pixels, where = source.read(n)
+        stored = Image.open(io.BytesIO(encode(noise(where["x"] // 24), "JPEG")))
+        assert np.array_equal(pixels, np.array(stored)) and (where["y"], where["mpp"]) == (7, 0.5)
+        seen.add((where["slide"], where["x"]))
+    assert seen == {("/slides/some b.svs", 24 * i) for i in range(3)} | {("/slides/a.1.svs", 24 * i) for i in range(4)}
+    assert wheres(open_source(shards=f"{tmp_path}/s/b*"), range(3))[0][0] == "/slides/some b.svs"
+
+
+def test_unfinished_shards_are_left_out_and_shards_cut_short_are_refused(tmp_path):
+    shards = write_shard(tmp_path / "s", "a", 3)
+    (tmp_path / "s/b.tar").write_bytes(b"half a tar")
+    (tmp_path / "s/.c.tar").write_bytes(b"being written")
+    (tmp_path / "s/tiles.json").write_text("{}")
+    source = open_source(shards=shards)
+    assert len(source.table) == 3 and "1 shards, 1 not finished" in source.about
+    with pytest.raises(ValueError, match="none of the 1 .tar in .*b.tar has its .json: not finished"):
+        open_source(shards=f"{shards}/b.tar")
+    tar = tmp_path / "s/a.tar"
+    tar.write_bytes(tar.read_bytes()[:-1024])
+    with pytest.raises(ValueError, match="a.tar has 9,216 bytes, its .json says 10,240: copy it again, or"):
+        open_source(shards=shards)
+    (tmp_path / "s/a.json").write_text('{"key": 1}')  # somebody else's
+    with pytest.raises(ValueError, match="a.json: not what --task=tiles writes"):
+        open_source(shards=shards)
+    with pytest.raises(ValueError, match="shards: no .tar file in"):
+        open_source(shards=f"{shards}/*.json")
+
+
+def test_a_damaged_or_short_member_is_named_with_its_tar_and_place(tmp_path):
+    source = open_source(shards=write_shard(tmp_path, "a", 3))
+    tar, offset = tmp_path / "a.tar", json.loads((tmp_path / "a.json").read_text())["offset"]
+    blob = bytearray(tar.read_bytes())
+    blob[offset[1]: offset[1] + 40] = bytes(40)
+    tar.write_bytes(blob[: offset[2] + 9])
+    errors = []
+    for n in range(3):
+        try:
+            source.read(n)
+        except sources.READ_ERRORS as e:
+            errors.append(str(e))
+    assert len(errors) == 2 and all(e.startswith(f"{tar}: tile x=") for e in errors)
+    assert any(f"x=24 y=7 at byte {offset[1]}: UnidentifiedImageError" in e for e in errors)
+    assert any(f"x=48 y=7 at byte {offset[2]}: 9 of " in e for e in errors)
+
+
+def test_held_out_patients_shards_are_not_used(tmp_path):
+    used, held = patients()
+    for p in used + held:
+        write_shard(tmp_path, p, 1, f"/slides/{p}-01Z.svs")
+    source = open_source(shards=str(tmp_path), holdout=0.5)
+    assert sorted(Path(slide).name[:12] for slide, *_ in wheres(source, range(len(used)))) == used
+
+
+# ---- parquet --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "raw"])
+def test_parquet_rows_hold_png_jpeg_or_raw_pixels(form, tmp_path):
+    source = open_source(parquet=write_parquet(tmp_path / "p", ((3, 2), (2,)), form, ("a.svs", "b.svs")))
+    seen = set()
+    for n in range(7):
+        pixels, where = source.read(n)
+        want = noise(where["x"])
+        assert np.array_equal(pixels, np.array(Image.open(io.BytesIO(encode(want, form)))) if form == "JPEG" else want)
+        assert where["slide"] == ("a.svs", "b.svs")[where["x"] % 2] and math.isnan(where["mpp"])
+        seen.add(where["x"])
+    assert seen == set(range(7))
+
+
+def test_parquet_reads_each_row_group_once_a_pass_in_a_new_order_and_mixes_the_rows_of_a_window(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "WINDOW", 4)
+    folder, read = write_parquet(tmp_path / "p", ((5,) * 6, (5,) * 6)), []
+    group = sources.Parquet.group
+    monkeypatch.setattr(sources.Parquet, "group", lambda self, k: read.append(k) or group(self, k))
+    source = open_source(parquet=folder)
+    passes = [[x // 5 for _, x, *_ in wheres(source, range(p * 60, p * 60 + 60))] for p in range(2)]
+    assert sorted(read[:12]) == list(range(12)) and 20 <= (total := len(read)) <= 24
+    assert passes[0] != passes[1], "a group of a pass's end may still be there at the start of the next"
+    for p in passes:
+        for window in range(3):
+            groups = p[20 * window: 20 * window + 20]
+            assert len(set(groups)) == 4 and groups != sorted(groups, key=groups.index), "rows of four groups, mixed"
+    for attempt in range(1, 20):  # replacements do not throw a group out
+        source.read(119, attempt)
+    assert len(read) == total
+
+
+def test_held_out_patients_rows_are_not_used(tmp_path):
+    used, held = patients()
+    slides = [f"/data/{p}-01Z.svs" for p in used + held]
+    source = open_source(parquet=write_parquet(tmp_path / "p", ((20, 4), (12,)), slides=slides), holdout=0.5)
+    rows = wheres(source, range(3 * len(used)))
+    assert len(source.table) == len(set(rows)) == 3 * len(used)
+    assert all(slide == slides[x % 12] and Path(slide).name[:12] in used for slide, x, *_ in rows)
+
+
+def test_what_parquet_lacks_is_named(tmp_path, monkeypatch):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"x": [1], "image": [b""]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet: no column image_bytes, image_dtype, slide_path, tile_size, y"):
+        open_source(parquet=str(tmp_path))
+    folder = write_parquet(tmp_path / "p", ((2,),))
+    source = open_source(parquet=folder)
+    whole = (tmp_path / "p/0.parquet").read_bytes()
+    (tmp_path / "p/0.parquet").write_bytes(whole[:4] + bytes(400) + whole[404:])
+    with pytest.raises(OSError, match="0.parquet: row"):
+        source.read(0)
+    (tmp_path / "p/0.parquet").write_bytes(whole[:900])
+    with pytest.raises(OSError, match="0.parquet: no whole parquet file"):
+        open_source(parquet=folder)
+
+
+def test_parquet_without_pyarrow_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="parquet: needs pyarrow: pip install pyarrow"):
+        open_source(parquet="anything")
+
+
+# ---- mixes ----------------------------------------------------------------------------------------------------------
+
+
+class Numbered:
+    """A source that remembers what is asked of it."""
+
+    def __init__(self, name, c):
+        self.name, self.about, self.asked = name, name, []
+
+    def read(self, n, attempt=0):
+        if self.name == "damaged":
+            raise OSError(f"file {n}: no image")
+        self.asked.append((n, attempt))
+        return None, {"slide": self.name, "x": n, "y": 0, "mpp": math.nan}
+
+
+def open_mix(weights, monkeypatch, visit=4):
+    monkeypatch.setitem(sources.SOURCES, "tiles", Numbered)
+    return open_source(mix=tuple(("tiles", name, w) for name, w in weights.items()), tiles_per_visit=visit)
+
+
+def test_a_mix_has_exact_shares_and_walks_through_each_source_in_order(monkeypatch):
+    source = open_mix({"a": 0.7, "b": 0.2, "c": 0.1}, monkeypatch)
+    for n in range(2 * 4 * sources.PERIOD):
+        source.read(n)
+    for sub, share in zip(source.sources, (0.7, 0.2, 0.1)):
+        assert sub.asked == [(n, 0) for n in range(round(share * 8 * sources.PERIOD))], "each once, none left out"
+    names = [source.read(n)[1]["slide"] for n in range(2 * 4 * sources.PERIOD)]
+    assert all(len(set(names[i: i + 4])) == 1 for i in range(0, 8000, 4)), "a visit is to one source"
+    early = collections.Counter(names[:800])
+    assert abs(early["b"] - 160) < 80 and names[:4000] != names[4000:], "mixed on the way, anew each period"
+
+
+@pytest.mark.parametrize("weights, counts", [
+    ((1, 1, 1), [334, 333, 333]), ((8, 2), [800, 200]), ((1e-9, 1), [1, 999]), ((1e-9, 1e-9, 5), [1, 1, 998]),
+    ((2.5, 2.5, 5), [250, 250, 500]), ((1,), [1000])])
+def test_weights_become_whole_slots_of_which_each_source_has_one(weights, counts):
+    assert sources.slots(weights) == counts
+
+
+@pytest.mark.parametrize("world, batch", [(1, 12), (3, 4), (2, 6)])
+def test_a_mix_does_not_depend_on_how_many_ranks_share_it(world, batch, monkeypatch):
+    source = open_mix({"a": 2, "b": 1}, monkeypatch)
+    steps, numbers = 4 * sources.PERIOD // 12 + 1, data.sample_numbers
+    seen = [source.place(n) for s in range(steps) for r in range(world) for n in numbers(s, r, world, batch)]
+    assert seen == [source.place(n) for n in range(12 * steps)] and len(set(seen)) == len(seen)
+
+
+def test_a_replacement_comes_from_the_same_source_and_errors_name_it(monkeypatch):
+    source = open_mix({"a": 1, "damaged": 1}, monkeypatch)
+    for n in range(40):
+        try:
+            source.read(n, attempt=3)
+        except OSError as e:
+            assert str(e) == f"file {source.place(n)[1]}: no image (mix: tiles damaged)"
+    numbers = [source.place(n)[1] for n in range(40) if source.place(n)[0] == 0]
+    assert source.sources[0].asked == [(n, 3) for n in numbers] and 0 < len(numbers) < 40
+
+
+def test_a_mix_of_a_folder_and_shards(tmp_path):
+    write_folder(tmp_path / "t", ["0.png", "1.png"])
+    write_shard(tmp_path / "s", "a", 3)
+    source = open_source(mix=(("tiles", f"{tmp_path}/t", 3), ["shards", f"{tmp_path}/s", 1]))
+    assert {Path(where[0]).name for where in wheres(source, range(100))} == {"0.png", "1.png", "a.svs"}
+    assert source.about == "75.0% 2 of 2 tiles in a folder; 25.0% 3 tiles of 1 shards, 0 not finished"
+    assert [s.c["seed"] for s in source.sources] == [0, 1000], "or two sources of slides would draw in step"
+
+
+@pytest.mark.parametrize("mix", [("tiles", "a", 1.0), (("tiles", "a"),), (("photos", "a", 1),), (("tiles", "a", 0),),
+                                 (("tiles", "a", "b"),), (("tiles", "a", math.nan),)])
+def test_a_mix_that_is_none_is_named(mix):
+    with pytest.raises(ValueError, match="mix: .* is not .one of slides, .*, parquet; its path; a weight"):
+        open_source(mix=mix)
+
+
+# ---- what is missing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys, message", [
+    ({}, "exactly one of slides, sample_list, tiles, shards, parquet, mix .now: none"),
+    ({"slides": "a", "tiles": "b"}, "now: slides, tiles.*--slides= --tiles=DIR"),
+    ({"slides": f"{GOLDEN}/*.npz"}, "none of the first .* opens: .*npz"),
+    ({"slides": str(GOLDEN)}, "it is a folder: try"), ({"slides": "/nowhere/*.svs"}, "no file matches /nowhere"),
+    ({"sample_list": "nowhere.txt"}, "no file nowhere.txt"), ({"tiles": "nowhere"}, "no folder nowhere"),
+    ({"tiles": str(GOLDEN)}, "no .jpg"), ({"shards": str(GOLDEN)}, "shards: no .tar file in .*golden"),
+    ({"shards": "nowhere"}, "shards: no file matches nowhere"),
+    ({"mix": (("tiles", "nowhere", 1),)}, "tiles: no folder nowhere")])
+def test_missing_data_is_named(keys, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(**keys)
