@@ -46,7 +46,6 @@ RUNS, SEED, MAX_STEPS = 5, 42, 12500  # head r is seeded with SEED + r
 TRAIN_INDEX = [i for first, end in TRAIN_RANGES for i in range(first, end)]
 VAL_INDEX = sorted(set(range(400)) - set(TRAIN_INDEX))
 LABELS = torch.arange(400) // 100
-IMAGENET_NORM = dict(zip(("norm_mean", "norm_std"), model.NORMS["imagenet"]))
 REMEDY = "bach_dir must hold ICIAR2018_BACH_Challenge/ as unzipped from zenodo.org/records/3632035"
 
 
@@ -290,23 +289,20 @@ def show_runs(pattern):
             print(f"{path} not written: pip install matplotlib")
 
 
-def score_weights(weights, bach_dir, arch, device, norms):
+def score_weights(weights, bach_dir, arch, device, norm=None):
     if not weights or not bach_dir:
         raise ValueError(f"give --weights=FILE and --bach_dir=DIR, or --runs='out/*'; {REMEDY}")
     started = time.time()
     backbone = model.load_backbone(weights, arch or None).to(device)
     file = torch.load(weights, map_location="cpu", mmap=True, weights_only=True) if zipfile.is_zipfile(weights) else {}
-    stored = file.get("config") or {}
-    theirs = dict(zip(IMAGENET_NORM, model.norm_values(stored.get("norm"))))
-    norms = {k: v or stored.get(k) or theirs[k] for k, v in norms.items()}  # older teachers store norm_mean, norm_std
-    if any(not isinstance(v, (tuple, list)) or len(v) != 3 for v in norms.values()):
-        raise ValueError(f"{norms}: give three numbers each, such as --norm_mean=0.5,0.5,0.5")
+    mean, std = model.stored_norm(weights) if norm is None else model.norm_values(norm)
     pixels = load_pixels(bach_dir)
-    print(f"read {weights} and {len(pixels)} images in {time.time() - started:.0f} s; {norms}")
-    row = evaluate(backbone, pixels, *norms.values(), device)
+    print(f"read {weights} and {len(pixels)} images in {time.time() - started:.0f} s; norm = {(mean, std)}")
+    row = evaluate(backbone, pixels, mean, std, device)
     print(f"BACH {row['bach']:.4f} +- {row['std']:.4f} over {len(row['seeds'])} heads, plateau {row['plateau']:.4f}, "
           f"effective rank {row['effective_rank']:.1f}, mean cosine {row['mean_cosine']:.4f}")
-    print(json.dumps(row | norms | {"weights": weights, "arch": arch or file.get("arch"), "step": file.get("step")}))
+    row |= {"norm": (mean, std), "weights": weights, "arch": arch or file.get("arch"), "step": file.get("step")}
+    print(json.dumps(row))
 
 
 if __name__ == "__main__":
@@ -314,14 +310,13 @@ if __name__ == "__main__":
     bach_dir = ""     # folder that holds ICIAR2018_BACH_Challenge/
     runs = ""         # instead of these two: run folders, a quoted glob
     arch = ""         # name in model.ARCHS; "" = as the file tells
-    norm_mean = None  # three numbers; None = the teacher's own, else ImageNet's. 0.5,0.5,0.5 for Midnight and Kaiko
-    norm_std = None   # as norm_mean
+    norm = None       # "imagenet", "half" (Midnight, Kaiko), (mean, std); None = the teacher's own, else imagenet
     device = "cuda" if torch.cuda.is_available() else "cpu"
     configure(globals())
     try:
         if runs:
             show_runs(runs)
         else:
-            score_weights(weights, bach_dir, arch, device, {"norm_mean": norm_mean, "norm_std": norm_std})
+            score_weights(weights, bach_dir, arch, device, norm)
     except (ValueError, OSError) as e:
         raise SystemExit(f"eval_bach: {e}")

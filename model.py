@@ -86,6 +86,13 @@ def norm_values(norm):
                      "std above 0")
 
 
+def stored_norm(path):
+    """(mean, std) that a teacher file of this project was trained with; ImageNet's for any other file."""
+    data = torch.load(path, map_location="cpu", mmap=True, weights_only=True) if zipfile.is_zipfile(path) else {}
+    c = data.get("config") or {}
+    return norm_values((c["norm_mean"], c["norm_std"]) if "norm_mean" in c else c.get("norm"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # blocks. tokens of all resolutions travel as one flat (T, D) tensor: norms and linear layers see all of them at once,
 # which halves the sharded all-gathers of two separate calls; attention runs once per resolution, on (B, N) in

@@ -37,6 +37,7 @@ White is all that lies outside the slide and every transparent pixel (areas not 
 """
 import functools
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -366,14 +367,17 @@ class Slide:
                                  f"correlation {likeness:.2f}); convert the slide, or leave it out")
 
     def _likeness(self, x, y, level, size=96):
-        """Correlation of a level's gray, near a level-0 point, with the level below; None if both are flat."""
+        """Correlation of a level's gray, near a level-0 point, with the level below; None where flat or damaged."""
         size = min(size, *self.level_dimensions[level])
         (sx, sy), (fx, fy) = self.level_scale[level], self.level_scale[level - 1]
         x, y = (min(max(round(at / s - size / 2), 0), whole - size)  # inside: the slide's edge looks alike anywhere
                 for at, s, whole in zip((x, y), (sx, sy), self.level_dimensions[level]))
         w, h = size * sx / fx, size * sy / fy
-        fine = self._region(x * sx, y * sy, math.ceil(w), math.ceil(h), level - 1)
-        pair = self._stored(x, y, size, size, level), _shrink(fine, size, w, h)
+        try:
+            fine = self._region(x * sx, y * sy, math.ceil(w), math.ceil(h), level - 1)
+            pair = self._stored(x, y, size, size, level), _shrink(fine, size, w, h)
+        except SlideError:
+            return None
         a, b = (np.asarray(Image.fromarray(p).convert("L").filter(ImageFilter.BoxBlur(2)), float) for p in pair)
         if max(a.std(), b.std()) < 4:  # blurred, since some pyramids are a pixel off
             return None
@@ -434,7 +438,7 @@ class Slide:
     def _thumbnail(self, mpp):
         """(uint8 (h, w, 3), cell): k x k means of the coarsest level up to mpp; cell = their size in level-0 px.
 
-        In blocks of 4 million pixels, since the only level may have 10^10.
+        In blocks of 4 million pixels, since the only level may have 10^10. What is damaged counts as glass.
         """
         fine = (i for i, m in enumerate(self.level_mpp) if m <= mpp * (1 + TOLERANCE) and self._even(i))
         level = max(fine, default=0)
@@ -444,14 +448,21 @@ class Slide:
         if w * h > MAX_MASK_CELLS:
             raise SlideError(f"{self.path}: a mask of {w} x {h} cells at {mpp:.4g} um/px is too large; if the slide's "
                              f"{self.mpp:.4g} um/px ({self.mpp_source}) is wrong, {REMEDY}")
-        thumbnail = np.empty((h, w, 3), np.uint8)
-        step = max(1, 2048 // k)
-        for j in range(0, h, step):
-            for i in range(0, w, step):
-                rows, cols = min(step, h - j), min(step, w - i)
-                block = self._stored(i * k, j * k, cols * k, rows * k, level)
-                thumbnail[j:j + rows, i:i + cols] = np.asarray(Image.fromarray(block).reduce(k))
+        thumbnail = np.full((h, w, 3), 255, np.uint8)
+        self._fill(thumbnail, 0, 0, max(1, 2048 // k), k, level)
         return thumbnail, (k * sx, k * sy)
+
+    def _fill(self, part, left, top, step, k, level):
+        """Fill part of the thumbnail, from cell (left, top) on, in blocks of step cells; smaller ones around damage."""
+        for j in range(0, part.shape[0], step):
+            for i in range(0, part.shape[1], step):
+                block = part[j:j + step, i:i + step]
+                x, y, h, w = (left + i) * k, (top + j) * k, block.shape[0] * k, block.shape[1] * k
+                try:
+                    block[:] = np.asarray(Image.fromarray(self._stored(x, y, w, h, level)).reduce(k))
+                except SlideError:
+                    if step * k > 256:
+                        self._fill(block, left + i, top + j, step // 2, k, level)
 
 
 OPENSLIDE = {"interpolates": None}  # of the library, not of a slide: found out once a process
@@ -701,16 +712,12 @@ if __name__ == "__main__":
     seed = 0                # of random places
 
     config = configure(globals())
-    from prepare import report as reports  # they import this file as wsi: of SlideError, a ValueError, there are two
-    from prepare import tiles as cutting
-
-    tasks = {"report": reports.report, "overlay": reports.overlay, "tiles": cutting.tiles, "coords": cutting.coords,
-             "features": cutting.features}
-    try:
-        if task not in tasks:
-            raise ValueError(f"--task={task or '...'}: one of {', '.join(tasks)}")
+    homes = {"report": "report", "overlay": "report", "tiles": "tiles", "coords": "tiles", "features": "features"}
+    try:  # they import this file as wsi: of SlideError, a ValueError, there are two
+        if task not in homes:
+            raise ValueError(f"--task={task or '...'}: one of {', '.join(homes)}")
         for key in [key for key in ("slides", "out") if not config[key]]:
             raise ValueError(f"--{key}=... is missing")
-        tasks[task](config)
+        getattr(importlib.import_module(f"prepare.{homes[task]}"), task)(config)
     except (ValueError, OSError) as e:
         raise SystemExit(f"wsi.py: {e}") from None

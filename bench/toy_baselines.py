@@ -49,4 +49,4 @@ if __name__ == "__main__":
     for seed in range(3):
         torch.manual_seed(seed)
         vit = model.ViT(model.ARCHS["toy"])
-        score(f"random toy ViT, seed {seed}", eval_bach.embed(vit, pixels, *eval_bach.IMAGENET_NORM.values(), "cpu"))
+        score(f"random toy ViT, seed {seed}", eval_bach.embed(vit, pixels, *model.NORMS["imagenet"], "cpu"))

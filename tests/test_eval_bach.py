@@ -18,7 +18,7 @@ import eval_bach
 import model
 
 ROOT = Path(__file__).parent.parent
-MEAN, STD = eval_bach.IMAGENET_NORM.values()
+MEAN, STD = model.NORMS["imagenet"]
 SPLIT = eval_bach.LABELS, eval_bach.TRAIN_INDEX, eval_bach.VAL_INDEX
 PHOTOS = "ICIAR2018_BACH_Challenge/Photos"
 
@@ -419,18 +419,18 @@ def test_weights_command(bach_template, tmp_path):
     vit = model.ViT(replace(model.ARCHS["toy"], layerscale=1.0))  # at the usual 1e-5 the image hardly reaches the CLS
     config = {"norm": ([0.5] * 3, [0.4] * 3)}
     torch.save({"teacher": vit.state_dict(), "arch": "toy", "step": 7, "config": config}, tmp_path / "7.pth")
-    flags = ["--device=cpu", "--norm_std=0.3,0.3,0.3"]
-    done = command(f"--weights={tmp_path}/7.pth", f"--bach_dir={bach_template}", *flags)
+    done = command(f"--weights={tmp_path}/7.pth", f"--bach_dir={bach_template}", "--device=cpu")
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout.splitlines()[-1])
     assert 0.5 < row["bach"] <= 1 and len(row["seeds"]) == 5 and row["protocol"].startswith("eva-bach: ")
     assert {"std", "accuracy", "plateau", "effective_rank", "mean_cosine"} <= row.keys()
-    assert (row["arch"], row["step"], row["norm_mean"], row["norm_std"]) == ("toy", 7, [0.5] * 3, [0.3] * 3)
+    assert (row["arch"], row["step"], row["norm"]) == ("toy", 7, [[0.5] * 3, [0.4] * 3])
 
 
 @pytest.mark.parametrize("config, stated, want", [
     ({"norm": "half"}, None, (0.5, 0.5)), ({"norm": None}, None, (MEAN, STD)), ({}, None, (MEAN, STD)),
-    ({"norm": [[0.6] * 3, [0.2] * 3]}, (0.3,) * 3, (0.6, 0.3)),
+    ({"norm": [[0.6] * 3, [0.2] * 3]}, None, (0.6, 0.2)), ({"norm": "half"}, "imagenet", (MEAN, STD)),
+    ({"norm": "half"}, ((0.3,) * 3, (0.1,) * 3), (0.3, 0.1)),
     ({"norm_mean": (0.7,) * 3, "norm_std": [0.4] * 3}, None, (0.7, 0.4))])  # what older teachers store
 def test_images_are_normalised_as_the_teacher_was_trained(config, stated, want, tmp_path, monkeypatch):
     seen = []
@@ -439,7 +439,7 @@ def test_images_are_normalised_as_the_teacher_was_trained(config, stated, want, 
         "bach": 0, "std": 0, "seeds": [], "plateau": 0, "effective_rank": 0, "mean_cosine": 0})
     vit = model.ViT(model.ARCHS["toy"])
     torch.save({"teacher": vit.state_dict(), "arch": "toy", "step": 7, "config": config}, tmp_path / "7.pth")
-    eval_bach.score_weights(str(tmp_path / "7.pth"), "bach", "", "cpu", {"norm_mean": None, "norm_std": stated})
+    eval_bach.score_weights(str(tmp_path / "7.pth"), "bach", "", "cpu", stated)
     for got, value in zip(seen, want):
         np.testing.assert_allclose(got, np.broadcast_to(value, 3))
 

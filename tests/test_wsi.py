@@ -391,6 +391,24 @@ def test_fewer_pixels_are_decoded_together_and_memory_is_bounded(tmp_path, monke
         assert len(sizes) < len(xy) / most ** 0.5, (len(sizes), len(xy))
 
 
+def test_a_damaged_place_costs_the_mask_its_own_cells_and_no_more(tmp_path, monkeypatch):
+    tissue = np.where(np.random.default_rng(0).random((3000, 3000, 1)) < 0.3, PURPLE, PINK).astype(np.uint8)
+    path = write_slide(tmp_path / "full.tif", pyramid(tissue, 4), (0.5, 0.5))
+    read, broken_level = openslide.OpenSlide.read_region, None
+
+    def broken(self, at, level, size):
+        scale = self.level_downsamples[level]
+        inside = all(a <= 1500 < a + s * scale for a, s in zip(at, size))
+        if level == broken_level and inside:
+            raise openslide.OpenSlideError("bad tile")
+        return read(self, at, level, size)
+    monkeypatch.setattr(openslide.OpenSlide, "read_region", broken)
+    for broken_level in (0, 1):
+        mask, (cell, _) = Slide(path, tissue=rule(hole_mm2=0)).tissue_mask()
+        middle = int(1500 / cell)
+        assert mask.mean() > 1 - (300 * 4 / 3000) ** 2 and mask[middle, middle] == (broken_level == 0)
+
+
 def test_a_damaged_place_costs_its_tiles_and_no_others(tmp_path, monkeypatch):
     slide, levels = open_texture(tmp_path)
     read = openslide.OpenSlide.read_region
