@@ -93,7 +93,7 @@ def decode(file, name):
     """The RGB pixels of an image file, or of its bytes; OSError with `name` for a damaged one."""
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            return np.array(image.convert("RGB"))
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except Exception as e:  # pillow raises OSError, SyntaxError, KeyError, struct.error, ... on a damaged file
         raise OSError(f"{name}: {type(e).__name__}: {' '.join(str(e).split())}") from None
 
