@@ -219,7 +219,7 @@ class Slide:
         row, column = np.nonzero(share >= max(min_tissue, 1e-6))
         return np.stack([starts[0][column], starts[1][row]], 1), share[row, column].astype(np.float32)
 
-    def regions(self, xy, size, mpp, region_mb=64):
+    def regions(self, xy, size, mpp, region_mb=16):
         """Indices into xy (N, 2), grouped into neighbours that one read of up to region_mb megabytes covers."""
         level, w, h = self._plan(size, mpp)
         side = max(math.sqrt(region_mb * 1e6 / REGION_BYTES) - max(w, h), 1) * np.array(self.level_scale[level])
@@ -707,7 +707,7 @@ if __name__ == "__main__":
     batch_size = 64         # tiles a forward
     device = ""             # "cuda" or "cpu"; "" = cuda if there is one
     norm = None             # "imagenet", "half", (mean, std); None = the weights' own, else imagenet
-    region_mb = 64          # memory of one read, a worker
+    region_mb = 16          # memory of one read, a worker; larger ones leave the cache and are slower
     workers = 2             # processes
     seed = 0                # of random places
 
