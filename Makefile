@@ -1,8 +1,9 @@
-# make toy: a small world, a run on it and its BACH curve, on two CPU cores. make test: the tests. make lint: ruff
+# make toy: a small world, a run on it and its BACH curve, on two CPU cores. make test: the tests; make test-slow: the slow ones
+# make lint: ruff
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: toy test lint
+.PHONY: toy test test-slow lint
 
 toy: .venv/ready
 	$(PY) prepare/toy.py
@@ -12,6 +13,9 @@ toy: .venv/ready
 
 test: .venv/ready
 	$(PY) -m pytest
+
+test-slow: .venv/ready
+	$(PY) -m pytest -m slow
 
 lint: .venv/ready
 	$(PY) -m ruff check
