@@ -1,5 +1,5 @@
-# make toy: a small world, a run on it and its BACH curve, on two CPU cores. make test: the tests; make test-slow: the slow ones
-# make lint: ruff
+# make toy: a small world, a run on it and its BACH curve, on two CPU cores
+# make test: the tests. make test-slow: the slow ones. make lint: ruff
 PYTHON ?= python3
 PY = .venv/bin/python
 
