@@ -93,7 +93,8 @@ def check(name, value, keys, source):
         return tuple(value)
     fits = isinstance(value, TYPES) if default is None else isinstance(value, type(default))
     if not fits or (isinstance(value, bool) and not isinstance(default, (bool, type(None)))):
-        hint = f"; write ({value!r},)" if isinstance(default, tuple) else ""
+        one = f"--{name}={value!r}," if source.startswith("flag") else f"({value!r},)"
+        hint = f"; write {one}" if isinstance(default, tuple) else ""
         stop(f"{source}: key '{name}' expects {type(default).__name__} (default {default!r}), got {value!r}{hint}")
     return value
 

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 
 import model
-from sources import READ_ERRORS, open_source  # noqa: F401  open_source is for callers
+import sources
+from sources import READ_ERRORS
 
 ATTEMPTS = 100  # draws for one sample before its source is given up
 
@@ -57,9 +58,6 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, source, c, grid, rank=0, world=1, offset=0):
         self.source, self.c, self.grid, self.rank, self.world, self.offset = source, c, grid, rank, world, offset
 
-    def __len__(self):
-        return self.c["max_steps"]
-
     def __getitem__(self, step):
         if torch.utils.data.get_worker_info():
             torch.set_num_threads(1)
@@ -86,9 +84,13 @@ class Batches(torch.utils.data.Dataset):
             try:
                 tile, _ = self.source.read(n, attempt)
                 break
+            except sources.Unsuitable as e:
+                reason = str(e)
             except READ_ERRORS as e:
-                bad.append(" ".join(str(e).split()))
+                reason = " ".join(str(e).split())
+                bad.append(reason)
         if tile is None:
+            bad.append(reason)
             return None
         rng = np.random.default_rng((c["seed"], n, ATTEMPTS))
         pixels = torch.from_numpy(np.ascontiguousarray(tile)).permute(2, 0, 1)[None]  # channels-last: the fast resize

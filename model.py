@@ -78,12 +78,12 @@ def norm_values(norm):
     values = NORMS["imagenet"] if norm is None else NORMS.get(norm) if isinstance(norm, str) else norm
     try:
         mean, std = ((float(r), float(g), float(b)) for r, g, b in values)
-        if min(std) > 0:
+        if all(0 <= m <= 1 for m in mean) and all(0 < s <= 1 for s in std):
             return mean, std
     except (TypeError, ValueError):
         pass
     raise ValueError(f"norm = {norm!r}: give {', '.join(map(repr, NORMS))}, or (mean, std) of three numbers each, "
-                     "std above 0")
+                     "of pixels from 0 to 1")
 
 
 def stored_norm(path):

@@ -19,7 +19,8 @@ the file's name, else the slide.
 
 Memory. Lists, shards and parquet are tables of 13, 28 and 8 bytes a tile, parsed once a node into a file that all
 ranks and workers map: 29 million lines are 377 MB of page cache, not of each process. Of slides open_slides stay open
-in a worker, of row groups WINDOW, so parquet is best written with row groups of 100 MB or less.
+in a worker, of row groups WINDOW: parquet wants shuffled rows and row groups of 10 MB, or a worker holds gigabytes and
+batches see WINDOW slides at a time. The memory is printed at the start.
 """
 import fcntl
 import functools
@@ -40,7 +41,7 @@ from PIL import Image
 import wsi
 
 READ_ERRORS = (wsi.SlideError, OSError)  # a bad tile or slide: another is drawn
-TISSUE_DRAWS = 20  # places in a slide before it counts as one without enough tissue; of masked ones, 9 in 10 pass
+TISSUE_DRAWS = 20  # places in a slide for one tile; of masked ones 9 in 10 pass at 0.5 um/px, fewer at 2 in thin ones
 OPEN_SHARDS = 256  # files a process; the usual limit is 1024
 WINDOW = 16        # parquet row groups that a process holds and among whose rows the order is random
 PERIOD = 1000      # blocks in which the weights of a mix are kept exactly
@@ -73,11 +74,21 @@ def shuffled(n, size, seed):
             return i
 
 
+class Unsuitable(wsi.SlideError):
+    """A sound slide in which no place drawn had enough tissue: another is drawn, and nothing is wrong."""
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def held_out(path, c):
-    return wsi.held_out(wsi.patient_of(path, c["patient"]), c["holdout"])
+    return c["holdout"] > 0 and wsi.held_out(wsi.patient_of(path, c["patient"]), c["holdout"])
+
+
+def listed(paths):
+    """A name for a list of files, for ranks and resumed runs to tell whether they have found the same."""
+    names = "\n".join(map(os.path.basename, paths)).encode(errors="replace")
+    return f"list {hashlib.blake2b(names, digest_size=4).hexdigest()}"
 
 
 def files_of(pattern, ending, key):
@@ -93,9 +104,16 @@ def decode(file, name):
     """The RGB pixels of an image file, or of its bytes; OSError with `name` for a damaged one."""
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            if image.mode == "RGB":
+                return np.array(image)
+            if image.has_transparency_data:  # as read_region saves it: outside the slide is white, not black
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            elif image.mode not in ("L", "P", "CMYK", "YCbCr", "1"):
+                raise ValueError(f"{image.mode} pixels; save it with 8 bits a channel")
+            return np.array(image.convert("RGB"))
     except Exception as e:  # pillow raises OSError, SyntaxError, KeyError, struct.error, ... on a damaged file
-        raise OSError(f"{name}: {type(e).__name__}: {' '.join(str(e).split())}") from None
+        text = re.sub(r" <_io.BytesIO.*?>", "", " ".join(str(e).split()))
+        raise OSError(f"{name}: {type(e).__name__}: {text}") from None
 
 
 def keep_open(open_one, size):
@@ -126,15 +144,18 @@ def shared_table(kind, inputs, c, dtype, build):
     stats = [(os.path.abspath(path), (s := os.stat(path)).st_size, s.st_mtime_ns) for path in inputs]
     patients = c["holdout"] and (c["holdout"], c["patient"])
     digest = hashlib.blake2b(repr((kind, patients, dtype, stats)).encode(), digest_size=12).hexdigest()
-    folders = os.path.dirname(stats[0][0]), tempfile.gettempdir()
-    places = [os.path.join(folder, f".{kind}-{digest}.table") for folder in folders]
-    path = next(filter(os.path.isfile, places), None) or build_table(kind, places, build)
-    with open(path, "rb") as f:
-        end = f.seek(-8, os.SEEK_END)
-        start = end - struct.unpack("<Q", f.read())[0]
-        f.seek(start)
-        names = json.loads(f.read(end - start))
-    return np.memmap(path, dtype, "r", shape=(start // np.dtype(dtype).itemsize,)), names
+    places = [os.path.join(os.path.dirname(stats[0][0]), f".{kind}-{digest}.table"),
+              os.path.join(tempfile.gettempdir(), f".{kind}-{digest}-{os.getuid()}.table")]
+    path = next((p for p in places if os.access(p, os.R_OK)), None) or build_table(kind, places, build)
+    try:
+        with open(path, "rb") as f:
+            end = f.seek(-8, os.SEEK_END)
+            start = end - struct.unpack("<Q", f.read())[0]
+            f.seek(start)
+            names = json.loads(f.read(end - start))
+        return np.memmap(path, dtype, "r", shape=(start // np.dtype(dtype).itemsize,)), names
+    except (OSError, ValueError, struct.error):
+        raise ValueError(f"{path}: this table is damaged; delete it, it will be built again") from None
 
 
 def build_table(kind, places, build):
@@ -150,9 +171,11 @@ def build_table(kind, places, build):
                 if not f.tell():
                     raise ValueError(f"{kind}: no tile to train on: empty, or every patient is held out")
                 f.write(names + struct.pack("<Q", len(names)))
+                f.flush()
+                os.fsync(f.fileno())
             os.replace(unfinished, path)
         except OSError as e:  # a full disk, an input that cannot be read
-            raise OSError(f"{path} could not be written: {e}") from e
+            raise OSError(f"{path} was not built: {e}") from e
         finally:
             if os.path.isfile(unfinished):
                 os.remove(unfinished)
@@ -184,7 +207,7 @@ class Slides:
     def __init__(self, pattern, c):
         paths = wsi.expand(pattern, "slides")
         self.c, self.paths = c, [p for p in paths if not held_out(p, c)]
-        self.about = f"{len(self.paths):,} of {len(paths):,} slides"
+        self.about = f"{len(self.paths):,} of {len(paths):,} slides ({listed(self.paths)})"
         self.open = keep_open(self.enter, c["open_slides"])
         if not self.paths:
             raise ValueError(f"slides: holdout = {c['holdout']} leaves none of the {len(paths)} in {pattern}")
@@ -230,7 +253,7 @@ class Slides:
             if wsi.is_tissue(tile, c["tissue_share"]):
                 return tile, {"slide": path, "x": x, "y": y, "mpp": mpp}
         share = f"{c['tissue_share']:.0%} tissue at {mpp:.4g} um/px"
-        raise wsi.SlideError(f"{path}: no tile of {share} in {TISSUE_DRAWS} draws")
+        raise Unsuitable(f"{path}: no tile of {share} in {TISSUE_DRAWS} draws")
 
 
 def draw_mpp(rng, finest, c):
@@ -263,6 +286,8 @@ class SampleList:
         ids, kept, pack = {}, [], struct.Struct("<IiiB").pack
         with open(self.file, "rb") as lines:
             for number, line in enumerate(lines, 1):
+                if line.isspace():
+                    continue
                 try:
                     path, x, y, level = line.rsplit(None, 3)  # a path may hold spaces
                     if not level.isdigit():
@@ -280,8 +305,9 @@ class SampleList:
 
     def enter(self, path):
         """(slide, whether its mpp is known)."""
+        c = self.c
         try:
-            return wsi.Slide(path, self.c["slide_mpp"] or None, self.c["exact_reads"]), True
+            return wsi.Slide(path, c["slide_mpp"] or None, c["exact_reads"], c["mpp_from_objective"]), True
         except wsi.SlideError:
             return wsi.Slide(path, 1.0, self.c["exact_reads"]), False
 
@@ -304,11 +330,12 @@ class Tiles:
             raise ValueError(f"tiles: no {' '.join(endings)} files under {folder}")
         for path in found if c["holdout"] else ():
             if not re.search(c["patient"], os.path.basename(path)):  # each tile would be its own patient
-                raise ValueError(f"tiles: holdout needs patients, but {path} has none: set --patient=REGEX")
+                raise ValueError(f"tiles: holdout needs patients, but the file name of {path} has none: give the tiles "
+                                 "names with the patient in, and --patient=REGEX to find it")
         self.c, self.paths = c, [p for p in found if not held_out(p, c)]
         if not self.paths:
             raise ValueError(f"tiles: holdout = {c['holdout']} leaves none of {len(found)} in {folder}")
-        self.about = f"{len(self.paths):,} of {len(found):,} tiles in a folder"
+        self.about = f"{len(self.paths):,} of {len(found):,} tiles in a folder ({listed(self.paths)})"
 
     def read(self, n, attempt=0):
         path = self.paths[pick(n, attempt, len(self.paths), self.c["seed"])]
@@ -328,7 +355,8 @@ class Shards:
         inputs = [file for tar in self.tars for file in (sidecar(tar), tar)]
         self.table, self.slides = shared_table("shards", inputs, c, self.ROW, self.index)
         unfinished = len(tars) - len(self.tars)
-        self.about = f"{len(self.table):,} tiles of {len(self.tars):,} shards, {unfinished} not finished"
+        self.about = f"{len(self.table):,} tiles of {len(self.tars):,} shards ({listed(self.tars)})"
+        self.about += f", {unfinished} not finished" if unfinished else ""
         self.open = functools.lru_cache(OPEN_SHARDS)(lambda tar: open(tar, "rb", buffering=0))
 
     def index(self, write):
@@ -337,6 +365,9 @@ class Shards:
             rows, side = read_sidecar(tar, self.ROW)
             rows["shard"] = i
             slides.append(side["slide"])
+            if self.c["holdout"] and side["patient"] != wsi.patient_of(side["slide"], self.c["patient"]):
+                raise ValueError(f"{sidecar(tar)}: patient {side['patient']}, but --patient={self.c['patient']} finds "
+                                 f"{wsi.patient_of(side['slide'], self.c['patient'])}: hold out by the same pattern")
             if not held_out(side["slide"], self.c):
                 write(rows.tobytes())
         return slides
@@ -344,7 +375,10 @@ class Shards:
     def read(self, n, attempt=0):
         i, offset, size, x, y, mpp = self.table[pick(n, attempt, len(self.table), self.c["seed"])].item()
         place = f"{self.tars[i]}: tile x={x} y={y} at byte {offset}"
-        blob = os.pread(self.open(self.tars[i]).fileno(), size, offset)  # has no position that a fork would share
+        try:
+            blob = os.pread(self.open(self.tars[i]).fileno(), size, offset)  # has no position that a fork would share
+        except OSError as e:
+            raise OSError(f"{place}: {e.strerror}") from None
         if len(blob) != size:
             raise OSError(f"{place}: {len(blob)} of {size} bytes")
         return decode(blob, place), {"slide": self.slides[i], "x": x, "y": y, "mpp": mpp}
@@ -361,9 +395,11 @@ def read_sidecar(tar, dtype):
             side = json.load(f)
         rows = np.zeros(len(side["offset"]), dtype)
         for column in dtype.names[1:]:
+            if len(side[column]) != len(rows):
+                raise ValueError(f"{column} has {len(side[column])} rows of {len(rows)}")
             rows[column] = side[column]
         told, size = side["bytes"], os.path.getsize(tar)
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, OverflowError) as e:
         raise ValueError(f"{sidecar(tar)}: not what --task=tiles writes ({type(e).__name__}: {e})") from None
     if size != told:
         raise ValueError(f"{tar} has {size:,} bytes, its .json says {told:,}: copy it again, or delete both and rerun "
@@ -386,10 +422,12 @@ class Parquet:
             raise ValueError("parquet: needs pyarrow: pip install pyarrow") from None
         self.pq, self.c, self.files = pyarrow.parquet, c, files_of(pattern, ".parquet", "parquet")
         self.table, names = shared_table("parquet", self.files, c, self.ROW, self.index)
-        self.slides, self.groups = names["slides"], names["groups"]  # of groups: file, number in it, rows to train on
-        self.rows = np.array([rows for _, _, rows in self.groups])
+        self.slides, self.groups = names["slides"], names["groups"]  # of groups: file, number, rows to train on, bytes
+        self.rows = np.array([rows for _, _, rows, _ in self.groups])
         self.first = np.cumsum(self.rows) - self.rows
-        self.about = f"{len(self.table):,} rows in {len(self.groups):,} row groups of {len(self.files):,} parquet files"
+        held = sum(sorted(size for *_, size in self.groups)[-WINDOW:]) / 1e9
+        self.about = (f"{len(self.table):,} rows in {len(self.groups):,} row groups of {len(self.files):,} parquet "
+                      f"files ({listed(self.files)}), up to {held:.2g} GB in each worker for {WINDOW} groups at a time")
         self.walk, self.group = functools.lru_cache(2)(self.walk), functools.lru_cache(WINDOW)(self.group)
 
     def open(self, file):
@@ -407,11 +445,13 @@ class Parquet:
                 for g in range(f.num_row_groups):
                     column = f.read_row_group(g, ["slide_path"], use_threads=False)["slide_path"].to_pylist()
                     for slide in dict.fromkeys(column):
+                        if not isinstance(slide, str):
+                            raise ValueError(f"{file}: row group {g}: slide_path holds {slide!r}, which is no path")
                         if ids.setdefault(slide, len(ids)) == len(kept):
                             kept.append(not held_out(slide, self.c))
                     rows = [(row, ids[slide]) for row, slide in enumerate(column) if kept[ids[slide]]]
                     write(np.array(rows, self.ROW).tobytes())
-                    groups += [(i, g, len(rows))] if rows else []
+                    groups += [(i, g, len(rows), f.metadata.row_group(g).total_byte_size)] if rows else []
         return {"slides": list(ids), "groups": groups}
 
     def walk(self, turn):
@@ -434,7 +474,7 @@ class Parquet:
 
     def group(self, k):
         """The columns of a row group; not in several threads, which would not survive a fork."""
-        file, g, _ = self.groups[k]
+        file, g, *_ = self.groups[k]
         try:
             with self.open(self.files[file]) as f:
                 return f.read_row_group(g, list(COLUMNS[1:]), use_threads=False)
@@ -443,13 +483,14 @@ class Parquet:
 
     def read(self, n, attempt=0):
         k, i = self.place(n, attempt)
-        (row, slide), (file, g, _) = self.table[i].item(), self.groups[k]
-        x, y, side, form, blob = (self.group(k)[column][row].as_py() for column in COLUMNS[1:])
+        (row, slide), (file, g, *_) = self.table[i].item(), self.groups[k]
         place = f"{self.files[file]}: row {row} of row group {g}"
-        if len(blob) == 3 * side**2 and form.lower() not in ("png", "jpeg", "jpg"):
-            tile = np.frombuffer(blob, np.uint8).reshape(side, side, 3)
-        else:
-            tile = decode(blob, place)
+        try:
+            x, y, side, form, blob = (self.group(k)[column][row].as_py() for column in COLUMNS[1:])
+            raw = len(blob) == 3 * side**2 and form.lower() not in ("png", "jpeg", "jpg")
+        except (IndexError, TypeError, AttributeError) as e:  # a file that has changed since, or a null
+            raise OSError(f"{place}: {e}") from None
+        tile = np.frombuffer(blob, np.uint8).reshape(side, side, 3).copy() if raw else decode(blob, place)
         return tile, {"slide": self.slides[slide], "x": x, "y": y, "mpp": math.nan}
 
 
@@ -462,8 +503,9 @@ class Mix:
     def __init__(self, entries, c):
         self.c, self.entries, self.sources = c, entries, []
         for entry in entries:
-            fits = isinstance(entry, (tuple, list)) and len(entry) == 3 and entry[0] in SOURCES
-            if not fits or not isinstance(entry[2], (int, float)) or not 0 < entry[2] < math.inf:
+            fits = isinstance(entry, (tuple, list)) and len(entry) == 3 and all(isinstance(e, str) for e in entry[:2])
+            fits = fits and entry[0] in SOURCES and entry[1] and isinstance(entry[2], (int, float))
+            if not fits or not 0 < entry[2] < math.inf:
                 raise ValueError(f"mix: {entry!r} is not (one of {', '.join(SOURCES)}; its path; a weight above 0)")
         for i, (kind, path, _) in enumerate(entries):  # seeds differ, or sources of one kind would draw in step
             self.sources.append(SOURCES[kind](path, {**c, "seed": c["seed"] + 1000 * i}))

@@ -248,6 +248,10 @@ if dev == "cuda":
     torch.cuda.set_device(local_rank)
 store = None if "RANK" in os.environ else dist.HashStore()
 dist.init_process_group("nccl" if dev == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+lists = [None] * world
+dist.all_gather_object(lists, source.about)
+if len(set(lists)) > 1:
+    stop(f"ranks have found different data, is something still being written there? {'; '.join(sorted(set(lists)))}")
 mesh = init_device_mesh(dev, (world,))
 torch.manual_seed(seed)  # the same on every rank: parameters are drawn whole, then sharded
 student = build()
@@ -290,7 +294,7 @@ def say(message):
 def state():
     """Everything that a later step depends on; tensors are shards. Random numbers are a function of the step."""
     nets, optim = get_state_dict(torch.nn.ModuleDict({"student": student, "teacher": teacher}), optimizer)
-    texts = {"bad_tiles": json.dumps(bad_tiles), "config": json.dumps(config)}
+    texts = {"bad_tiles": json.dumps(bad_tiles), "config": json.dumps(config), "data": source.about}
     return {"model": nets, "optimizer": optim, "centers": centers, "progress": progress, **texts}
 
 
@@ -326,6 +330,8 @@ def load_checkpoint(step):
     nets = torch.nn.ModuleDict({"student": student, "teacher": teacher})
     set_state_dict(nets, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
     bad_tiles.update(json.loads(loaded["bad_tiles"]))
+    if loaded["data"] != source.about:
+        say(f"resume: the data were {loaded['data']}, are now {source.about}: other tiles follow than without the stop")
     before = loaded["progress"]["images"]
     if before != images:
         say(f"resume: {images} images a step instead of {before}: the learning rate's peak is {peak_lr:.4g} instead of "

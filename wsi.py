@@ -43,7 +43,6 @@ import math
 import os
 import re
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -323,9 +322,9 @@ class Slide:
             downsample = self._handle().level_downsamples[level]
             at = round(x * downsample), round(y * downsample)
             a, b = (self._read_rgb(at[0] + d, at[1] + d, w, h, level) for d in (0, 1))
+            if (a[:, 1:] != a[:, :-1]).mean() < 0.1 or (a[1:] != a[:-1]).mean() < 0.1:
+                return True  # too flat to tell: glass may look like its own shifted copy
             whole = [np.array_equal(b[:h - j, :w - i], a[j:, i:]) for i in (0, 1) for j in (0, 1)]
-            if all(whole):
-                return False  # too flat to tell, and to matter
             OPENSLIDE["interpolates"] = not any(whole)
         return OPENSLIDE["interpolates"]
 
@@ -355,12 +354,13 @@ class Slide:
         Raises SlideError if they differ at half of them: a level that shows another picture, or is not as coarse as
         its dimensions say. Costs about 10 ms a level.
         """
-        rng = np.random.default_rng(0)
+        rng, tissue = np.random.default_rng(0), self._tissue()[0].any()
         for level in range(1, len(self.level_scale)):
             if not self._even(level):
                 raise SlideError(f"{self.path}: level {level} is {self.level_dimensions[level]} px of {self.dimensions}"
                                  ": another aspect, so another picture; convert the slide, or leave it out")
-            likeness = [self._likeness(*self.random_point(rng), level) for _ in range(places)]
+            points = [self.random_point(rng) if tissue else rng.random(2) * self.dimensions for _ in range(places)]
+            likeness = [self._likeness(*point, level) for point in points]
             likeness = np.median([value for value in likeness if value is not None] or [1])
             if likeness < 0.5:
                 raise SlideError(f"{self.path}: level {level} does not show what level {level - 1} shows (median "
@@ -416,16 +416,16 @@ class Slide:
     def _tissue(self):
         """(packed bits, (h, w), cell): kept in memory, and in mask_dir."""
         if self._mask is None:
-            name = f"{Path(self.path).stem}-{os.path.getsize(self.path):x}.npz"  # still right where slides have moved
+            name = f"{Path(self.path).stem}-{_fingerprint(self.path, self.mpp_xy)}.npz"
             self._mask = _load_mask(os.path.join(self.mask_dir, name), self._rule) if self.mask_dir else None
         if self._mask is None:
             rule = self._rule or TISSUE
-            thumbnail, cell = self._thumbnail(rule["mpp"])
+            thumbnail, damaged, cell = self._thumbnail(rule["mpp"])
             um = self.mpp_xy[0] * cell[0], self.mpp_xy[1] * cell[1]
-            mask = _mask_of(thumbnail, um, rule)
+            mask = _mask_of(thumbnail, um, rule) | damaged  # so that their tiles are tried, and counted
             self._mask = np.packbits(mask), mask.shape, cell
             try:
-                self.check_levels() if mask.any() else None
+                self.check_levels()
             except SlideError:
                 self._mask = None  # asked again, it says so again
                 raise
@@ -436,9 +436,10 @@ class Slide:
         return self._mask
 
     def _thumbnail(self, mpp):
-        """(uint8 (h, w, 3), cell): k x k means of the coarsest level up to mpp; cell = their size in level-0 px.
+        """(uint8 (h, w, 3), damaged bool (h, w), cell): k x k means of the coarsest one up to mpp; cell in level-0 px.
 
-        In blocks of 4 million pixels, since the only level may have 10^10. What is damaged counts as glass.
+        In blocks of 4 million pixels, since the only level may have 10^10. Cells that cannot be read are white here and
+        tissue in the mask: their tiles are tried, found damaged, and counted.
         """
         fine = (i for i, m in enumerate(self.level_mpp) if m <= mpp * (1 + TOLERANCE) and self._even(i))
         level = max(fine, default=0)
@@ -448,21 +449,23 @@ class Slide:
         if w * h > MAX_MASK_CELLS:
             raise SlideError(f"{self.path}: a mask of {w} x {h} cells at {mpp:.4g} um/px is too large; if the slide's "
                              f"{self.mpp:.4g} um/px ({self.mpp_source}) is wrong, {REMEDY}")
-        thumbnail = np.full((h, w, 3), 255, np.uint8)
-        self._fill(thumbnail, 0, 0, max(1, 2048 // k), k, level)
-        return thumbnail, (k * sx, k * sy)
+        thumbnail, damaged = np.full((h, w, 3), 255, np.uint8), np.zeros((h, w), bool)
+        self._fill(thumbnail, damaged, 0, 0, max(1, 2048 // k), k, level)
+        return thumbnail, damaged, (k * sx, k * sy)
 
-    def _fill(self, part, left, top, step, k, level):
+    def _fill(self, part, damaged, left, top, step, k, level):
         """Fill part of the thumbnail, from cell (left, top) on, in blocks of step cells; smaller ones around damage."""
         for j in range(0, part.shape[0], step):
             for i in range(0, part.shape[1], step):
-                block = part[j:j + step, i:i + step]
+                block, lost = part[j:j + step, i:i + step], damaged[j:j + step, i:i + step]
                 x, y, h, w = (left + i) * k, (top + j) * k, block.shape[0] * k, block.shape[1] * k
                 try:
                     block[:] = np.asarray(Image.fromarray(self._stored(x, y, w, h, level)).reduce(k))
                 except SlideError:
                     if step * k > 256:
-                        self._fill(block, left + i, top + j, step // 2, k, level)
+                        self._fill(block, lost, left + i, top + j, step // 2, k, level)
+                    else:
+                        lost[:] = True
 
 
 OPENSLIDE = {"interpolates": None}  # of the library, not of a slide: found out once a process
@@ -553,7 +556,8 @@ def _mask_of(thumbnail, um, rule):
     radius = [max(0, (rule["vote_um"] / side - 1) / 2) for side in um]
     mask = np.asarray(colour.filter(ImageFilter.BoxBlur(radius))) > 127
     cell = um[0] * um[1] / 1e6  # mm2
-    return ~_drop_small(~_drop_small(mask, rule["speck_mm2"] / cell), rule["hole_mm2"] / cell)
+    mask = _drop_small(mask, rule["speck_mm2"] / cell)
+    return ~_drop_small(~mask, rule["hole_mm2"] / cell) if mask.any() else mask  # a small slide of glass is no hole
 
 
 def _is_tissue_colour(thumbnail, rule):
@@ -617,13 +621,23 @@ def _save_mask(file, mask, rule):
         return str(error)
 
 
+def _fingerprint(path, mpp_xy):
+    """Of a slide's content, by 64 places of the file, and of its scale: still right where the file has moved."""
+    size, digest = os.path.getsize(path), hashlib.blake2b(repr(mpp_xy).encode(), digest_size=8)
+    with open(path, "rb") as f:
+        for k in range(64):
+            f.seek(k * max(size - 1024, 0) // 63)
+            digest.update(f.read(1024))
+    return digest.hexdigest()
+
+
 def _load_mask(file, rule):
     """(packed bits, (h, w), cell), or None if there is none, it is damaged, or it was made by another rule."""
     try:
         with np.load(file) as saved:
             if rule is None or json.loads(json.dumps(rule)) == json.loads(str(saved["rule"])):
                 return saved["bits"], tuple(saved["shape"].tolist()), tuple(saved["cell"].tolist())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # a damaged file raises whatever zipfile, zlib and numpy come across; it is made again
         pass
     return None
 
@@ -646,6 +660,8 @@ def slide_names(paths, by="stem"):
 
     Raises ValueError if two slides would share a name, and so overwrite each other.
     """
+    if by not in ("stem", "path"):
+        raise ValueError(f"names={by}: stem or path")
     common = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths])
     names, seen = {}, {}
     for path in paths:
@@ -685,7 +701,7 @@ if __name__ == "__main__":
 
     task = ""               # report, overlay, tiles, coords or features
     slides = ""             # glob of whole-slide images
-    out = ""                # folder to write; a rerun goes on
+    out = ""                # folder to write; a rerun of tiles, coords and features goes on
     slide_mpp = 0.0         # um/px of level 0 of every slide, overriding what the files say; 0 = believe the files
     mpp_from_objective = False  # where nothing better is stated, take 10 / objective power: a guess, off by up to 50 %
     exact_reads = True      # undo OpenSlide's interpolation; False is the old way
@@ -721,3 +737,5 @@ if __name__ == "__main__":
         getattr(importlib.import_module(f"prepare.{homes[task]}"), task)(config)
     except (ValueError, OSError) as e:
         raise SystemExit(f"wsi.py: {e}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("wsi.py: interrupted") from None

@@ -38,6 +38,7 @@ def compare(c):
     report.write_csv(os.path.join(c["out"], "compare.csv"), sides["a"] + sides["b"])
     bins = sorted({mpp_bin(row["mpp"]) for rows in sides.values() for row in rows})
     a, b = (column(rows, unreadable[side], bins) for side, rows in sides.items())
+    print(f"{'':17} | {'a':^40} | {'b':^40}")
     for label in a:
         print(f"{label:17} | {a[label]:>40} | {b[label]:>40}")
     plot(sides, os.path.join(c["out"], "compare.png"))

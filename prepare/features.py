@@ -87,6 +87,10 @@ def features(c):
     if not c["weights"]:
         raise ValueError("weights: --task=features needs the tile encoder's file, --weights=FILE")
     vit = model.load_backbone(c["weights"], c["arch"] or None).eval()
+    if c["device"] not in ("", "cpu", "cuda") or (c["device"] == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device={c['device']}: cuda or cpu; cuda needs a GPU that torch sees")
+    if c["batch_size"] < 1:
+        raise ValueError(f"batch_size={c['batch_size']}: at least 1")
     if c["tile_px"] % vit.config.patch_size:
         raise ValueError(f"tile_px={c['tile_px']}: not a multiple of the patch of {vit.config.patch_size} px")
     with open(c["weights"], "rb") as f:

@@ -140,11 +140,15 @@ def describe(row, slide):
     row["mpp_x"], row["mpp_y"], row["mpp_source"] = round(mpp_x, 5), round(mpp_y, 5), source
     if slide.power > 0:
         row["agree"] = "yes" if abs((mpp_x + mpp_y) / 2 * slide.power / 10 - 1) <= 0.3 else "no"
+    if source.startswith("10 /"):  # of the power itself
+        row["agree"] = "unknown"
 
 
 def measure(row, slide, c):
     """Defects, tissue, tiles, sharpness. What stops a slide from being used, as a level that lies, is an error."""
-    row["defects"] = scan_defects(survey(slide))
+    picture, damaged = survey(slide)
+    texts = [f"damaged (blocks of 1024 px) {100 * damaged:.1f} %" if damaged else "", scan_defects(picture)]
+    row["defects"] = "; ".join(filter(None, texts))
     mask, _ = slide.tissue_mask()
     row["tissue_share"], row["tissue_mm2"] = round(float(mask.mean()), 4), round(tissue_mm2(slide), 3)
     if not mask.any():
@@ -154,7 +158,11 @@ def measure(row, slide, c):
             row[f"tiles_{mpp:g}"] = len(slide.grid(c["tile_px"], mpp, c["min_tissue"], c["overlap"])[0])
     if mask.any() and max(slide.mpp_xy) <= BLUR_UM * wsi.MAX_ENLARGE:
         rng = np.random.default_rng(0)  # eight tiles of 0.5 mm: the same places in every report
-        tiles = [slide.read(*slide.random_tissue(rng, 256, BLUR_UM), 256, BLUR_UM) for _ in range(8)]
+        places = [slide.random_tissue(rng, 256, BLUR_UM) for _ in range(8)]
+        tiles, errors = slide.read_tiles(places, 256, BLUR_UM)
+        tiles = [tile for i, tile in enumerate(tiles) if i not in errors]
+        if errors:
+            row["defects"] = "; ".join(filter(None, (row["defects"], f"{len(errors)} of 8 tiles damaged")))
         row["sharpness"] = round(float(np.median([sharpness(tile) for tile in tiles])), 1)
         if row["sharpness"] < BLURRED:
             row["defects"] = "; ".join(filter(None, (row["defects"], "blurred")))
@@ -163,17 +171,21 @@ def measure(row, slide, c):
 
 
 def survey(slide):
-    """uint8 RGBA (h, w, 4): means over cells of about SURVEY_UM, alpha 0 where nothing was scanned."""
+    """(uint8 RGBA (h, w, 4), share in damaged blocks): means over cells of SURVEY_UM, alpha 0 where not scanned."""
     level = max((i for i, mpp in enumerate(slide.level_mpp) if mpp <= SURVEY_UM), default=0)
     (sx, sy), (w, h) = slide.level_scale[level], slide.level_dimensions[level]
     k = max(1, round(SURVEY_UM / slide.level_mpp[level]))
-    step, rows = max(1, 4096 // k) * k, []  # in blocks: the only level may have 10^10 pixels
-    with openslide.OpenSlide(slide.path) as handle:
-        for y in range(0, h, step):
-            blocks = [(x, min(step, w - x), min(step, h - y)) for x in range(0, w, step)]
-            parts = [handle.read_region((round(x * sx), round(y * sy)), level, (a, b)) for x, a, b in blocks]
-            rows.append(np.concatenate([np.asarray(part.reduce(k)) for part in parts], axis=1))
-    return np.concatenate(rows)
+    step, picture = max(1, 1024 // k) * k, Image.new("RGBA", (math.ceil(w / k), math.ceil(h / k)))
+    handle, damaged = openslide.OpenSlide(slide.path), 0
+    for y in range(0, h, step):  # in blocks: the only level may have 10^10 pixels
+        for x in range(0, w, step):
+            at, size = (round(x * sx), round(y * sy)), (min(step, w - x), min(step, h - y))
+            try:
+                picture.paste(handle.read_region(at, level, size).reduce(k), (x // k, y // k))
+            except openslide.OpenSlideError:
+                damaged += size[0] * size[1] / (w * h)
+                handle = openslide.OpenSlide(slide.path)  # the old one fails from now on
+    return np.asarray(picture), damaged
 
 
 def scan_defects(rgba):
@@ -226,7 +238,7 @@ def overlay(c):
 def draw_slide(job):
     """Saves one overlay; returns "" or the reason why not."""
     path, name, c = job
-    file, part = (os.path.join(c["out"], f"{dot}{name}.png") for dot in ("", "."))
+    file, part = (os.path.join(c["out"], f"{mark}{name}.png") for mark in ("", f".{os.getpid()}."))
     try:
         draw_overlay(wsi.open_slide(path, c), name, c).save(part)
         os.replace(part, file)
@@ -265,7 +277,8 @@ def thumbnail(slide, um, block=128):
     for y in range(0, h, block):
         for x in range(0, w, block):
             place = round(x * um / slide.mpp_xy[0]), round(y * um / slide.mpp_xy[1])
-            image.paste(Image.fromarray(slide.read(*place, block, um)), (x, y))
+            tiles, errors = slide.read_tiles([place], block, um)
+            image.paste(Image.fromarray(tiles[0]) if not errors else (255, 200, 0), (x, y, x + block, y + block))
     return image
 
 

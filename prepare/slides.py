@@ -6,7 +6,7 @@ file exists is done. A slide in progress has a file .A.HOST.PID.part, which is t
 for later while that file is written to. There is no lock to go stale: a claim whose process is dead, or that was not
 touched for a quarter of an hour, is removed; and two processes that both did a slide have written the same.
 
-    tiles.json (coords.json, features.json)   the keys of the run: a rerun with others is refused
+    keys.tiles.json (coords, features)        the keys of the run: a rerun with others is refused
     failed.csv                                slides that could not be used, and why
 """
 import csv
@@ -33,7 +33,9 @@ import wsi
 
 STALE = 900         # s; the longest silence is the mask of 10^10 px without low levels, 6 minutes
 HOST = socket.gethostname()
-FREE = "task slides out mask_dir region_mb workers batch_size device weights norm".split()  # keys a rerun may change
+KILLED = "its process was killed (out of memory? lower --workers or --region_mb)"
+FREE = ("task slides out mask_dir region_mb workers batch_size device weights norm slide_mpp "
+        "mpp_from_objective").split()  # keys a rerun may change: the outputs say what they were, slide by slide
 
 
 def settle(task, c, more):
@@ -46,10 +48,10 @@ def settle(task, c, more):
         raise ValueError(f"mpps={c['mpps']}: --task={task} takes one a folder, such as --mpps=0.5,")
     os.makedirs(c["out"], exist_ok=True)
     for other in {"tiles", "coords", "features"} - {task}:
-        if os.path.exists(os.path.join(c["out"], f"{other}.json")):
+        if os.path.exists(os.path.join(c["out"], f"keys.{other}.json")):
             raise ValueError(f"{c['out']}: holds the output of --task={other}; use another --out")
     new = json.loads(json.dumps({"version": 1} | {k: v for k, v in c.items() if k not in FREE} | more))
-    file = os.path.join(c["out"], f"{task}.json")
+    file = os.path.join(c["out"], f"keys.{task}.json")  # no slide's: their names have no dots
     if not os.path.exists(file):
         replace(file, json.dumps(new, indent=1).encode())
     old = json.loads(Path(file).read_text())
@@ -149,6 +151,22 @@ def progress(task, total, before):
                 bar_format="{desc}: {n_fmt} of {total_fmt} slides{postfix}, {remaining} left\n")
 
 
+def alone(job, *arguments):
+    """attempt(...) in a process of its own: what kills that is the slide."""
+    with ProcessPoolExecutor(1, get_context("fork"), start_worker, (os.getpid(),)) as pool:
+        try:
+            return pool.submit(attempt, job, *arguments).result()
+        except BrokenProcessPool:
+            return "failed", KILLED, 0, 0
+
+
+def in_progress(folder, names):
+    """The slides, of names {path: name}, on which a process of this host died."""
+    claims = [re.fullmatch(r"\.(.+)\." + re.escape(HOST) + r"\.(\d+)\.part", f) for f in os.listdir(folder)]
+    dead = {m[1] for m in claims if m and not alive(int(m[2]))}
+    return {path for path, name in names.items() if name in dead}
+
+
 def walk(task, c, job, ending, workers, more=()):
     """Do every slide whose file, its name + ending, is missing; SystemExit with the reasons if any fails."""
     paths = wsi.expand(c["slides"], "slides")
@@ -157,6 +175,9 @@ def walk(task, c, job, ending, workers, more=()):
     files = {path: os.path.join(c["out"], label(path, names[path], c, task) + ending) for path in paths}
     todo = [path for path in paths if not os.path.exists(files[path])]
     random.shuffle(todo)  # processes that share a folder seldom meet
+    suspects = {path for path, reason in read_failed(c["out"]).items() if reason == KILLED and path in set(todo)}
+    suspects = suspects if workers else set()
+    todo = [path for path in todo if path not in suspects]  # those come last, so that none keeps others from being done
     count, failed, tiles, damaged = {"before": len(paths) - len(todo), "done": 0}, {}, 0, 0
     wait, start, bar = 0.25, time.time(), progress(task, len(paths), count["before"])
     parallel = get_context("fork"), start_worker, (os.getpid(),)
@@ -172,10 +193,19 @@ def walk(task, c, job, ending, workers, more=()):
                 bar.update(state != "busy")
             wait = min(2 * wait, 10)
             time.sleep(random.uniform(0.5, 1) * wait if todo else 0)  # others are busy with these
+        for path in suspects:
+            state, reason, n, bad = alone(job, path, names[path], files[path], c)
+            tiles, damaged, count[state] = tiles + n, damaged + bad, count.get(state, 0) + 1
+            failed |= {path: reason or "another process was at it"} if state in ("failed", "busy") else {}
+            bar.update()
     except (BrokenProcessPool, OSError, KeyboardInterrupt) as e:
         why = f"{e.strerror or e} ({e.filename or c['out']})" if isinstance(e, OSError) else "interrupted"
         if isinstance(e, BrokenProcessPool):
-            why = "a worker process was killed (out of memory? lower --workers or --region_mb)"
+            pool.shutdown() if pool else None
+            killed = in_progress(c["out"], names)
+            list_failed(c["out"], dict.fromkeys(killed, KILLED), killed)
+            why = ("a worker process was killed (out of memory? lower --workers or --region_mb) while these were read: "
+                   f"{', '.join(sorted(killed)) or 'unknown'}")
         raise SystemExit(f"{task}: {why}; the slides that are done are kept and a rerun goes on") from None
     finally:
         bar.close()
@@ -193,14 +223,19 @@ def walk(task, c, job, ending, workers, more=()):
 
 def list_failed(folder, failed, paths):
     """Write failed.csv: this run's failures, and those of slides that were not among its own."""
-    file, rows = os.path.join(folder, "failed.csv"), dict(failed)
-    if os.path.exists(file):
-        with open(file, newline="") as f:
-            rows |= {row["slide"]: row["reason"] for row in csv.DictReader(f) if row["slide"] not in set(paths)}
+    own, file = set(paths), os.path.join(folder, "failed.csv")
+    rows = {path: reason for path, reason in read_failed(folder).items() if path not in own} | failed
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("slide", "reason"), *sorted(rows.items())])
     replace(file, text.getvalue().encode())
     return file
+
+
+def read_failed(folder):
+    """{slide: reason} of failed.csv."""
+    with suppress(FileNotFoundError), open(os.path.join(folder, "failed.csv"), newline="") as f:
+        return {row["slide"]: row["reason"] for row in csv.DictReader(f)}
+    return {}
 
 
 def label(path, name, c, task):

@@ -93,9 +93,14 @@ def read_coords(file, slide):
     """
     try:
         with import_h5py().File(file) as h5:
-            xy, a = h5["coords"][:].reshape(-1, 2).astype(np.int32), dict(h5["coords"].attrs)
+            xy, a = h5["coords"][:], dict(h5["coords"].attrs)
     except (OSError, KeyError) as e:
         raise wsi.SlideError(f"{file}: neither TRIDENT's nor CLAM's: {e}") from None
+    if xy.ndim != 2 or xy.shape[1] != 2 or a.get("patch_size", 1) <= 0:
+        raise wsi.SlideError(f"{file}: coords of shape {xy.shape} and patch_size {a.get('patch_size')}, not (N, 2)")
+    xy = xy.astype(np.int32)
+    if not (xy < slide.dimensions).all():
+        raise wsi.SlideError(f"{file}: places of another slide; this one has {slide.dimensions} px")
     if tuple(a.get(f"level0_{side}", n) for side, n in zip(("width", "height"), slide.dimensions)) != slide.dimensions:
         raise wsi.SlideError(f"{file}: places of another slide; this one has {slide.dimensions} px")
     if "patch_size_level0" in a:

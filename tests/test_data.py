@@ -1,4 +1,5 @@
 """Tiles, crops, masks, colour and the order of samples; several tests are bugs that such code bases really had."""
+import colorsys
 import itertools
 import math
 from pathlib import Path
@@ -10,7 +11,6 @@ from PIL import Image
 
 import data
 import model
-import sources
 import wsi
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -75,19 +75,6 @@ def test_an_image_does_not_depend_on_how_many_ranks_share_the_batch():
         assert torch.equal(torch.cat(views, 1).flatten(0, 1), whole[key]), key
 
 
-@pytest.mark.parametrize("world, workers", [(1, 0), (2, 2), (3, 1)])
-def test_every_index_comes_exactly_once_over_ranks_and_workers(world, workers):
-    """The bug: each rank or worker read only a fraction of its rows."""
-    steps, batch, seen = 5, 4, []
-    for rank in range(world):
-        class Index(torch.utils.data.Dataset):
-            def __getitem__(self, step, rank=rank):
-                return list(data.sample_numbers(step, rank, world, batch))
-        loader = torch.utils.data.DataLoader(Index(), batch_size=None, sampler=range(steps), num_workers=workers)
-        seen += [sources.shuffled(n, steps * batch * world, seed=3) for numbers in loader for n in numbers]
-    assert sorted(seen) == list(range(steps * batch * world))
-
-
 def test_after_a_resume_with_another_batch_the_samples_go_on_where_they_stopped():
     """The bug: a resume with other ranks that replayed samples and left others out."""
     samples = [n for step in range(5) for rank in range(2) for n in data.sample_numbers(step, rank, 2, 4)]
@@ -133,6 +120,7 @@ def test_crops_cover_the_stated_area_and_aspect():
         marks.append((w * h / 224**2, w / h, float(crop[0, 0, 0] > crop[0, 0, -1])))
     area, aspect, flipped = np.array(marks, float).T
     assert 0.28 < area.min() < 0.36 and 0.9 < area.max() < 1.05 and 0.7 < aspect.min() and aspect.max() < 1.42
+    assert np.log(aspect).std() > 0.1 and np.log(aspect).min() < -0.2 and np.log(aspect).max() > 0.2
     assert abs(flipped.mean() - 0.5) < 0.1
     assert data.crop_and_flip(pixels[:, :, :20], rng, (0.9, 1.0), 56).shape == (3, 56, 56)  # a very long tile
 
@@ -210,11 +198,20 @@ def test_shares_of_blurred_gray_and_jittered_crops_equal_the_keys():
         share = [(rows[:, 0] > 0), (rows[:, 4] >= 0), (rows[:, 9] > 0), (rows[:, 10] > 0)]
         for got, want in zip(share, (0.5, 0.8, 0.2, blur)):
             assert abs(got.float().mean() - want) < 0.04, (got.float().mean(), want)
-        assert rows[:, 1:4].abs().max() <= 0.3 and rows[:, 5].min() >= 0.8 and rows[:, 8].abs().max() <= 0.05
         assert set(rows[:, 4].tolist()) == {-1.0, *map(float, range(24))}
-    batch = batches(blur_prob=(0.0, 1.0, 1.0))[0]
-    assert torch.equal(batch["global_colour"][:, 10] > 0, torch.tensor([False] * 4 + [True] * 4))  # crop-major
-    assert (batch["local_colour"][:, 10] > 0).all()
+    for first, second, local in ((False, True, False), (True, False, True)):
+        batch = batches(blur_prob=(float(first), float(second), float(local)))[0]
+        assert (batch["global_colour"][:, 10] > 0).tolist() == [first] * 4 + [second] * 4  # crop-major
+        assert (batch["local_colour"][:, 10] > 0).tolist() == [local] * 12
+
+
+def test_stain_shifts_and_jitter_reach_the_stated_widths_to_both_sides():
+    rng, c = np.random.default_rng(0), {**CONFIG, "hed_nats": 0.5, "jitter": (0.4, 0.3, 0.2, 0.1)}
+    rows = torch.stack([data.colour_parameters(rng, c, 0.5) for _ in range(1000)])[:, [1, 2, 3, 5, 6, 7, 8]]
+    centre, width = torch.tensor([0, 0, 0, 1, 1, 1, 0]), torch.tensor([0.5, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1])
+    reached = (rows - centre) / width
+    assert 0.98 < reached.amax(0).min() and reached.amax() <= 1.00001
+    assert -0.98 > reached.amin(0).max() and reached.amin() >= -1.00001
 
 
 def off(n):
@@ -247,6 +244,50 @@ def test_augment_changes_only_the_crops_that_were_drawn(column, value):
     changed = data.augment(crops, rows, CONFIG, "cpu") - data.augment(crops, off(4), CONFIG, "cpu")
     changed = changed.abs().amax((1, 2, 3))
     assert (changed[[1, 3]] > 0.01).all() and (changed[[0, 2]] == 0).all()
+
+
+def plain_stains(x, shift, form):
+    """Unmix, shift and mix pixels (..., 3) as the two forms are defined."""
+    mix = data.RGB_FROM_HED.double().numpy()
+    floor, low, high = (1e-6, 0, data.UNIT) if form == "openmidnight" else (1e-12, -np.inf, np.inf)
+    stains = np.maximum(-np.log(np.maximum(x, floor)) @ np.linalg.inv(mix), low) + shift
+    return np.clip(np.exp(-np.clip(stains, low, high) @ mix), 0, 1)
+
+
+def plain_jitter(x, k, f):
+    """Operation k of pixels (S, S, 3): torchvision's blends, and the hue of the standard library."""
+    if k == 3:
+        hsv = [colorsys.rgb_to_hsv(*rgb) for rgb in x.reshape(-1, 3)]
+        return np.reshape([colorsys.hsv_to_rgb((h + f) % 1, s, v) for h, s, v in hsv], x.shape)
+    gray = x @ (0.2989, 0.587, 0.114)
+    return np.clip(f * x + (1 - f) * (0, gray.mean(), gray[..., None])[k], 0, 1)
+
+
+def plain_augment(crop, row, form):
+    """data.augment with norm = "half" of one uint8 (3, S, S), in float64 and without a batch."""
+    x = crop.permute(1, 2, 0).double().numpy() / 255
+    hed, *shift, order, b, c, s, h, gray, sigma = row.tolist()
+    x = plain_stains(x, shift, form) if hed else x
+    for k in list(itertools.permutations(range(4)))[int(order)] if order >= 0 else ():
+        x = plain_jitter(x, k, (b, c, s, h)[k])
+    x = plain_jitter(x, 2, 0.0) if gray else x
+    if sigma:
+        taps = np.exp(-0.5 * (np.arange(-4, 5) / sigma) ** 2)
+        edged = np.pad(x, ((4, 4), (4, 4), (0, 0)), "reflect")
+        windows = np.lib.stride_tricks.sliding_window_view(edged, (9, 9), (0, 1))
+        x = (windows * np.outer(taps, taps) / taps.sum() ** 2).sum((3, 4))
+    return x.transpose(2, 0, 1) * 2 - 1
+
+
+@pytest.mark.parametrize("form", ["od", "openmidnight"])
+def test_augment_of_a_batch_equals_a_plain_float64_reference_of_each_crop(form):
+    rng, c = np.random.default_rng(0), {**CONFIG, "hed": form, "hed_nats": 0.7, "jitter": (0.4, 0.4, 0.2, 0.1)}
+    crops = torch.from_numpy(rng.integers(0, 256, (24, 3, 12, 12), dtype=np.uint8))
+    crops[:, :, :2, :8] = torch.tensor(list(itertools.product((0, 255), repeat=3)), dtype=torch.uint8).T[:, None]
+    crops[:, :, 2, :8] = torch.arange(0, 256, 32, dtype=torch.uint8)  # the cube's corners, and grays
+    rows = torch.stack([data.colour_parameters(rng, c, 0.5) for _ in crops])
+    for got, crop, row in zip(data.augment(crops, rows, c, "cpu"), crops, rows):
+        np.testing.assert_allclose(got, plain_augment(crop, row, form), atol=2e-4, rtol=0, err_msg=f"{row.tolist()}")
 
 
 def test_hed_shift_equals_scikit_image():

@@ -126,6 +126,14 @@ def test_the_shuffle_is_a_new_permutation_each_pass(size):
     assert len(big) == 2000 and max(big) < 29_000_000 and max(big) > 28_000_000
 
 
+def test_a_replacement_is_drawn_from_sample_attempt_and_seed():
+    """The bug: a second replacement that is the first one again, which could not be read either."""
+    places = ([(5, attempt, 0) for attempt in range(8)], [(n, 1, 0) for n in range(8)], [(5, 1, s) for s in range(8)])
+    for eight in places:
+        drawn = [sources.pick(n, attempt, 10**6, seed) for n, attempt, seed in eight]
+        assert len(set(drawn)) == 8 and max(drawn) < 10**6
+
+
 def write_world(kind, folder, monkeypatch):
     """30 tiles as a source of that kind."""
     if kind == "tiles":
@@ -165,7 +173,7 @@ def test_every_tile_comes_exactly_once_a_pass_over_ranks_and_workers(kind, world
 
 class FakeSlide:
     """Records what is asked of it; a name with "bad" does not open, one with "glass" has no tissue."""
-    opened, tried = [], []
+    opened, tried, keys = [], [], {}
     mpp = 0.5
     mpp_xy = (0.5, 0.5)
     level_mpp = [0.5, 2.0]
@@ -174,7 +182,8 @@ class FakeSlide:
         FakeSlide.tried.append(path)
         if "bad" in path or ("unknown" in path and mpp is None):
             raise wsi.SlideError(f"{path}: cut short")
-        self.path, self.asked, self.keys = path, [], (mpp, exact_reads, mpp_from_objective, mask_dir)
+        self.path, self.asked, self.placed = path, [], []
+        FakeSlide.keys[path] = mpp, exact_reads, mpp_from_objective, mask_dir
         FakeSlide.opened.append(path)
 
     def close(self):
@@ -185,6 +194,7 @@ class FakeSlide:
             raise wsi.SlideError(f"{self.path}: no tissue")
 
     def random_tissue(self, rng, size, mpp):
+        self.placed.append((size, mpp))
         return tuple(rng.integers(1000, size=2).tolist())
 
     def read(self, x, y, size, mpp):
@@ -199,7 +209,7 @@ class FakeSlide:
 
 @pytest.fixture
 def slides(tmp_path, monkeypatch):
-    FakeSlide.opened, FakeSlide.tried = [], []
+    FakeSlide.opened, FakeSlide.tried, FakeSlide.keys = [], [], {}
     monkeypatch.setattr(wsi, "Slide", FakeSlide)
     for name in "abc":
         (tmp_path / f"{name}.svs").touch()
@@ -215,6 +225,16 @@ def test_slides_stay_open_in_an_lru(slides):
     assert sorted(FakeSlide.opened) == source.paths
     x, y, _, mpp = source.open(where["slide"]).asked[-1]
     assert (where["x"], where["y"], where["mpp"]) == (x, y, mpp)
+    assert source.open(where["slide"]).placed[-1] == (64, mpp), "its tissue is looked for in a tile of that size"
+
+
+def test_what_is_drawn_from_slides_depends_on_seed_and_attempt(slides):
+    source = open_source(slides=f"{slides}/*.svs")
+    first, other = wheres(source, range(20)), wheres(open_source(slides=f"{slides}/*.svs", seed=1), range(20))
+    assert not set(first) & set(other) and first == wheres(open_source(slides=f"{slides}/*.svs"), range(20))
+    again = [source.read(0, attempt)[1] for attempt in range(20)]
+    assert {w["slide"] for w in again} == set(source.paths) and len({(w["x"], w["y"]) for w in again}) == 20
+    assert again[7] == open_source(slides=f"{slides}/*.svs").read(0, 7)[1]
 
 
 def test_a_visit_takes_several_tiles_from_one_slide(slides):
@@ -231,9 +251,10 @@ def test_a_visit_takes_several_tiles_from_one_slide(slides):
 
 def test_the_keys_reach_the_slide(slides):
     keys = dict(slide_mpp=0.3, exact_reads=False, mpp_from_objective=True, mask_dir="masks")
-    source = open_source(slides=f"{slides}/a.svs", **keys)
-    assert source.open(f"{slides}/a.svs").keys == (0.3, False, True, "masks")
-    assert open_source(slides=f"{slides}/a.svs").open(f"{slides}/a.svs").keys == (None, True, False, "")
+    open_source(slides=f"{slides}/a.svs", **keys).read(0)
+    assert FakeSlide.keys == {f"{slides}/a.svs": (0.3, False, True, "masks")}
+    open_source(slides=f"{slides}/a.svs").read(0)
+    assert FakeSlide.keys == {f"{slides}/a.svs": (None, True, False, "")}
 
 
 def test_mpp_is_drawn_among_those_that_the_slide_is_fine_enough_for(slides):
@@ -264,6 +285,12 @@ def test_tiles_without_tissue_are_drawn_again_and_then_named(slides, monkeypatch
     monkeypatch.setattr(FakeSlide, "read", lambda self, x, y, size, mpp: np.full((size, size, 3), 245, np.uint8))
     with pytest.raises(wsi.SlideError, match="a.svs: no tile of 60% tissue at 0.5"):
         open_source(slides=f"{slides}/a.svs", mpps=(0.5,)).read(0)
+    half = np.full((64, 64, 3), (200, 90, 160), np.uint8)
+    half[:32] = 245
+    monkeypatch.setattr(FakeSlide, "read", lambda self, x, y, size, mpp: half)
+    assert open_source(slides=f"{slides}/a.svs", tissue_share=0.4).read(0)[0] is half
+    with pytest.raises(wsi.SlideError, match="no tile of 55% tissue"):
+        open_source(slides=f"{slides}/a.svs", tissue_share=0.55).read(0)
 
 
 def test_a_slide_that_failed_is_not_opened_again_but_one_with_a_damaged_tile_is(slides):
@@ -312,7 +339,16 @@ def test_openmidnight_sample_lists(slides):
     assert pixels == {(10, 20, 0), (30, 216, 1), (5, 6, 1), (7, 8, 1)}
 
 
-@pytest.mark.parametrize("line", ["a.svs 10 20", "", "a.svs 10 20 x", "a.svs 1.5 20 0", "a.svs 1 2 256", "a.svs 1 2 -1",
+def test_the_keys_reach_the_slides_of_a_list(slides):
+    known, unknown = f"{slides}/a.svs", f"{slides}/unknown.svs"
+    file = write_list(slides, [f"{known} 1 2 1", f"{unknown} 3 4 1"])
+    for mpp, exact, given in ((0.0, True, (None, 1.0)), (0.0, False, (None, 1.0)), (0.3, False, (0.3, 0.3))):
+        found = wheres(open_source(sample_list=file, slide_mpp=mpp, exact_reads=exact), range(2))
+        assert [FakeSlide.keys[path][:2] for path in (known, unknown)] == [(given[0], exact), (given[1], exact)]
+        assert (unknown, 3, 4, 2.0 if mpp else None) in found, "a stated mpp is a known one"
+
+
+@pytest.mark.parametrize("line", ["a.svs 10 20", "b", "a.svs 10 20 x", "a.svs 1.5 20 0", "a.svs 1 2 256", "a.svs 1 2 -1",
                                   f"a.svs {2**31} 2 0", "a.svs 1 2 0.25 0.25"])
 def test_a_bad_line_is_named_with_its_number(line, slides):
     file = write_list(slides, ["a.svs 1 2 0", line])
@@ -336,8 +372,17 @@ def test_a_list_is_a_memory_map_of_13_bytes_a_line_that_is_parsed_again_only_if_
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     changed = open_source(sample_list=file)
     assert len(parsed) == 1 and changed.table["x"].tolist() == source.table["x"][::-1].tolist()
-    open_source(sample_list=file, holdout=0.5, patient=r"\d")
-    assert len(parsed) == 2
+    for holdout, patient, times in ((0.5, r"\d", 2), (0.5, r"\d\.s", 3), (0.3, r"\d", 4), (0.5, r"\d", 4)):
+        open_source(sample_list=file, holdout=holdout, patient=patient)
+        assert len(parsed) == times, "a table for each share and pattern of patients, and kept"
+
+
+def test_two_kinds_of_table_from_the_same_file_do_not_meet(tmp_path):
+    (tmp_path / "input").touch()
+    for kind in ("shards", "parquet", "shards"):
+        rows, names = sources.shared_table(kind, [tmp_path / "input"], CONFIG, "<u4",
+                                           lambda write, kind=kind: write(bytes(len(kind) // 4 * 4)) and [kind])
+        assert names == [kind]
 
 
 def test_held_out_patients_are_not_in_the_table(slides):
@@ -428,6 +473,14 @@ def test_folder_of_tiles(tmp_path):
     assert len({t.tobytes() for t, _ in tiles}) == 6 and tiles[0][0].shape == (24, 24, 3)
     for pixels, where in tiles:
         assert np.array_equal(pixels, noise(int(Path(where["slide"]).stem)))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
+def test_a_tile_that_is_not_rgb_becomes_rgb(mode, tmp_path):
+    image = Image.fromarray(noise(0)).convert(mode)
+    image.save(tmp_path / "0.png")
+    pixels, _ = open_source(tiles=str(tmp_path)).read(0)
+    assert pixels.shape == (24, 24, 3) and np.array_equal(pixels, np.array(image.convert("RGB")))
 
 
 def test_a_damaged_tile_is_named_in_one_line(tmp_path):
@@ -553,6 +606,16 @@ def test_parquet_reads_each_row_group_once_a_pass_in_a_new_order_and_mixes_the_r
     assert len(read) == total
 
 
+def test_parquets_order_of_groups_and_of_rows_is_drawn_anew_by_pass_and_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "WINDOW", 1)
+    folder, groups, rows = write_parquet(tmp_path / "p", ((10,) * 6, (10,) * 6)), set(), set()
+    for seed in range(2):
+        xs = np.array([x for _, x, *_ in wheres(open_source(parquet=folder, seed=seed), range(240))]).reshape(2, 12, 10)
+        groups |= {tuple(p[:, 0] // 10) for p in xs}
+        rows |= {tuple(window % 10) for window in xs.reshape(24, 10)}
+    assert len(groups) == 4 and len(rows) == 48
+
+
 def test_held_out_patients_rows_are_not_used(tmp_path):
     used, held = patients()
     slides = [f"/data/{p}-01Z.svs" for p in used + held]
@@ -600,9 +663,9 @@ class Numbered:
         return None, {"slide": self.name, "x": n, "y": 0, "mpp": math.nan}
 
 
-def open_mix(weights, monkeypatch, visit=4):
+def open_mix(weights, monkeypatch, seed=0):
     monkeypatch.setitem(sources.SOURCES, "tiles", Numbered)
-    return open_source(mix=tuple(("tiles", name, w) for name, w in weights.items()), tiles_per_visit=visit)
+    return open_source(mix=tuple(("tiles", name, w) for name, w in weights.items()), tiles_per_visit=4, seed=seed)
 
 
 def test_a_mix_has_exact_shares_and_walks_through_each_source_in_order(monkeypatch):
@@ -615,6 +678,8 @@ def test_a_mix_has_exact_shares_and_walks_through_each_source_in_order(monkeypat
     assert all(len(set(names[i: i + 4])) == 1 for i in range(0, 8000, 4)), "a visit is to one source"
     early = collections.Counter(names[:800])
     assert abs(early["b"] - 160) < 80 and names[:4000] != names[4000:], "mixed on the way, anew each period"
+    other = open_mix({"a": 0.7, "b": 0.2, "c": 0.1}, monkeypatch, seed=1)
+    assert [other.read(n)[1]["slide"] for n in range(800)] != names[:800], "and with each seed"
 
 
 @pytest.mark.parametrize("weights, counts", [

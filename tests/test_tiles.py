@@ -135,7 +135,7 @@ def test_a_rerun_does_nothing_and_other_keys_are_refused_before_anything_is_done
     before = {f: os.stat(out / f).st_mtime_ns for f in os.listdir(out) if f != "failed.csv"}
     monkeypatch.setattr(slides, "attempt", None)  # may not even be tried
     tiles.tiles(config(tmp_path / "in", out, workers=2, region_mb=9, mask_dir=str(tmp_path / "x")))
-    with pytest.raises(ValueError, match=r"tiles.json: tile_px was 128 and is 64 now; use another --out"):
+    with pytest.raises(ValueError, match=r"keys.tiles.json: tile_px was 128 and is 64 now; use another --out"):
         tiles.tiles(config(tmp_path / "in", out, tile_px=64))
     with pytest.raises(ValueError, match=r"mask_otsu was \[8, 40\] and is \[9, 40\] now"):
         tiles.tiles(config(tmp_path / "in", out, mask_otsu=(9, 40)))
@@ -222,7 +222,7 @@ def test_a_damaged_tile_is_counted_and_never_written_and_a_slide_of_them_fails(t
     monkeypatch.setattr(wsi.Slide, "check_levels", lambda slide: None)  # it may come across the damage first
     text = fails(tiles.tiles, config(folder, tmp_path / "2", tile_px=256))
     assert "tiles are damaged, such as cannot read x=" in text
-    assert sorted(os.listdir(tmp_path / "2")) == ["failed.csv", "tiles.json"]
+    assert sorted(os.listdir(tmp_path / "2")) == ["failed.csv", "keys.tiles.json"]
 
 
 SLOW = """
@@ -312,7 +312,8 @@ def test_a_full_disk_stops_with_one_line_and_leaves_what_is_done(tmp_path):
     text = process.communicate(timeout=60)[1].strip().splitlines()
     assert process.returncode == 1 and "File too large" in text[-1] and "rerun goes on" in text[-1]
     assert not any("Traceback" in line for line in text)
-    assert shard(out, "small") and sorted(os.listdir(out)) == ["failed.csv", "small.json", "small.tar", "tiles.json"]
+    assert shard(out, "small")
+    assert sorted(os.listdir(out)) == ["failed.csv", "keys.tiles.json", "small.json", "small.tar"]
     tiles.tiles(config(folder, out))
     assert shard(out)
 

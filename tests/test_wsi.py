@@ -310,6 +310,16 @@ def test_the_correction_is_left_out_where_openslide_does_not_interpolate(tmp_pat
     assert wsi.OPENSLIDE["interpolates"] is False
 
 
+def test_glass_that_looks_like_its_shifted_copy_does_not_switch_the_correction_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(wsi, "OPENSLIDE", {"interpolates": None})
+    image = flat(GLASS, 1027).copy()
+    image[:, 500:] = PINK  # one straight edge
+    slide = Slide(write_slide(tmp_path / "edge.tif", pyramid(image, 2.003), (0.25, 0.25)))
+    for x in range(430, 460):
+        slide.read_level(x, 301, 64, 1)
+    assert wsi.OPENSLIDE["interpolates"] is None
+
+
 def test_a_flat_place_does_not_decide_whether_openslide_interpolates(tmp_path, monkeypatch):
     monkeypatch.setattr(wsi, "OPENSLIDE", {"interpolates": None})
     image = texture(1027, 901).copy()
@@ -356,7 +366,7 @@ def test_a_grid_tile_is_kept_if_half_of_it_lies_inside_and_bounds_are_respected(
     slide.properties |= {"openslide.bounds-x": "300", "openslide.bounds-y": "100", "openslide.bounds-width": "512",
                          "openslide.bounds-height": "256"}
     assert slide.grid(256, 0.5)[0].tolist() == [[300, 100], [556, 100]]
-    tiny = Slide(write_slide(tmp_path / "tiny.tif", [tissue[:100, :100]], (0.5, 0.5)))
+    tiny = Slide(write_slide(tmp_path / "tiny.tif", [tissue[:100, :100]], (0.5, 0.5)), tissue=rule(speck_mm2=0))
     assert len(tiny.grid(256, 0.5, 0.1)[0]) == 1
 
 
@@ -391,9 +401,9 @@ def test_fewer_pixels_are_decoded_together_and_memory_is_bounded(tmp_path, monke
         assert len(sizes) < len(xy) / most ** 0.5, (len(sizes), len(xy))
 
 
-def test_a_damaged_place_costs_the_mask_its_own_cells_and_no_more(tmp_path, monkeypatch):
-    tissue = np.where(np.random.default_rng(0).random((3000, 3000, 1)) < 0.3, PURPLE, PINK).astype(np.uint8)
-    path = write_slide(tmp_path / "full.tif", pyramid(tissue, 4), (0.5, 0.5))
+def test_a_place_damaged_in_the_masks_level_counts_as_tissue_so_that_its_tiles_are_tried(tmp_path, monkeypatch):
+    """The bug: half a slide that was cut short lay beyond the mask, and the slide counted as done."""
+    path = write_slide(tmp_path / "glass.tif", pyramid(flat(GLASS, 3000), 4), (0.5, 0.5))
     read, broken_level = openslide.OpenSlide.read_region, None
 
     def broken(self, at, level, size):
@@ -406,7 +416,7 @@ def test_a_damaged_place_costs_the_mask_its_own_cells_and_no_more(tmp_path, monk
     for broken_level in (0, 1):
         mask, (cell, _) = Slide(path, tissue=rule(hole_mm2=0)).tissue_mask()
         middle = int(1500 / cell)
-        assert mask.mean() > 1 - (300 * 4 / 3000) ** 2 and mask[middle, middle] == (broken_level == 0)
+        assert mask.mean() < (300 * 4 / 3000) ** 2 and mask[middle, middle] == (broken_level == 1)
 
 
 def test_a_damaged_place_costs_its_tiles_and_no_others(tmp_path, monkeypatch):
@@ -581,7 +591,8 @@ def test_a_large_single_level_is_read_in_blocks(tmp_path, monkeypatch):
     read, sizes = openslide.OpenSlide.read_region, []
     monkeypatch.setattr(openslide.OpenSlide, "read_region",
                         lambda self, at, level, size: sizes.append(size) or read(self, at, level, size))
-    thumbnail, cell = slide._thumbnail(8.0)
+    thumbnail, damaged, cell = slide._thumbnail(8.0)
+    assert not damaged.any()
     assert len(sizes) == 5 and max(w for w, _ in sizes) <= 2048 and cell == (16, 16)
     assert np.array_equal(thumbnail[:, :562], np.asarray(Image.fromarray(image[:, :8992]).reduce(16)))
     monkeypatch.setattr(wsi, "MAX_MASK_CELLS", 1000)
@@ -664,11 +675,20 @@ def test_masks_are_kept_in_a_folder_and_made_again_only_for_another_rule_or_slid
     assert np.array_equal(again.tissue_mask()[0], first[0]) and again.tissue_mask()[1] == first[1] and len(made) == 1
     places = [s.random_tissue(np.random.default_rng(0), 64, 0.5) for s in (again, slide)]
     assert places[0] == places[1] and len(made) == 2
+    (tmp_path / "patient2").mkdir()
+    other = Path(write_slide(tmp_path / "patient2" / "toy.tif", pyramid(flat(GLASS, 2048), 4), (0.5, 0.5)))
+    assert other.stat().st_size == os.path.getsize(slide.path)  # the bug: name and size made a slide
+    assert not Slide(other, mask_dir=folder).tissue_mask()[0].any() and len(made) == 3
+    assert Slide(slide.path, mpp=0.4, mask_dir=folder)._tissue()[2] != first[1] and len(made) == 4, "another scale"
+    made.clear()
+    made += [1, 1]
     wide = Slide(slide.path, mask_dir=folder, tissue=rule(mpp=16.0)).tissue_mask()
     assert wide[1] == (32, 32) and len(made) == 3
     assert Slide(slide.path, mask_dir=folder).tissue_mask()[1] == (32, 32) and len(made) == 3, "the folder's rule"
-    file.write_bytes(file.read_bytes()[:100])  # damaged: made again
-    assert Slide(slide.path, mask_dir=folder).tissue_mask()[1] == (16, 16) and len(made) == 4
+    whole = file.read_bytes()
+    for k, damaged in enumerate((whole[:100], whole[:200] + bytes(60) + whole[260:])):  # made again
+        file.write_bytes(damaged)
+        assert Slide(slide.path, mask_dir=folder).tissue_mask()[1] == (16, 16) and len(made) == 4 + k
 
 
 def test_a_mask_folder_that_cannot_be_written_costs_no_tile(tmp_path):
