@@ -16,10 +16,11 @@ def test_the_map_names_every_file_with_about_its_line_count():
 def test_files_and_keys_that_the_readme_names_exist():
     for path in re.findall(r"(?:config|prepare|bench|docs|tests)/[\w/]+\.(?:py|png)", TEXT):
         assert (ROOT / path).exists(), path
-    scripts = ("train.py", "eval_bach.py", "prepare/toy.py", "bench/toy_baselines.py")
+    scripts = ("train.py", "eval_bach.py", "data.py", "wsi.py", "prepare/toy.py", "prepare/tcga.py",
+               "prepare/weights.py", "bench/toy_baselines.py")
     train = "".join((ROOT / f).read_text() for f in scripts)
-    for key in set(re.findall(r"--(\w+)=", TEXT)) - {"nproc_per_node", "name"}:
-        assert re.search(rf"^ *{key} = ", train, re.M), key
+    for key in set(re.findall(r"--(\w+)=", TEXT)) - {"nproc_per_node"}:
+        assert re.search(rf"^ *(\w+ = )*{key} = ", train, re.M), key
     assert len(TEXT.splitlines()) <= 250 and TEXT.isascii() and not re.search(r"@\w", TEXT)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tarfile
@@ -348,7 +349,7 @@ def test_the_keys_reach_the_slides_of_a_list(slides):
         assert (unknown, 3, 4, 2.0 if mpp else None) in found, "a stated mpp is a known one"
 
 
-@pytest.mark.parametrize("line", ["a.svs 10 20", "b", "a.svs 10 20 x", "a.svs 1.5 20 0", "a.svs 1 2 256", "a.svs 1 2 -1",
+@pytest.mark.parametrize("line", ["a.svs 10 20", "a.svs 10 20 x", "a.svs 1.5 20 0", "a.svs 1 2 256", "a.svs 1 2 -1",
                                   f"a.svs {2**31} 2 0", "a.svs 1 2 0.25 0.25"])
 def test_a_bad_line_is_named_with_its_number(line, slides):
     file = write_list(slides, ["a.svs 1 2 0", line])
@@ -441,7 +442,7 @@ def test_a_killed_or_failed_builder_leaves_neither_a_lock_nor_half_a_table(tmp_p
     process.start()
     process.join(20)
     assert process.exitcode == -signal.SIGKILL
-    with pytest.raises(OSError, match="table could not be written: No space left on device"):
+    with pytest.raises(OSError, match="table was not built: No space left on device"):
         table(full_disk)
     assert len(table(whole)) == 2
     assert sorted(p.suffix for p in tmp_path.iterdir()) == ["", ".lock", ".table"]
@@ -506,7 +507,7 @@ def test_a_holdout_of_tiles_needs_patients_in_their_names(tmp_path):
     source = open_source(tiles=str(tmp_path), holdout=0.5)
     assert [Path(p).name[:12] for p in source.paths] == sorted(2 * used)
     write_folder(tmp_path, ["nobody.png"])
-    with pytest.raises(ValueError, match="holdout needs patients, but .*nobody.png has none: set --patient=REGEX"):
+    with pytest.raises(ValueError, match="holdout needs patients, but .*nobody.png has none: give the tiles names"):
         open_source(tiles=str(tmp_path), holdout=0.5)
 
 
@@ -533,7 +534,7 @@ def test_unfinished_shards_are_left_out_and_shards_cut_short_are_refused(tmp_pat
     (tmp_path / "s/.c.tar").write_bytes(b"being written")
     (tmp_path / "s/tiles.json").write_text("{}")
     source = open_source(shards=shards)
-    assert len(source.table) == 3 and "1 shards, 1 not finished" in source.about
+    assert len(source.table) == 3 and "1 not finished" in source.about
     with pytest.raises(ValueError, match="none of the 1 .tar in .*b.tar has its .json: not finished"):
         open_source(shards=f"{shards}/b.tar")
     tar = tmp_path / "s/a.tar"
@@ -713,7 +714,8 @@ def test_a_mix_of_a_folder_and_shards(tmp_path):
     write_shard(tmp_path / "s", "a", 3)
     source = open_source(mix=(("tiles", f"{tmp_path}/t", 3), ["shards", f"{tmp_path}/s", 1]))
     assert {Path(where[0]).name for where in wheres(source, range(100))} == {"0.png", "1.png", "a.svs"}
-    assert source.about == "75.0% 2 of 2 tiles in a folder; 25.0% 3 tiles of 1 shards, 0 not finished"
+    about = re.sub(r" \(list \w{8}\)", "", source.about)
+    assert about == "75.0% 2 of 2 tiles in a folder; 25.0% 3 tiles of 1 shards"
     assert [s.c["seed"] for s in source.sources] == [0, 1000], "or two sources of slides would draw in step"
 
 
@@ -739,3 +741,56 @@ def test_a_mix_that_is_none_is_named(mix):
 def test_missing_data_is_named(keys, message):
     with pytest.raises(ValueError, match=message):
         open_source(**keys)
+
+
+# ---- what a review found --------------------------------------------------------------------------------------------
+
+
+def test_transparent_pixels_of_a_tile_are_white_and_other_depths_are_refused(tmp_path):
+    """The bug: a tile over the slide's edge, saved as read_region gives it, was black there."""
+    rgba = np.zeros((8, 8, 4), np.uint8)
+    rgba[:, 4:] = (200, 90, 160, 255)
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    tile = sources.decode(str(tmp_path / "a.png"), "a")
+    assert (tile[:, :4] == 255).all() and (tile[:, 4:] == (200, 90, 160)).all()
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "b.tif")
+    with pytest.raises(OSError, match="b: ValueError: F pixels"):
+        sources.decode(str(tmp_path / "b.tif"), "b")
+
+
+def test_a_slide_without_a_fitting_tile_is_unsuitable_not_unreadable():
+    class Thin:
+        def read(self, n, attempt=0):
+            if attempt < 3:
+                raise sources.Unsuitable("thin.svs: no tile of 60% tissue")
+            return np.full((64, 64, 3), 200, np.uint8), {}
+    keys = {**data.train_keys(), "batch_size": 2, "local_crops": 2, "global_px": 56, "local_px": 28}
+    batch = data.Batches(Thin(), keys, 4)[0]
+    assert batch["bad"] == [] and len(batch["global_crops"]) == 4
+
+    class Never:
+        def read(self, n, attempt=0):
+            raise sources.Unsuitable("thin.svs: no tile of 60% tissue")
+    assert data.Batches(Never(), keys, 4)[0]["bad"][0].startswith("thin.svs: no tile")
+
+
+def test_lists_that_differ_have_different_names(tmp_path):
+    a = open_source(tiles=write_folder(tmp_path / "a", ["0.png", "1.png"]))
+    b = open_source(tiles=write_folder(tmp_path / "b", ["0.png", "2.png"]))
+    c = open_source(tiles=write_folder(tmp_path / "c", ["0.png", "1.png"]))
+    assert a.about == c.about != b.about, "by names, not by folders: nodes may mount them elsewhere"
+
+
+def test_a_damaged_table_and_a_lost_shard_are_named(tmp_path):
+    folder = write_shard(tmp_path / "s", "a", 3)
+    source = open_source(shards=folder)
+    table = next(Path(folder).glob(".shards-*.table"))
+    os.remove(Path(folder) / "a.tar")
+    with pytest.raises(OSError, match=r"a.tar: tile x=\d+ y=\d+ at byte \d+: No such file"):
+        source.read(0)
+    write_shard(tmp_path / "t", "a", 3)
+    open_source(shards=f"{tmp_path}/t")
+    table = next((tmp_path / "t").glob(".shards-*.table"))
+    table.write_bytes(table.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="this table is damaged; delete it"):
+        open_source(shards=f"{tmp_path}/t")

@@ -461,3 +461,45 @@ def test_without_h5py_features_are_npz_and_damaged_tiles_have_none(tmp_path, tea
         assert np.abs(found["features"][pick] - expected).max() < 0.02
     assert damaged > 0 and len(xy) + damaged == len(sound)
     assert [p for p in sound.tolist() if p in xy.tolist()] == xy.tolist()
+
+
+def kill_itself_on_b(path, name, file, c, claim):
+    if name == "b":
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tiles.write_tiles(path, name, file, c, claim)
+
+
+def test_a_slide_that_kills_its_process_is_named_and_keeps_no_other_from_being_done(tmp_path):
+    for k, name in enumerate("abcd"):
+        write(tmp_path / "in", f"{name}.tif", size=(512, 384), seed=k)
+    c = config(tmp_path / "in", tmp_path / "out", workers=2)
+    for _ in range(2):
+        text = fails(lambda c: slides.walk("tiles", c, kill_itself_on_b, ".json", c["workers"]), c)
+    assert {f.stem for f in (tmp_path / "out").glob("*.tar")} == set("acd") and not hidden(tmp_path / "out")
+    assert failures(tmp_path / "out") == {"b.tif": slides.KILLED} and "b.tif" in text
+    tiles.tiles(c)  # without the bug that killed it
+    assert (tmp_path / "out" / "b.tar").exists() and not failures(tmp_path / "out")
+
+
+def test_places_of_another_slide_or_of_another_tool_are_refused(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    write(tmp_path / "in")
+    for k, (xy, attrs, reason) in enumerate((
+            ([(50000, 50000)], {"patch_size": 128, "patch_level": 0}, "places of another slide"),
+            ([(0, 0, 128, 128, 0)], {"patch_size": 128, "patch_level": 0}, "coords of shape (1, 5)"),
+            ([(0, 0)], {"patch_size": 0, "patch_level": 0}, "patch_size 0"))):
+        folder = tmp_path / f"coords{k}"
+        folder.mkdir()
+        with h5py.File(folder / "a.h5", "w") as h5:
+            h5.create_dataset("coords", data=np.array(xy)).attrs.update(attrs)
+        fails(tiles.tiles, config(tmp_path / "in", tmp_path / f"out{k}", coords=str(folder)))
+        assert reason in failures(tmp_path / f"out{k}")["a.tif"]
+
+
+def test_a_slide_cut_in_half_fails_instead_of_being_done_with_what_is_left(tmp_path):
+    path = write(tmp_path / "in", factors=(1,), size=(2048, 1536))
+    os.truncate(path, os.path.getsize(path) * 6 // 10)
+    fails(tiles.tiles, config(tmp_path / "in", tmp_path / "out"))
+    reason = failures(tmp_path / "out")["a.tif"]
+    assert "tiles are damaged" in reason or "not a slide" in reason
