@@ -167,6 +167,16 @@ def in_progress(folder, names):
     return {path for path, name in names.items() if name in dead}
 
 
+def killed(pool, c, names):
+    """List the slides that dead processes were at as failed, and say so."""
+    if pool:
+        pool.shutdown()
+    slides = in_progress(c["out"], names)
+    list_failed(c["out"], dict.fromkeys(slides, KILLED), slides)
+    return ("a worker process was killed (out of memory? lower --workers or --region_mb) while these were read: "
+            f"{', '.join(sorted(slides)) or 'unknown'}")
+
+
 def walk(task, c, job, ending, workers, more=()):
     """Do every slide whose file, its name + ending, is missing; SystemExit with the reasons if any fails."""
     paths = wsi.expand(c["slides"], "slides")
@@ -201,11 +211,7 @@ def walk(task, c, job, ending, workers, more=()):
     except (BrokenProcessPool, OSError, KeyboardInterrupt) as e:
         why = f"{e.strerror or e} ({e.filename or c['out']})" if isinstance(e, OSError) else "interrupted"
         if isinstance(e, BrokenProcessPool):
-            pool.shutdown() if pool else None
-            killed = in_progress(c["out"], names)
-            list_failed(c["out"], dict.fromkeys(killed, KILLED), killed)
-            why = ("a worker process was killed (out of memory? lower --workers or --region_mb) while these were read: "
-                   f"{', '.join(sorted(killed)) or 'unknown'}")
+            why = killed(pool, c, names)
         raise SystemExit(f"{task}: {why}; the slides that are done are kept and a rerun goes on") from None
     finally:
         bar.close()
@@ -213,9 +219,14 @@ def walk(task, c, job, ending, workers, more=()):
             pool.shutdown(cancel_futures=True)
         unfinished(c["out"])
     failed = {path: reason for path, reason in failed.items() if not os.path.exists(files[path])}
+    conclude(task, c, f"{count['done']} slides done, {count['before']} before, {len(failed)} failed; {tiles} tiles in "
+             f"{c['out']}, {damaged} damaged ones left out, {tiles / (time.time() - start):.0f} tiles/s", failed, paths)
+
+
+def conclude(task, c, summary, failed, paths):
+    """Write failed.csv and print the summary; SystemExit with the first reasons if any slide failed."""
     file = list_failed(c["out"], failed, paths)
-    print(f"{task}: {count['done']} slides done, {count['before']} before, {len(failed)} failed; {tiles} tiles in "
-          f"{c['out']}, {damaged} damaged ones left out, {tiles / (time.time() - start):.0f} tiles/s")
+    print(f"{task}: {summary}")
     if failed:
         lines = [f"  {path}: {reason}" for path, reason in sorted(failed.items())[:5]]
         raise SystemExit("\n".join([*lines, f"{task}: {len(failed)} of {len(paths)} slides failed, see {file}"]))
