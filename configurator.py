@@ -62,7 +62,7 @@ def run_file(path, values, keys):
 def parse_flag(arg, following, keys):
     name, equals, text = arg.lstrip("-").partition("=")
     if name in ("h", "help"):
-        stop("the keys, with their meaning, are the variables at the top of the script; set one with --key=value")
+        stop("the keys, with their meaning, are the variables above configure() in the script; set one by --key=value")
     if not equals or not arg.startswith("--"):
         taken = following and not following[0].startswith("-") and not following[0].endswith(".py")
         value = following[0] if taken else "true" if isinstance(keys.get(name), bool) else "VALUE"

@@ -55,7 +55,7 @@ max_bad_tiles = 100      # files with unreadable tiles, replaced by other draws,
 # ---- data: exactly one of the first six (sources.py) ----------------------------------------------------------------
 slides = ""              # glob of whole-slide images, read on the fly
 sample_list = ""         # file of lines `path x y level`
-shards = ""              # folder or glob of .tar shards with their .json, as wsi.py --task=tiles writes them
+shards = ""              # folder or glob of wsi.py --task=tiles's .tar, used as they were cut: not mpps, not tile_px
 parquet = ""             # folder or glob of .parquet with image bytes, medarc/TCGA-12K-parquet's columns; needs pyarrow
 tiles = ""               # folder tree of images, each a tile whatever its size (mpps, tile_px do nothing)
 mix = ()                 # several: ((kind, path, weight), ...), e.g. (("slides", "a/*.svs", 0.8), ("shards", "b", 0.2))

@@ -76,7 +76,7 @@ MPP_KEYS = (             # x and y, in order of preference
 )
 TIFF_UNIT = {"inch": 25400.0, "centimeter": 10000.0}  # um; "none" and "unknown" say nothing
 POWER_KEYS = ("openslide.objective-power", "aperio.AppMag")
-REMEDY = "state it with mpp=... in Slide(), --slide_mpp=... on the command line"
+REMEDY = "state it with mpp=... in Slide(), or --slide_mpp=... for all slides of a run"
 
 
 class SlideError(ValueError):

@@ -42,17 +42,19 @@ def compare(c):
     for label in a:
         print(f"{label:17} | {a[label]:>40} | {b[label]:>40}")
     plot(sides, os.path.join(c["out"], "compare.png"))
+    print(f"{c['out']}/compare.csv")
     return sides
 
 
 def tile_rows(source, side, samples, read_errors):
     """([a row a tile], number of unreadable ones) of samples 0, 1, ... of a source."""
-    rows, unreadable = [], 0
+    rows, unreadable, reasons = [], 0, {}
     for n in tqdm(range(samples), f"side {side}", unit="tile"):
         try:
             tile, where = source.read(n)
-        except read_errors:
+        except read_errors as e:
             unreadable += 1
+            reasons[str(e)] = reasons.get(str(e), 0) + 1
             continue
         small = np.asarray(Image.fromarray(tile).convert("L").resize((9, 8), Image.BILINEAR))
         dhash = np.packbits(small[:, 1:] > small[:, :-1])  # 64 bits: where it gets lighter to the right
@@ -61,6 +63,8 @@ def tile_rows(source, side, samples, read_errors):
             "field_um": len(tile) * where["mpp"], "tissue": wsi.tissue_share(tile),
             "black": (tile.max(2) < 25).mean(), "white": (tile.min(2) > 220).mean(),
             "sharpness": report.sharpness(tile), "dhash": dhash.tobytes().hex()})
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1])[:5]:
+        print(f"side {side}: {count} x unreadable: {reason}")
     return rows, unreadable
 
 
@@ -129,21 +133,23 @@ def stats(c):
         spans = zip(result[key], *result[f"{key}_ci95"])
         print(f"{key:5}" + ", ".join(f"{v:.4f} ({low:.4f} to {high:.4f})" for v, low, high in spans))
     few = "; too narrow: there are few patients" if result["patients"] < 20 else ""
-    print(f"{result['tiles']} tiles of {result['patients']} patients, {result['unreadable']} unreadable; in brackets "
-          f"95 % intervals, by a bootstrap over patients, since tiles of one are alike{few}")
+    print(f"{result['tiles']} draws of {result['places']} tiles of {result['patients']} patients, "
+          f"{result['unreadable']} unreadable; in brackets 95 % intervals, by a bootstrap over patients, since "
+          f"tiles of one are alike{few}")
     print("norm =", tuple(tuple(round(v, 4) for v in result[key]) for key in ("mean", "std")))
     print(json.dumps(result))
 
 
 def colour_stats(source, c, read_errors=()):
     """Mean and std per channel, 0 to 1, over all pixels of all tiles, with intervals. Keeps sums, no tiles."""
-    patients, tiles = {}, 0
+    patients, tiles, places = {}, 0, set()
     for n in tqdm(range(c["samples"]), "stats", unit="tile"):
         try:
             tile, where = source.read(n)
         except read_errors:
             continue
         x, who, tiles = tile.reshape(-1, 3) / 255, wsi.patient_of(where["slide"], c["patient"]), tiles + 1
+        places.add(tuple(where.values()))
         patients[who] = patients.get(who, 0) + np.stack([0 * x[0] + len(x), x.sum(0), (x * x).sum(0)])
     if not tiles:
         raise ValueError(f"stats: none of {c['samples']} tiles could be read")
@@ -155,4 +161,4 @@ def colour_stats(source, c, read_errors=()):
     draws = [moments(sums[rng.integers(len(sums), size=len(sums))]) for _ in range(RESAMPLES)]
     (mean, std), ci = moments(sums).tolist(), np.percentile(draws, (2.5, 97.5), axis=0)
     return {"mean": mean, "std": std, "mean_ci95": ci[:, 0].tolist(), "std_ci95": ci[:, 1].tolist(), "tiles": tiles,
-            "patients": len(patients), "unreadable": c["samples"] - tiles}
+            "places": len(places), "patients": len(patients), "unreadable": c["samples"] - tiles}

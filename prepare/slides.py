@@ -180,6 +180,8 @@ def killed(pool, c, names):
 def walk(task, c, job, ending, workers, more=()):
     """Do every slide whose file, its name + ending, is missing; SystemExit with the reasons if any fails."""
     paths = wsi.expand(c["slides"], "slides")
+    if c["coords"] and not os.path.isdir(c["coords"]):
+        raise ValueError(f"coords={c['coords']}: no such folder")
     names = wsi.slide_names(paths, c["names"])
     settle(task, c, dict(more))
     files = {path: os.path.join(c["out"], label(path, names[path], c, task) + ending) for path in paths}

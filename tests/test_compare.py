@@ -125,7 +125,7 @@ def test_stats_are_numpys_over_all_pixels_and_can_be_pasted(monkeypatch, capsys)
     pasted = {}
     exec(next(line for line in lines if line.startswith("norm =")), pasted)
     assert np.allclose(pasted["norm"], [result["mean"], result["std"]], atol=1e-4)
-    assert "12 tiles of 5 patients" in lines[-3] and "few patients" in lines[-3]
+    assert "12 draws of 8 tiles of 5 patients" in lines[-3] and "few patients" in lines[-3]
 
 
 def test_intervals_of_stats_cover_the_truth_although_tiles_of_a_slide_are_alike(monkeypatch):

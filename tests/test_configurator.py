@@ -109,7 +109,7 @@ def test_flags_without_equals_get_a_hint():
     assert "--resume=true" in stopped(defaults(), ["--resume"])
     assert "--steps=VALUE" in stopped(defaults(), ["--steps", "--lr=1"])
     assert "--lr=3" in stopped(defaults(), ["-lr=3"])
-    assert "top of the script" in stopped(defaults(), ["--help"])
+    assert "above configure()" in stopped(defaults(), ["--help"])
     assert "'lr'" in stopped(defaults(), ["--lrr", "3"])
 
 
