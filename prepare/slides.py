@@ -112,7 +112,8 @@ def attempt(job, path, name, file, c):
             return "busy", "", 0, 0
         if os.path.exists(file):
             return "before", "", 0, 0
-        return "done", "", *job(path, name, file, c, claim)
+        tiles, damaged, *note = job(path, name, file, c, claim)
+        return "done", "".join(note), tiles, damaged
     except (OSError, BrokenProcessPool) as e:  # the disk, the workers: the next slide would fare no better
         if isinstance(e, FileNotFoundError) and os.path.exists(c["out"]) and not os.path.exists(claim):
             return "busy", "", 0, 0  # this process hung for long, and its claim was taken for abandoned
@@ -160,6 +161,17 @@ def alone(job, *arguments):
             return "failed", KILLED, 0, 0
 
 
+def refuse_others(files):
+    """ValueError if a slide's sidecar is of another file: both would count as done. A slide may have moved."""
+    for path, file in files.items():
+        if file.endswith(".json") and os.path.exists(file):
+            with open(file) as f:
+                found = re.search(r'"slide": ("(?:[^"\\]|\\.)*")', f.read(8192))
+            other = json.loads(found[1]) if found else path
+            if os.path.exists(other) and not os.path.samefile(other, path):
+                raise ValueError(f"{file} is of {other}, not of {path}: use another --out for these slides")
+
+
 def in_progress(folder, names):
     """The slides, of names {path: name}, on which a process of this host died."""
     claims = [re.fullmatch(r"\.(.+)\." + re.escape(HOST) + r"\.(\d+)\.part", f) for f in os.listdir(folder)]
@@ -185,13 +197,14 @@ def walk(task, c, job, ending, workers, more=()):
     names = wsi.slide_names(paths, c["names"])
     settle(task, c, dict(more))
     files = {path: os.path.join(c["out"], label(path, names[path], c, task) + ending) for path in paths}
+    refuse_others(files)
     todo = [path for path in paths if not os.path.exists(files[path])]
     random.shuffle(todo)  # processes that share a folder seldom meet
     suspects = {path for path, reason in read_failed(c["out"]).items() if reason == KILLED and path in set(todo)}
     suspects = suspects if workers else set()
     todo = [path for path in todo if path not in suspects]  # those come last, so that none keeps others from being done
     count, failed, tiles, damaged = {"before": len(paths) - len(todo), "done": 0}, {}, 0, 0
-    wait, start, bar = 0.25, time.time(), progress(task, len(paths), count["before"])
+    wait, partial, start, bar = 0.25, 0, time.time(), progress(task, len(paths), count["before"])
     parallel = get_context("fork"), start_worker, (os.getpid(),)
     pool = ProcessPoolExecutor(min(workers, len(todo)), *parallel) if workers and todo else None
     try:
@@ -200,6 +213,7 @@ def walk(task, c, job, ending, workers, more=()):
             for path, (state, reason, n, bad) in outcomes(pool, jobs):
                 tiles, damaged, count[state] = tiles + n, damaged + bad, count.get(state, 0) + 1
                 failed |= {path: reason} if state == "failed" else {}
+                partial += state == "done" and bool(reason)
                 todo += [path] if state == "busy" else []
                 bar.set_postfix_str(f"{tiles / (time.time() - start):.0f} tiles/s", refresh=False)
                 bar.update(state != "busy")
@@ -222,7 +236,8 @@ def walk(task, c, job, ending, workers, more=()):
         unfinished(c["out"])
     failed = {path: reason for path, reason in failed.items() if not os.path.exists(files[path])}
     conclude(task, c, f"{count['done']} slides done, {count['before']} before, {len(failed)} failed; {tiles} tiles in "
-             f"{c['out']}, {damaged} damaged ones left out, {tiles / (time.time() - start):.0f} tiles/s", failed, paths)
+             f"{c['out']}, {damaged} damaged ones left out, {tiles / (time.time() - start):.0f} tiles/s"
+             + (f"; {partial} slides lack some of mpps, see skipped in their .json" if partial else ""), failed, paths)
 
 
 def conclude(task, c, summary, failed, paths):

@@ -239,7 +239,7 @@ def write_tiles(path, name, file, c, claim):
             "tile_px": found[0][0], "bad": bad, "skipped": skipped, **table}
     os.replace(claim, shard)
     slides.replace(file, json.dumps(side).encode())
-    return len(table["x"]), len(bad)
+    return len(table["x"]), len(bad), "; ".join(skipped.values())
 
 
 def tiles(c):

@@ -503,3 +503,21 @@ def test_a_slide_cut_in_half_fails_instead_of_being_done_with_what_is_left(tmp_p
     fails(tiles.tiles, config(tmp_path / "in", tmp_path / "out"))
     reason = failures(tmp_path / "out")["a.tif"]
     assert "tiles are damaged" in reason or "not a slide" in reason
+
+
+def test_slides_of_one_name_from_two_folders_do_not_pass_for_done(tmp_path):
+    for k in "12":
+        (tmp_path / k).mkdir()
+        write(tmp_path / k, "slide.tif", size=(512, 384), seed=int(k))
+    out = tmp_path / "out"
+    tiles.tiles(config(tmp_path / "1", out))
+    with pytest.raises(ValueError, match="slide.json is of .*/1/slide.tif, not of .*/2/slide.tif: use another --out"):
+        tiles.tiles(config(tmp_path / "2", out))
+    (tmp_path / "1").rename(tmp_path / "moved")
+    tiles.tiles(config(tmp_path / "moved", out))  # the same slide from elsewhere
+
+
+def test_scales_that_a_slide_lacks_are_counted_in_the_summary(tmp_path, capsys):
+    write(tmp_path / "in", size=(512, 384))
+    tiles.tiles(config(tmp_path / "in", tmp_path / "out", mpps=(0.1, 0.5)))
+    assert "1 slides lack some of mpps" in capsys.readouterr().out and "0.1" in sidecar(tmp_path / "out").skipped
