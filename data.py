@@ -14,8 +14,8 @@ Before training, with train.py's keys and config files (prepare/compare.py):
 Work is split so that few cores feed a GPU: a worker decodes a tile and cuts its crops as uint8; colour, blur and
 normalisation run as batched tensor operations on the training device (`augment`), with parameters drawn by the
 worker: 2 ms a tile in all (bench/data.py). Reading from slides costs 1-18 ms more and, where the slide is not open
-already, its tissue mask: about 1 s for a large slide, shared by the `tiles_per_visit` samples drawn from it, or 2 ms from
-`mask_dir`.
+already, its tissue mask: about 1 s for a large slide, shared by the `tiles_per_visit` samples drawn from it, or 2 ms
+from `mask_dir`.
 """
 import ast
 import shlex
