@@ -1,7 +1,7 @@
 """
 What OpenMidnight's list of 29 million tiles costs a node: time to index it, memory shared, memory a worker adds.
 
-    python bench/sample_list.py --lines=29_000_000 --folder=/tmp/list     # a minute, 1.6 GB of text, removed at the end
+    python bench/sample_list.py --lines=29_000_000     # a minute, 1.6 GB of text in `folder`, removed at the end
 """
 import os
 import shutil
