@@ -10,15 +10,14 @@ Vocabulary: B images or crops, N tokens a crop, T tokens of a whole batch, D wid
 crops. Batches are crop-major: crop 0 of every image, then crop 1 of every image.
 """
 import math
-import pickle
-import re
-import zipfile
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+
+import weight_files
 
 # ---- architectures --------------------------------------------------------------------------------------------------
 
@@ -87,10 +86,15 @@ def norm_values(norm):
 
 
 def stored_norm(path):
-    """(mean, std) that a teacher file of this project was trained with; ImageNet's for any other file."""
-    data = torch.load(path, map_location="cpu", mmap=True, weights_only=True) if zipfile.is_zipfile(path) else {}
-    c = data.get("config") or {}
-    return norm_values((c["norm_mean"], c["norm_std"]) if "norm_mean" in c else c.get("norm"))
+    """
+    (mean, std) that a weight file states: this project's teachers, preprocessor_config.json beside Hugging Face's
+    (ValueError without). ImageNet's for any other .pth; DINOv3's satellite models differ: state theirs as `norm`.
+    """
+    norm = weight_files.norm(path)
+    try:
+        return norm_values(norm)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -561,15 +565,19 @@ def cosine_schedule(step, base, final, total, warmup=0, start=0.0):
 
 def load_backbone(path, arch=None):
     """
-    Read a tile encoder: a released DINOv2 or DINOv3 .pth, this project's {"teacher": ...}, or OpenMidnight's
-    {"teacher": {"backbone.*"}} with chunked block names. Returns a ViT on the CPU in fp32, its configuration read off
-    the tensors.
+    Read a tile encoder: a released DINOv2 or DINOv3 .pth, this project's {"teacher": ...}, OpenMidnight's {"teacher":
+    {"backbone.*"}} with chunked block names, or a Hugging Face folder or .safetensors file (weight_files.py). Returns a
+    ViT on the CPU in fp32, its configuration read off the tensors and a config.json beside them.
 
-    `arch` (a name in ARCHS or a ViTConfig) is only needed where shapes do not tell (a head width other than 64) or as
-    a check. Raises ValueError naming the file when it is missing, not such a file, or of another architecture.
+    `arch` (a name in ARCHS or a ViTConfig) is only needed where these do not tell (a head width other than 64) or as a
+    check. Raises ValueError naming the file when it is missing, not such a file, or of another architecture.
     """
-    state, stored_arch, released = read_weights(path)
-    config = infer_config(path, state, arch or stored_arch)
+    state, stored_arch, told = read_weights(path)
+    config = infer_config(path, state, arch or stored_arch, told)
+    if told is not None and config.pos == "rope":  # transformers leaves these two out of its files
+        state["rope_embed.periods"] = Rope(config).periods
+        if config.local_cls_norm:  # for training only; it starts as the norm that it stands in for
+            state |= {f"local_cls_{k}": v.clone() for k, v in state.items() if k.startswith("norm.")}
     with torch.device("meta"):
         vit = ViT(config)
     ours = vit.state_dict()
@@ -577,61 +585,51 @@ def load_backbone(path, arch=None):
     missing, unknown = sorted(ours.keys() - state.keys()), sorted(state.keys() - ours.keys())
     if missing or unknown or wrong:
         lists = [f"{what} {len(k)} ({', '.join(k[:4])})"
-                 for what, k in (("missing", missing), ("unknown", unknown), ("other shape", wrong)) if k]
+                 for what, k in (("missing", missing), ("unknown", unknown), ("other shape", sorted(wrong))) if k]
         raise ValueError(f"{path}: keys do not fit the architecture ({'; '.join(lists)}); state another with arch=...")
-    for k in [k for k in state if released and k.endswith("bias_mask")]:
-        if (state[k] * state[k.removesuffix("_mask")]).abs().max() != 0:
-            raise ValueError(f"{path}: {k} lets a qkv bias through that is zero in every released DINOv3 file")
     vit.load_state_dict({k: v.float() for k, v in state.items()}, strict=True, assign=True)
     return vit
 
 
 def read_weights(path):
-    """(state dict under released names, arch stored in the file or None, whether the file is in Meta's layout)."""
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such weight file") from None
-    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, OSError) as e:
-        reason = " ".join(str(e).split())[:120]
-        raise ValueError(f"{path}: not a file of plain tensors (weights_only=True refuses it): {reason}") from None
-    state = data.get("teacher", data) if isinstance(data, dict) else {}
-    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
-        state = {}
-    if any(k.startswith("backbone.") for k in state):
-        state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-    state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}
+    """weight_files.read's (state dict under released names, arch stored in the file or None, told); ValueError."""
+    state, arch, told = weight_files.read(path)
     needed = ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight")
     if missing := [k for k in needed if k not in state]:
         raise ValueError(f"{path}: no DINOv2 or DINOv3 backbone in this file: it has no {' or '.join(missing)}")
-    return state, data.get("arch") if "teacher" in data else None, "teacher" not in data
+    return state, arch, told
 
 
-def infer_config(path, state, arch=None):
-    """The ViTConfig that shapes imply; what they cannot tell comes from `arch` or the family's defaults."""
+def infer_config(path, state, arch=None, told=None):
+    """The ViTConfig that shapes imply; what they cannot tell comes from `told`, `arch` or the family's defaults."""
     if isinstance(arch, str) and arch not in ARCHS:
         raise ValueError(f"unknown arch '{arch}'; known: {', '.join(ARCHS)}")
     D, C, p, _ = state["patch_embed.proj.weight"].shape
-    rope = "rope_embed.periods" in state
+    rope = "rope_embed.periods" in state or "storage_tokens" in state or (told or {}).get("pos") == "rope"
     tokens = state.get("storage_tokens" if rope else "register_tokens")
     swiglu = "blocks.0.mlp.w3.weight" in state
     hidden = state["blocks.0.mlp.w3.weight"].shape[1] if swiglu else len(state.get("blocks.0.mlp.fc1.weight", ()))
     found = dict(patch_size=p, embed_dim=D, in_channels=C, pos="rope" if rope else "learned", ffn_hidden=hidden,
                  depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
                  ffn="swiglu" if swiglu else "mlp", registers=0 if tokens is None else tokens.shape[1],
-                 qkv_bias="blocks.0.attn.qkv.bias" in state, local_cls_norm="local_cls_norm.weight" in state)
-    if rope:
+                 qkv_bias=any(k.endswith("attn.qkv.bias") for k in state))
+    if "rope_embed.periods" in state:
         found["num_heads"] = D // (4 * len(state["rope_embed.periods"]))
+    if told is None:
+        told = dict(local_cls_norm="local_cls_norm.weight" in state)
+    elif rope and arch is None and "num_heads" not in told:
+        raise ValueError(f"{path}: no config.json beside it, which tells the heads; put it there or state arch=...")
+    found |= told
     old = not rope and not found["registers"]
     guess = ViTConfig(num_heads=max(D // 64, 1), norm_eps=1e-5 if rope else 1e-6, mask_k_bias=rope,
                       pos_antialias=not old, pos_offset=0.1 * old)
     base = guess if arch is None else ARCHS[arch] if isinstance(arch, str) else arch
     asked = arch if isinstance(arch, str) else "the given config"
     for key, value in found.items():
-        if arch is not None and getattr(base, key) != value:
+        if arch is not None and getattr(base, key) != value and key not in ("pos_antialias", "pos_offset"):
             raise ValueError(f"{path}: weights of another architecture: {key} is {value} in the file, "
                              f"{getattr(base, key)} in {asked}")
-    grid = base.pos_grid if rope else math.isqrt(state["pos_embed"].shape[1] - 1)
+    grid = math.isqrt(state["pos_embed"].shape[1] - 1) if "pos_embed" in state else base.pos_grid
     return replace(base, **found, pos_grid=grid)
 
 

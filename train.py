@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ keep_checkpoints = 2     # the newest so many checkpoints; 0 = all. teacher expo
 keep_every = 0           # also keep every checkpoint at a multiple of so many steps; 0 = none
 max_bad_steps = 10       # steps with a non-finite loss or gradient, all skipped, before the run stops
 max_bad_tiles = 100      # files with unreadable tiles, replaced by other draws, before the run stops with their list
+wandb_project = ""       # also send the rows of metrics.jsonl to Weights & Biases, which WANDB_* configure; "" = off
 # ---- data: exactly one of the first six (sources.py) ----------------------------------------------------------------
 slides = ""              # glob of whole-slide images, read on the fly
 sample_list = ""         # file of lines `path x y level`
@@ -93,7 +95,7 @@ mask_prob = 0.5          # share of global crops with masked patches for iBOT
 mask_ratio = (0.1, 0.45) # share of masked patches, stratified over the masked crops
 # ---- model ----------------------------------------------------------------------------------------------------------
 arch = "dinov2_vitg14_reg"  # a name in model.ARCHS
-weights = ""             # file to start from: released DINOv2 or DINOv3, or a teacher export; "" = random
+weights = ""             # to start from: released DINOv2 or DINOv3, its Hugging Face folder, a teacher; "" = random
 pos_embed_init = "resample"  # of a learned position table, from the file's grid; "random" is what OpenMidnight released
 drop_path = 0.4          # share of the crops that skip a residual branch; the same in every block
 rope_rescale = 0.0       # DINOv3's training augmentation of positions is 2.0; 0 = off
@@ -228,8 +230,13 @@ if dry_run:
     if rank == 0:
         print(budget())
     sys.exit()
-if weights and not os.path.isfile(weights):
-    stop(f"weights: no file {weights}")
+if weights and not os.path.exists(weights):
+    stop(f"weights: no file or folder {weights}")
+if wandb_project and rank == 0:
+    try:
+        import wandb
+    except ImportError:
+        stop(f"wandb_project = {wandb_project!r}, but wandb is not installed: pip install wandb")
 if rank == 0 and not resume and os.path.isdir(out_dir) and os.listdir(out_dir):
     stop(f"{out_dir} is not empty: go on with --resume=true, delete it, or choose another --out_dir")
 try:
@@ -247,7 +254,8 @@ dev = device or ("cuda" if torch.cuda.is_available() else "cpu")
 if dev == "cuda":
     torch.cuda.set_device(local_rank)
 store = None if "RANK" in os.environ else dist.HashStore()
-dist.init_process_group("nccl" if dev == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+dist.init_process_group("nccl" if dev == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                        timeout=timedelta(minutes=30))  # NCCL's 10 are short for rank 0 to read 7.4 GB of BACH
 lists = [None] * world
 dist.all_gather_object(lists, source.about)
 if len(set(lists)) > 1:
@@ -356,6 +364,8 @@ def write_row(file, row):
         with open(f"{out_dir}/{file}", "a") as f:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             f.write(json.dumps(finite) + "\n")
+        if wandb_project and file == "metrics.jsonl":
+            wandb.log(finite)
 
 
 def drop_rows_after(step):
@@ -376,12 +386,19 @@ if resume:
     if not done:
         stop(f"nothing to resume: no complete checkpoint in {out_dir}/ckpt; delete the folder and start afresh")
     load_checkpoint(done[-1])
-    if rank == 0:
-        drop_rows_after(done[-1])
-        before, now = json.load(open(f"{out_dir}/config.json")), json.loads(json.dumps(config))
-        for key in (k for k in now if k != "resume" and before.get(k) != now[k]):
-            say(f"resume: {key} was {before.get(key)!r}, is now {now[key]!r}")
-        os.replace(f"{out_dir}/config.json", f"{out_dir}/config.before-{progress['step']}.json")
+if wandb_project and rank == 0:  # before any file changes: what wandb refuses can be tried again
+    known = f"{out_dir}/wandb.id"
+    run = wandb.init(project=wandb_project, name=os.environ.get("WANDB_NAME", os.path.basename(out_dir)), dir=out_dir,
+                     config=config, resume="allow", id=open(known).read() if os.path.isfile(known) else None)
+    with open(known, "w") as f:
+        f.write(run.id)
+    wandb.define_metric("*", step_metric="step")  # wandb's own count goes on where a resumed run repeats steps
+if resume and rank == 0:
+    drop_rows_after(done[-1])
+    before, now = json.load(open(f"{out_dir}/config.json")), json.loads(json.dumps(config))
+    for key in (k for k in now if k != "resume" and before.get(k) != now[k]):
+        say(f"resume: {key} was {before.get(key)!r}, is now {now[key]!r}")
+    os.replace(f"{out_dir}/config.json", f"{out_dir}/config.before-{progress['step']}.json")
     say(f"resume: step {progress['step']} of {out_dir}")
 if rank == 0:
     with open(f"{out_dir}/config.json", "w") as f:
@@ -398,19 +415,31 @@ say(f"{budget()}\ndata: {source.about}")
 
 
 def evaluate(step):
-    """A point of the BACH curve, on all ranks; rank 0 gets the row."""
+    """
+    A point of the BACH curve, on all ranks; returns on rank 0 what metrics.jsonl shows of it. Rank 0 probes alone, so
+    a failure there costs the point and not the run. One in the forward does end it: the sharded teacher would be left
+    half gathered and the other ranks in a collective, which the next one here would answer with other tensors.
+    """
     if not bach_dir:
         return {}
     start = time.time()
-    row = eval_bach.evaluate(teacher["backbone"], pixels, norm_mean, norm_std, dev)
+    features = eval_bach.embed(teacher["backbone"], pixels, norm_mean, norm_std, dev)
     if rank != 0:
         return {}
-    row["protocol"] += ", teacher in bf16" if dev == "cuda" else ""  # eva embeds in fp32
-    seconds = round(time.time() - start, 1)
-    write_row("bach.jsonl", {"step": step, "images": progress["samples"], **row, "seconds": seconds})
+    try:
+        row = {"step": step, "images": progress["samples"], "embed_seconds": round(time.time() - start, 1)}
+        row |= eval_bach.bach_row(features)
+        row["protocol"] += ", teacher in bf16" if dev == "cuda" else ""  # eva embeds in fp32
+        row["seconds"] = round(time.time() - start, 1)
+        write_row("bach.jsonl", row)
+    except Exception as e:
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        say(f"step {step}: no BACH, training goes on: {reason}")
+        return {"bach": None, "bach_error": reason}
     say(f"step {step}: BACH {row['bach']:.3f} +- {row['std']:.3f}, mean cosine {row['mean_cosine']:.3f}, "
-        f"effective rank {row['effective_rank']:.1f}")
-    return {"bach": row["bach"], "mean_cosine": row["mean_cosine"], "effective_rank": row["effective_rank"]}
+        f"effective rank {row['effective_rank']:.1f}; took {row['seconds']} s")
+    return {k: row[k] for k in ("bach", "plateau", "clean", "knn", "mean_cosine", "effective_rank")} | {
+        f"bach_{k}": row[k] for k in ("std", "seeds", "protocol", "embed_seconds", "seconds")}
 
 
 def targets(logits, head, temp):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import data
+import eval_bach
 import model
 from bench import data as bench
 
@@ -94,3 +95,9 @@ def test_the_reading_benchmark_prints_its_tables(folder, monkeypatch, capsys):
     assert [row[1] for row in grids] == ["0.5", "1.0", "1"] and "left out" not in text, text
     exact, naive = (list(map(float, side.split())) for side in text.splitlines()[-1].split("|")[1:3])
     assert abs(exact[0] - 1) < 0.1 and exact[2] <= naive[2], text  # sharpness and error against the stored pixels
+
+
+def test_the_probe_benchmark_prints_its_line(monkeypatch, capsys):
+    monkeypatch.setattr(eval_bach, "PATIENCE", eval_bach.PATIENCE)  # the script sets it
+    text = run(monkeypatch, capsys, "bench/probe.py", width=8, steps=20, loop_steps=10, repeats=1)
+    assert text.splitlines()[-1].startswith("5 heads x 20 steps at width 8, one core: "), text

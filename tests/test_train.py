@@ -2,9 +2,12 @@
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -299,10 +302,11 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     monkeypatch.setattr(model, "ViT", None)  # building would fail loudly
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     out = tmp_path / "new"
     for keys, part in [(dict(out_dir=tmp_path / "full"), "is not empty: go on with --resume=true"),
                        (dict(tiles=""), "exactly one of slides"), (dict(tiles=tmp_path / "none"), "no folder"),
-                       (dict(weights="none.pth"), "no file none.pth"), (dict(bach_dir=tmp_path), "Photos"),
+                       (dict(weights="none.pth"), "no file or folder none.pth"), (dict(bach_dir=tmp_path), "Photos"),
                        (dict(arch="vit"), "unknown arch 'vit'; known: dinov2_vits14"), (dict(kde="on"), "kde = 'on'"),
                        (dict(global_px=60), "multiple of toy's patch of 14"), (dict(centering="x"), "sinkhorn"),
                        (dict(batch_size=1), "at least 2"), (dict(batch_size=0), "more than 0"),
@@ -317,6 +321,7 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
                        (dict(holdout=1.5), "at most 1"), (dict(eval_share=-1), "at least 0"),
                        (dict(shards="x"), "exactly one of"),
                        (dict(tiles="", mix="(('tiles','x',0),)"), "weight above 0"),
+                       (dict(wandb_project="x"), "pip install wandb"),
                        (dict(patient="["), "no regular expression"), (dict(holdout=0.5), "holdout needs patients")]:
         message = refused(monkeypatch, flags(**{"tiles": tiles, "out_dir": out, **keys}))
         assert part in message and "\n" not in message, message
@@ -357,18 +362,146 @@ def test_the_bach_curve_starts_at_step_0(tiles, tmp_path, monkeypatch):
         for i in range(1, 101):
             image = np.uint8(60 * c) + rng.integers(0, 40, (24, 32, 3), dtype=np.uint8)
             Image.fromarray(image).save(photos / name / f"{prefix}{i:03d}.tif")
-    probe = eval_bach.probe
-    monkeypatch.setattr(eval_bach, "probe", lambda *a, **k: probe(*a, **{**k, "max_steps": 20}))
+    quick_bach(monkeypatch.setattr, gray=False)
     keys = dict(tiles=tiles, max_steps=3, eval_interval=2, bach_dir=tmp_path / "bach")
     train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
     curve, metrics = rows(tmp_path / "a", "bach.jsonl"), rows(tmp_path / "a")
     assert [r["step"] for r in curve] == [0, 2, 3] and [r["step"] for r in metrics] == [0, 1, 2, 3]
     assert [r["images"] for r in curve] == [0, 8, 12]
     for r in curve:
-        assert {"bach", "std", "seeds", "protocol", "effective_rank", "mean_cosine"} <= set(r) and len(r["seeds"]) == 5
-    for i in (0, 2, 3):
-        assert -1 <= metrics[i]["mean_cosine"] <= 1 and 1 <= metrics[i]["effective_rank"] <= 128
-    assert "bach" not in metrics[1]
+        assert {"accuracy", "recall", "confusion", "epochs", "seconds"} <= set(r) and len(r["seeds"]) == 5
+    for i, r in zip((0, 2, 3), curve):
+        assert -1 <= r["mean_cosine"] <= 1 and 1 <= r["effective_rank"] <= 128
+        for k in ("bach", "plateau", "clean", "knn", "mean_cosine", "effective_rank"):
+            assert metrics[i][k] == r[k]
+        for k in ("std", "seeds", "protocol", "embed_seconds", "seconds"):
+            assert metrics[i][f"bach_{k}"] == r[k]
+    assert not any("bach" in k for k in metrics[1])
+
+
+def quick_bach(patch, gray=True):
+    """Evaluations with few epochs and, unless told not to, of eight gray images that need no folder."""
+    fit, embed = eval_bach.fit_heads, eval_bach.embed
+    patch(eval_bach, "fit_heads", lambda *a: fit(*a[:-1], 20))
+    if gray:
+        eight = torch.arange(0, 200, 25, dtype=torch.uint8)[:, None, None, None]
+        patch(eval_bach, "load_pixels", lambda folder: eight.repeat(50, 3, 224, 224))
+        patch(eval_bach, "embed", lambda net, pixels, *a: embed(net, pixels[:8, :, :56, :56], *a).repeat(50, 1))
+
+
+def poison(patch):
+    """The first evaluation meets NaN, the second raises on rank 0 alone, the third has a row that cannot be written."""
+    embed, probe, calls = eval_bach.embed, eval_bach.probe, []
+
+    def bad_probe(*a, view):
+        if len(calls) == 2:
+            raise RuntimeError("no\nmemory")
+        return {**probe(*a, view=view), "plateau": np.float32(0)}
+
+    patch(eval_bach, "embed", lambda *a: embed(*a) * (calls.append(0) or (float("nan") if len(calls) == 1 else 1)))
+    patch(eval_bach, "probe", bad_probe)
+
+
+def same_but_for_bach(good, bad):
+    """Rows of metrics.jsonl of an evaluated and of a poisoned run: the second has errors where the first has points."""
+    untimed = ("images_per_s", "data_wait", "mean_cosine", "effective_rank", "plateau", "clean", "knn")
+    a, b = ([{k: v for k, v in r.items() if k not in untimed and "bach" not in k} for r in x] for x in (good, bad))
+    assert a == b and len(good) == 4
+    for i, error in ((0, "ValueError: features of 400 of 400"), (2, "RuntimeError: no memory"), (3, "TypeError: ")):
+        assert good[i]["bach"] > 0 and "bach_error" not in good[i]
+        assert bad[i]["bach"] is None and bad[i]["bach_error"].startswith(error)
+
+
+def test_an_evaluation_that_fails_costs_its_point_and_nothing_else(tiles, tmp_path, monkeypatch, capsys):
+    """Nor does one that succeeds change a bit of the training."""
+    keys = dict(tiles=tiles, max_steps=3, eval_interval=2)
+    without = train(monkeypatch, flags(**keys, out_dir=tmp_path / "without"))
+    quick_bach(monkeypatch.setattr)
+    good = train(monkeypatch, flags(**keys, bach_dir="x", out_dir=tmp_path / "good"))
+    poison(monkeypatch.setattr)
+    bad = train(monkeypatch, flags(**keys, bach_dir="x", out_dir=tmp_path / "bad"))
+    bit_equal(weights(without), weights(good))
+    bit_equal(weights(without), weights(bad))
+    same_but_for_bach(rows(tmp_path / "good"), rows(tmp_path / "bad"))
+    assert not rows(tmp_path / "bad", "bach.jsonl")
+    assert "step 2: no BACH, training goes on: RuntimeError: no memory\n" in capsys.readouterr().out
+    monkeypatch.setattr(model.ViT, "forward", lambda *a: 1 / 0)  # other ranks would be left in a collective
+    with pytest.raises(ZeroDivisionError):
+        train(monkeypatch, flags(**keys, bach_dir="x", out_dir=tmp_path / "ended"))
+    assert not (tmp_path / "ended/metrics.jsonl").exists()
+
+
+def one_of_two_ranks(argv, ports, out):
+    """A good run and a poisoned one, without torchrun; wandb is there on rank 0 only."""
+    run = SimpleNamespace(init=lambda **k: SimpleNamespace(id="1"), define_metric=lambda *a, **k: 0, log=lambda row: 0)
+    sys.modules["wandb"] = run if os.environ["RANK"] == "0" else None
+    quick_bach(setattr)
+    for name, port in zip(("good", "bad"), ports):
+        os.environ["MASTER_PORT"], sys.argv = port, ["train.py", *argv, f"--out_dir={out}/{name}"]
+        runpy.run_path("train.py", run_name="__main__")
+        poison(setattr)
+
+
+def test_two_ranks_stay_in_step_when_an_evaluation_fails_on_one(tiles, tmp_path):
+    sockets = [socket.create_server(("localhost", 0)) for _ in range(2)]
+    ports = [str(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    argv = flags(tiles=tiles, max_steps=3, eval_interval=2, bach_dir="x", wandb_project="x")
+    code = f"import test_train; test_train.one_of_two_ranks({argv}, {ports}, {str(tmp_path)!r})"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_ADDR": "localhost", "WORLD_SIZE": "2"}
+    ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**env, "RANK": str(r)}) for r in range(2)]
+    while None in (ended := [p.poll() for p in ranks]) and not any(ended):  # one that fails leaves the other waiting
+        time.sleep(0.1)
+    for p in ranks:
+        p.kill()
+    assert ended == [0, 0]
+    same_but_for_bach(rows(tmp_path / "good"), rows(tmp_path / "bad"))
+    bit_equal(*(torch.load(tmp_path / x / "teacher/3.pth", weights_only=True)["teacher"] for x in ("good", "bad")))
+
+
+def test_the_stall_of_an_evaluation_is_logged_and_speed_leaves_it_out(tiles, tmp_path, monkeypatch):
+    """As it leaves out saving. A thousand seconds pass at each of embed, probe and save, by a clock that is set."""
+    quick_bach(monkeypatch.setattr)
+    late, now = [0], time.time
+    monkeypatch.setattr(time, "time", lambda: now() + late[0])
+    for owner, name in ((eval_bach, "embed"), (eval_bach, "probe"), (torch.distributed.checkpoint, "save")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, real=real, **k: late.append(late.pop() + 1000) or real(*a, **k))
+    keys = dict(tiles=tiles, max_steps=4, eval_interval=2, save_interval=1, log_interval=2, bach_dir="x")
+    train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
+    assert late[0] == 1000 * (3 + 3 + 4)
+    assert all(r["images_per_s"] > 0.02 and r["data_wait"] <= 1 for r in rows(tmp_path / "a")[1:]), "4 images, 1000 s"
+    for r in rows(tmp_path / "a", "bach.jsonl"):
+        assert 1000 <= r["embed_seconds"] < 2000 <= r["seconds"] < 3000
+
+
+def test_wandb_gets_the_rows_of_metrics_and_a_resumed_run_goes_on_in_its_own(tiles, tmp_path, monkeypatch):
+    inits, defined, logged = [], [], []
+
+    def init(**keys):
+        inits.append(keys)
+        if len(inits) % 2:
+            raise RuntimeError("no login")
+        return SimpleNamespace(id=keys["id"] or "a1b2")
+
+    fake = SimpleNamespace(init=init, log=logged.append, define_metric=lambda *a, **k: defined.append((a, k)))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    quick_bach(monkeypatch.setattr)
+    out = tmp_path / "a"
+    for keys in (dict(max_steps=3, save_interval=2), dict(max_steps=4, resume="true")):
+        argv = flags(tiles=tiles, schedule_steps=4, out_dir=out, bach_dir="x", wandb_project="p", **keys)
+        with pytest.raises(RuntimeError, match="no login"):
+            train(monkeypatch, argv)
+        train(monkeypatch, argv)  # what wandb refused can be tried again
+        if len(inits) == 2:
+            assert logged == rows(out) and [r["step"] for r in logged] == [0, 1, 2, 3]
+            os.rename(out / "ckpt/3", out / "ckpt/unfinished")
+    assert [(k["project"], k["dir"], k["resume"], k["id"]) for k in inits[1::2]] == [
+        ("p", str(out), "allow", None), ("p", str(out), "allow", "a1b2")]
+    assert inits[1]["config"]["batch_size"] == 4 and defined == [(("*",), {"step_metric": "step"})] * 2
+    assert [r["step"] for r in logged[4:]] == [3, 4] and rows(out) == logged[:3] + logged[4:]
 
 
 @pytest.mark.parametrize("world", [1, 8])

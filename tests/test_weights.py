@@ -1,0 +1,351 @@
+"""Weight files in every layout that load_backbone reads, tiny ones; transformers is the oracle of Hugging Face's."""
+import json
+import re
+import shutil
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import model
+import weight_files
+from model import ARCHS, ViT, ViTConfig
+
+V2 = ViTConfig(14, 128, 2, 2, "mlp", 192, pos_grid=4, pos_antialias=False, pos_offset=0.1)  # heads of 64, as in Meta's
+V3 = ViTConfig(16, 128, 2, 2, "mlp", 192, 4, "rope", mask_k_bias=True, norm_eps=1e-5)
+RELEASED = {
+    "dinov2_s": V2, "dinov2_g": replace(V2, ffn="swiglu"),
+    "dinov2_s_reg": replace(V2, registers=4, pos_antialias=True, pos_offset=0.0),
+    "dinov2_g_reg": replace(V2, ffn="swiglu", registers=4, pos_antialias=True, pos_offset=0.0),
+    "dinov3_s": V3, "dinov3_hplus": replace(V3, ffn="swiglu"),
+    "dinov3_7b": replace(V3, ffn="swiglu", num_heads=1, qkv_bias=False, local_cls_norm=True),
+}
+SMALL = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, mlp_ratio=2, image_size=56, patch_size=14)
+SMALL3 = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=80, image_size=64,
+              num_register_tokens=4)
+GATED = dict(use_gated_mlp=True, hidden_act="silu")
+HUGGING_FACE = {
+    "dinov2": ("Dinov2", SMALL), "midnight": ("Dinov2", {**SMALL, "use_swiglu_ffn": True, "image_size": 224}),
+    "dinov2_reg": ("Dinov2WithRegisters", {**SMALL, "layer_norm_eps": 1e-2}),  # as far from the default as to show
+    "dinov2_reg_g": ("Dinov2WithRegisters", {**SMALL, "use_swiglu_ffn": True}), "dinov3_s": ("DINOv3ViT", SMALL3),
+    "dinov3_hplus": ("DINOv3ViT", {**SMALL3, **GATED, "rope_theta": 50.0, "layer_norm_eps": 1e-2}),
+    "dinov3_7b": ("DINOv3ViT", {**SMALL3, **GATED, "num_attention_heads": 1, "query_bias": False, "value_bias": False}),
+}
+
+
+@torch.no_grad()
+def fill(net, seed=0):
+    """Random weights under which every tensor shows in the outputs: no zeros, layer-scale and norms around 1."""
+    torch.manual_seed(seed)
+    for name, p in net.named_parameters():
+        around = 1.0 if re.search(r"norm\w*\.weight|gamma|lambda1", name) else 0.0
+        p.normal_(around, 0.2 if around or p.dim() < 2 or "embed" in name or "token" in name else 0.1)
+    return net.eval()
+
+
+def released(config):
+    vit = fill(ViT(config))
+    for k, v in vit.state_dict().items():
+        if config.pos == "rope" and k.endswith(("qkv.bias", "bias_mask")):
+            v.zero_()  # as in every file of Meta's below 7B
+    return vit
+
+
+def save(path, data):
+    torch.save(data, path)
+    return str(path)
+
+
+def same(a, b, px=(70, 56), atol=1e-6):
+    x = torch.randn(2, 3, *(px if a.config.patch_size == 14 else (80, 64)))
+    with torch.no_grad():
+        for k, v in b(x).items():
+            torch.testing.assert_close(a.eval()(x)[k], v, atol=atol, rtol=1e-5)
+
+
+# ---- .pth -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_metas_files_load_without_being_told_the_architecture(name, tmp_path):
+    vit = released(RELEASED[name])
+    path = save(tmp_path / "w.pth", vit.state_dict())
+    loaded = model.load_backbone(path)
+    assert replace(loaded.config, pos_grid=0) == replace(vit.config, pos_grid=0)
+    same(loaded, vit)
+    assert model.stored_norm(path) == model.NORMS["imagenet"]
+
+
+@pytest.mark.parametrize("key", ["pos_embed", "norm.bias", "blocks.1.ls2.gamma", "rope_embed.periods",
+                                 "local_cls_norm.bias", "blocks.1.mlp.w12.bias", "blocks.0.attn.qkv.bias"])
+def test_a_released_file_that_lacks_a_tensor_is_refused_by_its_name(key, tmp_path):
+    for config in RELEASED.values():
+        state = released(config).state_dict()
+        if key in state:
+            path = save(tmp_path / "w.pth", {k: v for k, v in state.items() if k != key})
+            with pytest.raises(ValueError, match=rf"w\.pth: .*{re.escape(key)}") as e:
+                model.load_backbone(path)
+            assert "\n" not in str(e.value)
+
+
+def test_a_teacher_of_this_project_brings_its_architecture_and_normalisation(tmp_path):
+    vit = fill(ViT(ARCHS["toy"]))
+    for config, norm in (({"norm": "half"}, model.NORMS["half"]), ({}, model.NORMS["imagenet"]),
+                         ({"norm_mean": [0.1, 0.2, 0.3], "norm_std": [0.4, 0.5, 0.6]},
+                          ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))):
+        path = save(tmp_path / "5.pth", {"teacher": vit.state_dict(), "arch": "toy", "step": 5, "config": config})
+        assert model.stored_norm(path) == norm
+    loaded = model.load_backbone(path)
+    assert loaded.config == vit.config
+    same(loaded, vit)
+    with pytest.raises(ValueError, match="5.pth.*of pixels from 0 to 1"):
+        model.stored_norm(save(tmp_path / "5.pth", {"teacher": {}, "config": {"norm": "imagnet"}}))
+
+
+def test_openmidnights_teacher_loads_with_chunked_blocks_and_16x16_positions(tmp_path):
+    vit = fill(ViT(replace(RELEASED["dinov2_g_reg"], depth=4, pos_grid=16)))
+    state = {re.sub(r"^blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}", k): v
+             for k, v in vit.state_dict().items()}
+    assert "blocks.1.3.mlp.w12.weight" in state
+    heads = {f"{h}_head.last_layer.weight_v": torch.zeros(2, 2) for h in ("dino", "ibot")}
+    path = save(tmp_path / "w.pth", {"teacher": {f"backbone.{k}": v for k, v in state.items()} | heads})
+    loaded = model.load_backbone(path)
+    assert loaded.config == vit.config and loaded.pos_embed.shape == (1, 257, 128)
+    same(loaded, vit, (224, 224))
+    assert model.stored_norm(path) == model.NORMS["imagenet"]
+
+
+# ---- Hugging Face, with transformers --------------------------------------------------------------------------------
+
+
+def theirs(name, folder, new_layout=False, shard="50GB"):
+    """A random model of transformers, saved in `folder`, in the key layout of before or since 5.x."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    transformers.logging.set_verbosity_error()
+    family, settings = HUGGING_FACE[name]
+    net = fill(getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**settings)))
+    old = {} if not new_layout else {"save_original_format": False}  # transformers 5; the default is the hub's layout
+    net.save_pretrained(folder, max_shard_size=shard, **old)
+    return net
+
+
+def equal_to(net, vit, px, rounded=True):
+    """Largest difference of class token and patches from transformers', with its periods rounded as in Meta's files."""
+    rope = getattr(net, "rope_embeddings", None)
+    if rope is not None and rounded:
+        rope.inv_freq = 1 / (1 / rope.inv_freq).bfloat16().float()
+    x, out = torch.randn(2, 3, *px), None
+    with torch.no_grad():
+        hidden, out = net(x).last_hidden_state, vit.eval()(x)
+    skip = 1 + vit.config.registers
+    assert hidden.shape[1] == skip + out["patches"].shape[1] and out["patches"].std() > 0.3
+    return max((out["cls"] - hidden[:, 0]).abs().max(), (out["patches"] - hidden[:, skip:]).abs().max()).item()
+
+
+@pytest.mark.parametrize("new_layout", [False, True])
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_features_equal_those_of_transformers_at_the_native_grid_and_others(name, new_layout, tmp_path):
+    net = theirs(name, tmp_path, new_layout)
+    vit = model.load_backbone(tmp_path)
+    p, native = vit.config.patch_size, net.config.image_size
+    assert vit.config.num_heads == net.config.num_attention_heads
+    for px in ((native, native), (6 * p, 6 * p), (3 * p, 5 * p)):
+        assert equal_to(net, vit, px) < 1e-5, px
+
+
+def test_the_rounding_of_the_periods_moves_features_less_than_bf16_does(tmp_path):
+    net = theirs("dinov3_s", tmp_path)
+    vit = model.load_backbone(tmp_path)
+    assert 1e-5 < equal_to(net, vit, (64, 64), rounded=False) < 0.02
+
+
+def test_shards_load_and_a_missing_one_is_named(tmp_path):
+    net = theirs("dinov3_7b", tmp_path, shard="60KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2 and not (tmp_path / "model.safetensors").exists()
+    assert equal_to(net, model.load_backbone(tmp_path), (64, 64)) < 1e-5
+    with pytest.raises(ValueError, match="embeddings.cls_token|missing"):  # one shard is not the model
+        model.load_backbone(shards[-1])
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=f"{shards[1].name}: no such weight file; the index lists it"):
+        model.load_backbone(tmp_path)
+
+
+def test_a_classifier_is_left_out_and_any_other_part_is_named(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    st = pytest.importorskip("safetensors.torch")
+    net = fill(transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**SMALL)))
+    net.save_pretrained(tmp_path)
+    assert equal_to(net.dinov2, model.load_backbone(tmp_path / "model.safetensors"), (56, 56)) < 1e-5
+    state = st.load_file(tmp_path / "model.safetensors")
+    assert "classifier.weight" in state
+    st.save_file({**state, "segmenter.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"unknown 1 \(segmenter.weight\)"):
+        model.load_backbone(tmp_path)
+
+
+# ---- Hugging Face, without it ---------------------------------------------------------------------------------------
+
+OLD = [(r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
+       (r"^pos_embed", "embeddings.position_embeddings"),
+       (r"^(cls_token|mask_token|register_tokens)", r"embeddings.\1"), (r"^norm\.", "layernorm."),
+       (r"^blocks\.", "encoder.layer."), (r"ls(\d)\.gamma", r"layer_scale\1.lambda1"),
+       (r"attn\.proj", "attention.output.dense"), ("w12", "weights_in"), ("w3", "weights_out")]
+V3_KEYS = [(r"^patch_embed\.proj", "embeddings.patch_embeddings"), (r"^storage_tokens", "embeddings.register_tokens"),
+           (r"^(cls_token|mask_token)", r"embeddings.\1"), (r"^blocks\.", "layer."),
+           (r"ls(\d)\.gamma", r"layer_scale\1.lambda1"), (r"attn\.proj", "attention.o_proj"),
+           (r"mlp\.w1\.", "mlp.gate_proj."), (r"mlp\.w2\.", "mlp.up_proj."), (r"mlp\.w3\.", "mlp.down_proj."),
+           (r"mlp\.fc1\.", "mlp.up_proj."), (r"mlp\.fc2\.", "mlp.down_proj.")]
+
+
+def in_their_names(vit):
+    """The tensors of a ViT as transformers 4.5x stores them: what the hub holds."""
+    rope, out = vit.config.pos == "rope", {}
+    names = ("q_proj", "k_proj", "v_proj") if rope else ("attention.query", "attention.key", "attention.value")
+    for key, v in vit.state_dict().items():
+        if key.endswith("bias_mask") or key.startswith(("rope_embed", "local_cls_norm")):
+            continue
+        for pattern, name in V3_KEYS if rope else OLD:
+            key = re.sub(pattern, name, key)
+        parts = zip(names, v.chunk(3)) if "attn.qkv" in key else [(None, v)]
+        for name, part in parts:
+            if not (rope and name == "k_proj" and key.endswith("bias")):
+                out[key if name is None else key.replace("attn.qkv", f"attention.{name}")] = part.clone()
+    if rope:
+        out["embeddings.mask_token"] = out["embeddings.mask_token"][None]
+    return out
+
+
+def write(folder, vit, **files):
+    """A folder as from the hub: model.safetensors, config.json and what else is given."""
+    st = pytest.importorskip("safetensors.torch")
+    st.save_file(in_their_names(vit), folder / "model.safetensors")
+    c = vit.config
+    kind = "dinov3_vit" if c.pos == "rope" else "dinov2_with_registers" if c.registers else "dinov2"
+    config = dict(model_type=kind, num_attention_heads=c.num_heads, layer_norm_eps=c.norm_eps, hidden_size=c.embed_dim,
+                  num_hidden_layers=c.depth, hidden_act="silu" if kind == "dinov3_vit" and c.ffn != "mlp" else "gelu",
+                  use_swiglu_ffn=c.ffn == "swiglu" and kind != "dinov3_vit")
+    for name, data in ({"config": config} | files).items():
+        (folder / f"{name}.json").write_text(json.dumps(data))
+    return folder
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_names_map_back_to_the_released_ones(name):
+    vit = released(RELEASED[name])
+    got, want = weight_files.convert(in_their_names(vit)), vit.state_dict()
+    want = {k: v for k, v in want.items() if not k.startswith(("rope_embed", "local_cls_norm"))}
+    assert got.keys() == want.keys()
+    for k, v in want.items():
+        assert torch.equal(got[k], v), k
+
+
+def test_biases_that_are_there_count_and_zero_ones_stay_switched_off():
+    vit = fill(ViT(V3))
+    state = weight_files.convert(in_their_names(vit))
+    mask, D = state["blocks.0.attn.qkv.bias_mask"], V3.embed_dim
+    assert mask.view(3, D).sum(1).tolist() == [D, 0, D] and torch.equal(mask, vit.blocks[0].attn.qkv.bias_mask)
+    assert state["blocks.0.attn.qkv.bias"].view(3, D).ne(0).any(1).tolist() == [True, False, True]
+
+
+def test_a_model_without_mask_token_or_registers_loads():
+    tensors = in_their_names(released(V3))
+    del tensors["embeddings.mask_token"]  # use_mask_token=False
+    tensors["embeddings.register_tokens"] = torch.zeros(1, 0, V3.embed_dim)
+    state = weight_files.convert(tensors)
+    assert state["mask_token"].shape == (1, V3.embed_dim) and not state["mask_token"].any()
+    assert "storage_tokens" not in state
+
+
+@pytest.mark.parametrize("name", ["dinov2_s", "dinov2_g_reg", "dinov3_hplus", "dinov3_7b"])
+def test_training_starts_from_hugging_faces_files(name, tmp_path):
+    vit = released(RELEASED[name])
+    write(tmp_path, vit)
+    student = ViT(replace(vit.config, pos_grid=4, drop_path=0.1))
+    model.init_from_file(student, tmp_path)
+    same(student, vit)
+    if vit.config.local_cls_norm:  # not in their files: it starts as the norm, and is a tensor of its own
+        assert torch.equal(student.local_cls_norm.weight, vit.norm.weight)
+        loaded = model.load_backbone(tmp_path, vit.config)
+        assert loaded.local_cls_norm.weight.data_ptr() != loaded.norm.weight.data_ptr()
+    with pytest.raises(ValueError, match="weights of another architecture: .* in dinov2_vits14"):
+        model.load_backbone(tmp_path, "dinov2_vits14")
+
+
+def test_files_without_a_config_load_where_shapes_tell_and_ask_where_they_do_not(tmp_path):
+    for name in ("dinov2_s_reg", "dinov3_s"):
+        write(tmp_path, vit := released(RELEASED[name]))
+        (tmp_path / "config.json").unlink()
+        if vit.config.pos == "rope":
+            with pytest.raises(ValueError, match="no config.json beside it, .* arch="):
+                model.load_backbone(tmp_path)
+        same(model.load_backbone(tmp_path / "model.safetensors", vit.config), vit)
+    with pytest.raises(ValueError, match="weights of another architecture"):
+        model.load_backbone(tmp_path, V2)
+
+
+def test_normalisation_is_the_models_own_or_is_asked_for(tmp_path):
+    stated = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    write(tmp_path, released(V2), preprocessor_config=stated)
+    for path in (tmp_path, tmp_path / "model.safetensors", str(tmp_path)):
+        assert model.stored_norm(path) == model.NORMS["half"]
+    for text, part in ((None, "--norm=half .* or --norm=imagenet"), ("{}", "--norm="), ("[1]", "not a JSON object"),
+                       (json.dumps({**stated, "do_normalize": False}), "--norm="), ("{", "cannot be read"),
+                       (json.dumps({**stated, "image_mean": [123.7, 116.3, 103.5]}), "pixels from 0 to 1")):
+        file = tmp_path / "preprocessor_config.json"
+        file.write_text(text) if text else file.unlink()
+        with pytest.raises(ValueError, match=part) as e:
+            model.stored_norm(tmp_path)
+        assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_hugging_face_files_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch):
+    st = pytest.importorskip("safetensors.torch")
+    good, file = in_their_names(vit := released(RELEASED["dinov2_s_reg"])), tmp_path / "model.safetensors"
+    less = {k: v for k, v in good.items() if k != "embeddings.position_embeddings"}
+    lost = {k: v for k, v in good.items() if k != "encoder.layer.1.attention.attention.key.weight"}
+    cases = [(less, r"missing 1 \(pos_embed\)"), (lost, "blocks.1.attn.qkv.weight"),
+             ({**good, "encoder.pooler.bias": torch.ones(2)}, "unknown 1"),
+             ({**good, "layernorm.bias": torch.ones(3)}, r"other shape 1 \(norm.bias\)"),
+             ({**good, "norm.bias": torch.ones(128)}, "two layouts in one file"),
+             ({"vision.layers.0.weight": torch.ones(2)}, r"0 of its 1 keys \(vision.layers.0.weight\)"),
+             ({k: v for k, v in vit.state_dict().items()}, "0 of its .* keys"),  # Meta's own names: a .pth
+             ({**good, **{f"b.{k}": v.clone() for k, v in good.items()}}, "2 of its"),
+             ({k: v for k, v in good.items() if "encoder" not in k}, "blocks.0.norm1.weight")]
+    for tensors, part in cases:
+        write(tmp_path, vit)
+        (tmp_path / "config.json").unlink()
+        st.save_file(tensors, file)
+        with pytest.raises(ValueError, match=part) as e:
+            model.load_backbone(tmp_path)
+        assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+    for key, value in (("hidden_size", 96), ("num_hidden_layers", 3), ("hidden_act", "relu"), ("model_type", "vit")):
+        config = json.loads((write(tmp_path, vit) / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError, match=rf"config\.json: .*{value}"):
+            model.load_backbone(tmp_path)
+    whole = (write(tmp_path, vit) / "model.safetensors").read_bytes()
+    for data in (whole[:-100], whole[:20], b"", b"not weights"):
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=r"model\.safetensors: not a whole"):
+            model.load_backbone(tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ValueError, match="pip install safetensors"):
+        model.load_backbone(tmp_path)
+
+
+def test_folders_without_weights_are_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="a folder without model.safetensors"):
+        model.load_backbone(tmp_path)
+    with pytest.raises(ValueError, match="no such weight file"):
+        model.load_backbone(tmp_path / "facebook" / "dinov2-base")
+    pytest.importorskip("safetensors")
+    for text, part in (("{}", "no shards"), ("{", "cannot be read"), ('{"weight_map": {"a": "b"}}', "b: no such")):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match=part):
+            model.load_backbone(tmp_path)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(ValueError, match="no such weight file"):
+        model.load_backbone(tmp_path)
