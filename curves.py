@@ -197,9 +197,9 @@ def cells(group, parent, groups):
 
 
 def states(group):
-    """How far the runs are. Files do not tell one that still trains from one that stopped: see when it last wrote."""
+    """How far runs are that are not done. Files do not tell whether one still trains or stopped: see its last row."""
     done = [run for run in group.runs if run.step >= run.config.get("max_steps", math.inf)]
-    texts = ["done"] if len(done) == len(group.runs) else [f"{len(done)} of {len(group.runs)} done"]
+    texts = [f"{len(done)} of {len(group.runs)} done"] if len(done) < len(group.runs) else []
     for run in (run for run in group.runs if run not in done or run not in group.used):
         age = f"{run.age / 60:.0f} min" if run.age < 7200 else f"{run.age / 3600:.0f} h"
         texts.append(f"{os.path.basename(run.folder)} at step {run.step} of {run.config.get('max_steps', '?')}, "
@@ -239,10 +239,9 @@ def compare_table(groups, parent, axis):
     lines = ["  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) for row in rows]
     for i, group in enumerate(groups, 1):
         text = "; ".join(states(group) + (changes(group, parent, axis) if group is not parent else []))
-        lines[i] += "\n" + textwrap.fill(text, 120, initial_indent="    ", subsequent_indent="    ")
+        lines[i] += "\n" * bool(text) + textwrap.fill(text, 120, initial_indent="    ", subsequent_indent="    ")
     _, s, free = noise(groups, parent, parent, parent.x[-1])
-    text = (f"or t s sqrt(1/n + 1/n of the parent) at 95 % if larger; s = {s:.3f}, the sd of seeds after "
-            f"{count(parent.x[-1])} {axis.rstrip('s')}s, with {free} degrees of freedom" if free else
+    text = (f"or t s sqrt(1/n + 1/n) at 95 % if larger; sd of seeds s = {s:.3f}, {free} degrees of freedom" if free else
             "as there are no repeats and the spread of seeds is unknown: train more seeds")
     return "\n".join(lines + [textwrap.fill(f"within, beyond: {FLOOR} (132 images), {text}", 120)] * (len(groups) > 1))
 
