@@ -23,7 +23,6 @@ import os
 import statistics
 import sys
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -35,14 +34,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 import model
+import weight_files
 from configurator import configure
 
-# ---- the protocol: changing any of these invalidates every earlier row (and changes the `protocol` string) ----
+# ---- the protocol: changing any of these invalidates every earlier row; all but the ranges show in `protocol` ----
 CLASSES = {"Benign": "b", "InSitu": "is", "Invasive": "iv", "Normal": "n"}  # label = position; value = file prefix
 TRAIN_RANGES = ((0, 41), (59, 60), (90, 139), (169, 240), (258, 260), (273, 345), (368, 400))  # the rest: validation
-SELECT_RANGES = ((15, 25), (110, 120), (200, 210), (305, 315), (380, 390))  # of those, what `clean` selects on
 SIZE = 224           # px, shorter side and centre crop
-BACH_MPP = 0.42      # um/px of the images; only --views=tiles asks
 LR = 3e-4            # AdamW, torch's defaults but for the next line
 WEIGHT_DECAY = 0.01  # eva with its locked jsonargparse; from 4.34 on its config silently gives 0 (mean moves < 0.001)
 WARM_EPOCHS = 5      # eva names no schedule and so gets torch's ConstantLR: a third of lr for five epochs
@@ -50,8 +48,11 @@ WARM_FACTOR = 1 / 3
 BATCH = 256          # two steps an epoch, of 256 and of 12 images
 PATIENCE = 1250      # epochs without a strict increase until a head stops
 RUNS, SEED, MAX_STEPS = 5, 42, 12500  # head r is seeded with SEED + r
-NEIGHBOURS, KNN_TEMP = 20, 0.07       # of the kNN, DINO's
-# ---------------------------------------------------------------------------------------------------------------
+# ---- and of the second opinions, which bear no protocol of their own ---------------------------------------------
+SELECT_RANGES = ((15, 25), (110, 120), (200, 210), (305, 315), (380, 390))  # of the 268, what `clean` selects on
+NEIGHBOURS, KNN_TEMP = 20, 0.07  # of the kNN, DINO's
+# ------------------------------------------------------------------------------------------------------------------
+BACH_MPP, BACH_SIZE = 0.42, "2048x1536 px"  # of the released images; only --views=tiles depends on them
 
 
 def indices(ranges):
@@ -125,6 +126,8 @@ def read_image(path, view=View(), mpp=BACH_MPP):
     """
     try:
         with Image.open(path) as page:
+            if page.mode[0] in "IF":
+                raise ValueError(f"more than 8 bits a channel, mode {page.mode}: convert it")
             pixels = np.array(page.convert("RGB"))
     except Exception as e:  # pillow raises OSError, SyntaxError, KeyError, struct.error, ... on a damaged file
         reason = " ".join(f"{type(e).__name__}: {e}".split())
@@ -144,19 +147,24 @@ def read_image(path, view=View(), mpp=BACH_MPP):
 
 def load_images(paths, view=View(), mpp=BACH_MPP, one_size=False, threads=8):
     """A list of read_image's tensors in the order of paths. ValueError for a damaged file or, if asked, an odd size."""
-    images, expected = [], None
-    with ThreadPoolExecutor(threads) as pool:
+    images, expected, pool = [], None, ThreadPoolExecutor(threads)
+    try:
         for path, (image, size) in zip(paths, pool.map(lambda path: read_image(path, view, mpp), paths)):
             expected = expected or size
             if one_size and size != expected:
                 raise ValueError(f"{path}: {size}, but {os.path.basename(paths[0])} has {expected}; {REMEDY}")
             images.append(image)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return images
 
 
-def load_pixels(bach_dir, view=View()):
+def load_pixels(bach_dir, view=View(), mpp=0.0):
     """uint8 (400, 3, 224, 224), 60 MB, in the order of bach_files; tiles need a list of (3, h, w), 2.7 GB at 0.5."""
-    images = load_images(bach_files(bach_dir), view, one_size=True)
+    paths = bach_files(bach_dir)
+    if view.mpp and not mpp and (size := read_image(paths[0])[1]) != BACH_SIZE:
+        raise ValueError(f"{paths[0]}: {size}, not BACH's {BACH_SIZE} at {BACH_MPP} um/px; for tiles give --image_mpp")
+    images = load_images(paths, view, mpp or BACH_MPP, one_size=True)
     return images if view.mpp else torch.stack(images)
 
 
@@ -182,13 +190,17 @@ def embed(backbone, pixels, mean, std, device, view=View(), batch_size=64):
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1) for v in (mean, std))
     training = [m for m in backbone.modules() if m.training]
     backbone.eval()
-    features, images = [], max(batch_size // len(tiles(pixels[0], view.px)), 1)  # images a forward
+    most = max(math.ceil(image.shape[1] / view.px) * math.ceil(image.shape[2] / view.px) for image in pixels)
+    features = []
+
+    def forward(x):
+        out = backbone((x.to(device).float() * (1 / 255) - mean) / std)
+        x = out["cls"].float()
+        return torch.cat([x, out["patches"].float().mean(1)], 1) if view.concat else x
     try:
-        for batch in mine.split(images):
+        for batch in mine.split(max(batch_size // most, 1)):
             cut = [tiles(pixels[i], view.px) for i in batch]
-            out = backbone((torch.cat(cut).to(device).float() * (1 / 255) - mean) / std)
-            x = out["cls"].float()
-            x = torch.cat([x, out["patches"].float().mean(1)], 1) if view.concat else x
+            x = torch.cat([forward(part) for part in torch.cat(cut).split(batch_size)])
             features += [x_image.mean(0) for x_image in x.split([len(c) for c in cut])]
     finally:
         for m in training:
@@ -210,7 +222,8 @@ def spread(features):
     mean_cosine, over all pairs of images. A single point gives 1 and 1, an isotropic cloud nearly full rank and 0.
     """
     if bad := int((~features.isfinite().all(1)).sum()):
-        raise ValueError(f"features of {bad} of {len(features)} images are not finite: NaN in the weights or overflow")
+        raise ValueError(f"features of {bad} of {len(features)} images are not finite: NaN in the weights or "
+                         "overflow; use an earlier checkpoint")
     x = features.double()
     s = torch.linalg.svdvals(x - x.mean(0))
     s = s[s > x.norm() * max(x.shape) * torch.finfo(torch.float32).eps]  # below: rounding noise around one point
@@ -363,7 +376,8 @@ def second_opinions(features):
     clean_std over heads: the same heads fitted to 218 images and stopped and chosen on 50 others, so that nothing is
     selected on the 132 (Thunder's split); knn: from the 268 training images.
     """
-    predicted = fit_heads(features, LABELS, FIT_INDEX, SELECT_INDEX, RUNS, SEED, MAX_STEPS)[2][:, VAL_INDEX]
+    steps = MAX_STEPS // 2  # 218 images are one batch: as many epochs as eva's
+    predicted = fit_heads(features, LABELS, FIT_INDEX, SELECT_INDEX, RUNS, SEED, steps)[2][:, VAL_INDEX]
     clean = balanced_accuracy(predicted, LABELS[VAL_INDEX]).tolist()
     neighbours = knn(features, LABELS, TRAIN_INDEX, VAL_INDEX)[None]
     return {"clean": statistics.mean(clean), "clean_std": statistics.stdev(clean),
@@ -401,42 +415,48 @@ def score_file(file, norm, c, data):
     """The row of one weight file; data are the images."""
     start, view = time.time(), view_of(c)
     backbone = model.load_backbone(file, c["arch"] or None).to(c["device"])
-    if view.px % backbone.config.patch_size:
-        raise ValueError(f"{file}: input_px = {view.px} is no multiple of its patch of {backbone.config.patch_size}")
+    if view.px % backbone.config.patch_size or backbone.config.in_channels != 3:
+        raise ValueError(f"{file}: takes {backbone.config.in_channels} channels in patches of "
+                         f"{backbone.config.patch_size} px, not RGB at input_px = {view.px}")
     mean, std = model.stored_norm(file) if norm is None else model.norm_values(norm)
     if c["image_dir"]:
         import eval_folder
         row = eval_folder.score(c, data, backbone, mean, std)
     else:
         row = bach_row(embed(backbone, data, mean, std, c["device"], view), view)
-    stored = torch.load(file, map_location="cpu", mmap=True, weights_only=True) if zipfile.is_zipfile(file) else {}
+    stored = {} if weight_files.is_hugging_face(file) else weight_files.read_pth(file)
     return {**row, "norm": (mean, std), "weights": file, "arch": c["arch"] or stored.get("arch"),
             "step": stored.get("step"), "seconds": round(time.time() - start, 1)}
 
 
 def score(c):
     """Rows of all weight files, printed as they are done, and the number of files that failed, which are named."""
-    files = c["weights"].split(",")
-    norms = c["norm"].split(",") if isinstance(c["norm"], str) else [c["norm"]]
-    if not c["weights"] or bool(c["bach_dir"]) == bool(c["image_dir"]):
+    files = [file.strip() for file in c["weights"].split(",") if file.strip()]
+    norms = [name.strip() for name in c["norm"].split(",")] if isinstance(c["norm"], str) else [c["norm"]]
+    if not files or bool(c["bach_dir"]) == bool(c["image_dir"]):
         raise ValueError("give --weights=FILE and either --bach_dir=DIR or --image_dir=DIR, or else --runs='out/*'")
     if len(norms) not in (1, len(files)):
         raise ValueError(f"norm: {len(norms)} for {len(files)} weight files; give one for all or one for each")
     if missing := [file for file in files if not os.path.exists(file)]:
         raise ValueError(f"{', '.join(missing)}: no such weight file")
+    if c["arch"] and c["arch"] not in model.ARCHS:
+        raise ValueError(f"unknown arch '{c['arch']}'; known: {', '.join(model.ARCHS)}")
+    for norm in norms:
+        model.norm_values(norm)
     start, view = time.time(), view_of(c)
     if c["image_dir"]:
         import eval_folder
         data = eval_folder.load(c)
     else:
-        data = load_pixels(c["bach_dir"], view)
+        data = load_pixels(c["bach_dir"], view, c["image_mpp"])
     print(f"read the images in {time.time() - start:.0f} s", flush=True)
     rows = []
-    for file, norm in zip(files, norms * len(files)):
+    for file, norm in zip(files, norms if len(norms) > 1 else norms * len(files), strict=True):
         try:
             rows.append(score_file(file, norm, c, data))
-        except (ValueError, OSError) as e:
-            print(f"eval_bach: {e}", file=sys.stderr, flush=True)
+        except (ValueError, OSError, RuntimeError) as e:  # the last: out of memory
+            reason = " ".join(str(e).split())
+            print(f"eval_bach: {reason if file in reason else f'{file}: {reason}'}", file=sys.stderr, flush=True)
             continue
         shown = ", ".join(f"{k} {rows[-1][k]:.4f}" for k in COLUMNS if k in rows[-1])
         print(f"{file}: {shown}, {rows[-1]['seconds']:.0f} s", json.dumps(rows[-1]), sep="\n", flush=True)
@@ -453,7 +473,7 @@ if __name__ == "__main__":
     out = ""          # file of their figure; "" = bach.png in the folder that they share
     views = "resize"  # to 224 px, eva's; "tiles" = a grid of tiles at mpp, averaged: another protocol
     mpp = 0.5         # um/px of the tiles
-    image_mpp = 0.0   # um/px of image_dir's images, which tiles need
+    image_mpp = 0.0   # um/px of image_dir's images, which tiles need; 0 = 0.42 for BACH
     input_px = SIZE   # another size is another protocol
     concat = False    # class token and mean patch: another protocol
     arch = ""         # name in model.ARCHS; "" = as the file tells
@@ -461,6 +481,8 @@ if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = configure(globals())
     try:
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device = {device!r}, but torch sees no GPU; --device=cpu runs without")
         if runs:
             import curves
             raise SystemExit(curves.show(runs, parent, out))

@@ -74,6 +74,9 @@ def find_images(image_dir):
                          "each of two or more classes in a subfolder of its own")
     files = [[f"{name}/{file}" for file in sorted(os.listdir(os.path.join(image_dir, name)))
               if file.lower().endswith(TYPES) and file[0] != "."] for name in classes]
+    nested = [e.path for name in classes for e in os.scandir(os.path.join(image_dir, name)) if e.is_dir()]
+    if nested := [path for path in nested if os.path.basename(path)[0] != "."]:
+        raise ValueError(f"{nested[0]}: a folder in a class folder, which would be left out; put its images beside it")
     if empty := [name for name, found in zip(classes, files) if not found]:
         raise ValueError(f"{os.path.join(image_dir, empty[0])}: no {' '.join(TYPES)} directly in this class folder; "
                          "fill it or move it away")

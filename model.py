@@ -573,7 +573,10 @@ def load_backbone(path, arch=None):
     check. Raises ValueError naming the file when it is missing, not such a file, or of another architecture.
     """
     state, stored_arch, told = read_weights(path)
-    config = infer_config(path, state, arch or stored_arch, told)
+    try:
+        config = infer_config(path, state, arch or stored_arch, told)
+    except (AttributeError, IndexError, KeyError, ValueError) as e:  # shapes or names as no backbone has them
+        raise ValueError(str(e) if str(path) in str(e) else f"{path}: of no known layout ({e}); state arch=...")
     if told is not None and config.pos == "rope":  # transformers leaves these two out of its files
         state["rope_embed.periods"] = Rope(config).periods
         if config.local_cls_norm:  # for training only; it starts as the norm that it stands in for

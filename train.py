@@ -90,7 +90,7 @@ jitter = (0.2, 0.2, 0.1, 0.05)  # brightness, contrast, saturation, hue
 jitter_prob = 0.8
 gray_prob = 0.2
 blur_prob = (0.0, 0.9, 0.5)  # share of first global, second global, local crops; DINOv2's code inverts its own keys
-norm = None              # "imagenet", "half" (0.5) or (mean, std) of RGB in 0-1; None = imagenet, as Meta's weights
+norm = None              # "imagenet", "half" (0.5) or (mean, std) of RGB in 0-1; None = as weights state, or imagenet
 mask_prob = 0.5          # share of global crops with masked patches for iBOT
 mask_ratio = (0.1, 0.45) # share of masked patches, stratified over the masked crops
 # ---- model ----------------------------------------------------------------------------------------------------------
@@ -232,6 +232,13 @@ if dry_run:
     sys.exit()
 if weights and not os.path.exists(weights):
     stop(f"weights: no file or folder {weights}")
+if weights and norm is None:
+    try:
+        norm_mean, norm_std = model.stored_norm(weights)
+    except ValueError as e:
+        stop(e)
+    if (norm_mean, norm_std) != model.norm_values(None):
+        config["norm"] = norm_mean, norm_std
 if wandb_project and rank == 0:
     try:
         import wandb
@@ -417,13 +424,22 @@ say(f"{budget()}\ndata: {source.about}")
 def evaluate(step):
     """
     A point of the BACH curve, on all ranks; returns on rank 0 what metrics.jsonl shows of it. Rank 0 probes alone, so
-    a failure there costs the point and not the run. One in the forward does end it: the sharded teacher would be left
-    half gathered and the other ranks in a collective, which the next one here would answer with other tensors.
+    a failure there costs the point and not the run. One in the forward, such as out of memory, leaves the sharded
+    teacher half gathered and other ranks in a collective, which the next one here would answer with other tensors: it
+    ends the run, and leaves a note by which the resumed one passes over this point.
     """
     if not bach_dir:
         return {}
-    start = time.time()
-    features = eval_bach.embed(teacher["backbone"], pixels, norm_mean, norm_std, dev)
+    start, note = time.time(), f"{out_dir}/bach_failed_{step}"
+    if os.path.exists(note):
+        say(f"step {step}: no BACH, it ended the run before ({note})")
+        return {"bach": None, "bach_error": open(note).read()} if rank == 0 else {}
+    try:
+        features = eval_bach.embed(teacher["backbone"], pixels, norm_mean, norm_std, dev)
+    except Exception as e:
+        with open(note, "w") as f:
+            f.write(" ".join(f"{type(e).__name__}: {e}".split()))
+        raise
     if rank != 0:
         return {}
     try:

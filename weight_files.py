@@ -60,8 +60,9 @@ def norm(path):
     preprocessor_config.json beside it: its pixels may be Meta's or Midnight's.
     """
     if not is_hugging_face(path):
-        c = read_pth(path).get("config") or {} if zipfile.is_zipfile(path) else {}
-        return (c["norm_mean"], c["norm_std"]) if "norm_mean" in c else c.get("norm")
+        c = read_pth(path).get("config") if os.path.isfile(path) else None
+        c = c if isinstance(c, dict) else {}
+        return (c["norm_mean"], c["norm_std"]) if {"norm_mean", "norm_std"} <= c.keys() else c.get("norm")
     file, config = beside(path, "preprocessor_config.json")
     if config is None or not config.get("do_normalize", True) or not {"image_mean", "image_std"} <= config.keys():
         raise ValueError(f"{path}: no image_mean and image_std in {file}, so what its pixels should be is unknown; "
@@ -81,6 +82,9 @@ def read_pth(path):
     except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, OSError) as e:
         calls = re.search(r"GLOBAL (\S+)", str(e))  # what an untrusted pickle would run
         reason = f"it calls {calls[1]}" if calls else " ".join(str(e).split())[:120]
+        if os.path.isfile(path) and not zipfile.is_zipfile(path):
+            with open(path, "rb") as f:
+                reason = f"it begins with {f.read(20)}"
         raise ValueError(f"{path}: not a file of plain tensors, and weights_only=True refuses any other ({reason}); "
                          "fetch it again, or save its state dict alone") from None
     return data if isinstance(data, dict) else {}

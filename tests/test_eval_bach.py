@@ -408,6 +408,15 @@ def test_every_constant_shows_in_the_protocol(monkeypatch, name, value):
     assert run()["protocol"] != before
 
 
+def test_an_image_of_another_mode_is_read_as_rgb_and_one_of_16_bits_refused(tmp_path):
+    for mode in ("L", "RGBA"):
+        Image.new("RGB", (64, 48), (90, 90, 90)).convert(mode).save(tmp_path / "x.tif")
+        assert (eval_bach.read_image(tmp_path / "x.tif")[0] == 90).all()
+    Image.fromarray(np.full((48, 64), 40_000, np.uint16)).save(tmp_path / "x.tif")  # would saturate to white
+    with pytest.raises(ValueError, match="x.tif: .*more than 8 bits a channel"):
+        eval_bach.read_image(tmp_path / "x.tif")
+
+
 def test_a_view_shows_in_the_protocol():
     views = (eval_bach.View(), eval_bach.View(392), eval_bach.View(mpp=0.5), eval_bach.View(concat=True))
     rows = [eval_bach.probe(blobs(4, 4), *SPLIT, max_steps=10, view=view)["protocol"] for view in views]
@@ -432,6 +441,11 @@ def test_second_opinions():
     broken[eval_bach.VAL_INDEX] = blobs(16, 0)[eval_bach.VAL_INDEX]
     row = eval_bach.second_opinions(broken)
     assert row["clean"] < 0.5 and row["knn"] < 0.5
+    hard = blobs(24, 3)  # where 50 training images more make a difference
+    train, val = SPLIT[1:]
+    votes = {len(known): eval_bach.balanced_accuracy(eval_bach.knn(hard, SPLIT[0], known, val)[None], SPLIT[0][val])
+             for known in (train, eval_bach.FIT_INDEX)}
+    assert eval_bach.second_opinions(hard)["knn"] == votes[268].item() != votes[218].item()
 
 
 def test_clean_scores_the_epoch_that_the_50_images_chose():
@@ -492,7 +506,9 @@ def test_tiles_cover_the_image_and_every_pixel_of_a_square_once():
 
 def test_views_of_tiles_are_cut_at_their_mpp_and_averaged(bach_template):
     view = eval_bach.View(px=14, mpp=0.84, concat=True)  # 64x48 px at 0.42 are 32x24 at 0.84: 3 x 2 tiles
-    pixels = eval_bach.load_pixels(bach_template, view)
+    with pytest.raises(ValueError, match="b001.tif: 64x48 px, not BACH's 2048x1536 px at 0.42 um/px; .*image_mpp"):
+        eval_bach.load_pixels(bach_template, view)
+    pixels = eval_bach.load_pixels(bach_template, view, 0.42)
     assert len(pixels) == 400 and {tuple(image.shape) for image in pixels} == {(3, 24, 32)}
     tiny = Both()
     features = eval_bach.embed(tiny, pixels[:5], MEAN, STD, "cpu", view, batch_size=12)
@@ -502,6 +518,9 @@ def test_views_of_tiles_are_cut_at_their_mpp_and_averaged(bach_template):
     torch.testing.assert_close(features[1], one_by_one.mean(0))
     odd = [pixels[0], pixels[1][:, :14, :14], pixels[1]]  # images of several sizes, as in a folder
     torch.testing.assert_close(eval_bach.embed(tiny, odd, MEAN, STD, "cpu", view)[[0, 2]], features[:2])
+    tiny.calls = []
+    eval_bach.embed(tiny, odd[1:] + odd, MEAN, STD, "cpu", view, batch_size=5)  # a small image first, and 6 > 5 tiles
+    assert max(tiny.calls) <= 5
     alone = eval_bach.embed(tiny, pixels[:5], MEAN, STD, "cpu", view._replace(concat=False))
     torch.testing.assert_close(alone, features[:, :3])
 
@@ -522,7 +541,7 @@ class Both(nn.Module):
     (eval_bach.View(224, 0.5), "b001.tif: 54x40 px at 0.5 um/px, smaller than a tile of 224 px")])
 def test_tiles_that_the_images_do_not_hold(bach_template, view, message):
     with pytest.raises(ValueError, match=message):
-        eval_bach.load_pixels(bach_template, view)
+        eval_bach.load_pixels(bach_template, view, 0.42)
 
 
 def test_failed_features_leave_the_modes_of_training():
@@ -582,6 +601,27 @@ def test_images_are_normalised_as_the_teacher_was_trained(config, stated, want, 
         assert stored == got
 
 
+def test_the_view_reaches_the_features_and_one_norm_all_files(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(eval_bach, "load_pixels", lambda *a: torch.zeros(2, 3, 42, 42, dtype=torch.uint8))
+    monkeypatch.setattr(eval_bach, "bach_row", lambda features, view: seen.append((features.shape, str(view))) or {})
+    files = [save_teacher(tmp_path / f"{step}.pth", {}, seed=step) for step in (1, 2)]
+    c = {**KEYS, "weights": f" {files[0]}, {files[1]},", "bach_dir": "x", "image_mpp": 0}
+    rows, failed = eval_bach.score({**c, "input_px": 42, "concat": True})
+    assert [row["weights"] for row in rows] == files and failed == 0
+    assert seen == [((2, 256), "cls+patches 42 px")] * 2
+
+
+def test_a_file_whose_network_fails_is_named_and_the_others_are_scored(tmp_path, monkeypatch, capsys):
+    files = [save_teacher(tmp_path / f"{step}.pth", {}, seed=step) for step in (1, 2)]
+    monkeypatch.setattr(eval_bach, "load_pixels", lambda *a: torch.zeros(2, 3, 42, 42, dtype=torch.uint8))
+    answers = iter((lambda: torch.zeros(1) @ torch.zeros(2), dict))  # a RuntimeError, as running out of memory is
+    monkeypatch.setattr(eval_bach, "bach_row", lambda *a: next(answers)())
+    rows, failed = eval_bach.score({**KEYS, "weights": ",".join(files), "bach_dir": "x", "image_mpp": 0})
+    error = capsys.readouterr().err
+    assert failed == 1 and len(rows) == 1 and error.startswith(f"eval_bach: {files[0]}: ") and error.count("\n") == 1
+
+
 def test_a_table_of_several_weight_files(bach_template, tmp_path):
     files = [save_teacher(tmp_path / f"{step}.pth", {}, seed=step) for step in (1, 2)]
     (tmp_path / "bad.pth").write_bytes(b"not weights")
@@ -604,6 +644,9 @@ def test_a_table_of_several_weight_files(bach_template, tmp_path):
     (["--weights=a.pth", "--bach_dir=a", "--image_dir=b"], "give --weights=FILE and either"),
     (["--weights=nowhere.pth", "--bach_dir=nowhere"], "nowhere.pth: no such"),
     (["--weights=README.md", "--bach_dir=nowhere"], "nowhere: no folder Photos/"),
+    (["--weights=README.md", "--bach_dir=nowhere", "--arch=vit"], "unknown arch 'vit'"),
+    (["--weights=README.md", "--bach_dir=nowhere", "--norm=foo"], "norm = 'foo'"),
+    (["--weights=README.md", "--bach_dir=nowhere", "--device=cuda"], "torch sees no GPU"),
     (["--weights=README.md,Makefile", "--bach_dir=a", "--norm=half,half,half"], "norm: 3 for 2 weight files"),
     (["--weights=README.md", "--bach_dir=a", "--views=grid"], "views = 'grid'; known: 'resize'"),
     (["--weights=README.md", "--bach_dir=a", "--views=tiles", "--mpp=0"], "mpp = 0.0: must be more than 0"),
@@ -612,6 +655,7 @@ def test_a_table_of_several_weight_files(bach_template, tmp_path):
 ])
 def test_wrong_command(monkeypatch, flags, message):
     monkeypatch.setattr(sys, "argv", ["eval_bach.py", *flags])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as e:
         runpy.run_path(str(ROOT / "eval_bach.py"), run_name="__main__")
     assert message in e.value.code and "\n" not in e.value.code

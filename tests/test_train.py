@@ -431,6 +431,48 @@ def test_an_evaluation_that_fails_costs_its_point_and_nothing_else(tiles, tmp_pa
     assert not (tmp_path / "ended/metrics.jsonl").exists()
 
 
+def test_a_point_whose_forward_ended_the_run_is_passed_over_by_the_resumed_one(tiles, tmp_path, monkeypatch):
+    """The bug: an evaluation that fails before the save, at the same step of every resume."""
+    keys = dict(tiles=tiles, max_steps=3, eval_interval=2, save_interval=1, bach_dir="x")
+    quick_bach(monkeypatch.setattr)
+    good = train(monkeypatch, flags(**keys, out_dir=tmp_path / "good"))
+    with monkeypatch.context() as patch:
+        embed, calls = eval_bach.embed, []
+        patch.setattr(eval_bach, "embed", lambda *a: calls.append(1) or (embed(*a) if len(calls) < 2 else 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
+    assert [r["step"] for r in rows(tmp_path / "a")] == [0, 1]
+    resumed = train(monkeypatch, flags(**keys, out_dir=tmp_path / "a", resume="true"))
+    bit_equal(weights(good), weights(resumed))
+    assert [(r["step"], r.get("bach_error")) for r in rows(tmp_path / "a")] == [
+        (0, None), (1, None), (2, "ZeroDivisionError: division by zero"), (3, None)]
+    assert [r["step"] for r in rows(tmp_path / "a", "bach.jsonl")] == [0, 3]
+
+
+def test_the_curve_is_the_teachers_and_what_its_export_scores(tiles, tmp_path, monkeypatch):
+    quick_bach(monkeypatch.setattr)
+    train(monkeypatch, flags(tiles=tiles, max_steps=3, bach_dir="x", norm="half", out_dir=tmp_path / "a"))
+    keys = dict(arch="", device="cpu", image_dir="", views="resize", input_px=56, mpp=0.5, concat=False)
+    row = eval_bach.score_file(str(tmp_path / "a/teacher/3.pth"), None, keys, eval_bach.load_pixels("x"))
+    assert {k: row[k] for k in ("seeds", "mean_cosine")} == {
+        k: rows(tmp_path / "a", "bach.jsonl")[-1][k] for k in ("seeds", "mean_cosine")}
+
+
+@pytest.mark.parametrize("stated, want", [("half", [[0.5] * 3] * 2), (None, None), ("imagenet", None)])
+def test_pixels_are_normalised_as_the_weights_state(stated, want, tiles, tmp_path, monkeypatch):
+    """The bug: weights trained at 0.5 that go on at ImageNet's, in silence."""
+    vit = model.ViT(model.ARCHS["toy"])
+    torch.save({"teacher": vit.state_dict(), "arch": "toy", "config": {"norm": stated}}, tmp_path / "w.pth")
+    seen, augment = [], data.augment
+    monkeypatch.setattr(data, "augment", lambda x, rows, c, *a: seen.append(c["norm"]) or augment(x, rows, c, *a))
+    keys = dict(tiles=tiles, max_steps=1, weights=tmp_path / "w.pth")
+    train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
+    assert json.loads(json.dumps(seen[0])) == json.load(open(tmp_path / "a/config.json"))["norm"] == want
+    assert model.stored_norm(tmp_path / "a/teacher/1.pth") == model.stored_norm(tmp_path / "w.pth")
+    run = train(monkeypatch, flags(**keys, norm="imagenet", out_dir=tmp_path / "b"))
+    assert run["config"]["norm"] == "imagenet"
+
+
 def one_of_two_ranks(argv, ports, out):
     """A good run and a poisoned one, without torchrun; wandb is there on rank 0 only."""
     run = SimpleNamespace(init=lambda **k: SimpleNamespace(id="1"), define_metric=lambda *a, **k: 0, log=lambda row: 0)
