@@ -15,10 +15,14 @@ step, so a resumed run equals an uninterrupted one, bit for bit on a CPU; on oth
 the samples that come next. Student and teacher are sharded with FSDP2 on every device count, one included; on a GPU
 parameters compute in bf16 and gradients are reduced in fp32.
 """
+import atexit
+import gc
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,12 +31,12 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
+import checkpoint
 import data
 import eval_bach
 import model
@@ -313,35 +317,12 @@ def state():
     return {"model": nets, "optimizer": optim, "centers": centers, "progress": progress, **texts}
 
 
-def save_checkpoint(step):
-    folder = f"{out_dir}/ckpt"
-    if rank == 0:
-        shutil.rmtree(f"{folder}/unfinished", ignore_errors=True)
-        os.makedirs(folder, exist_ok=True)
-    dist.barrier()
-    dcp.save(state(), checkpoint_id=f"{folder}/unfinished")
-    dist.barrier()
-    if rank == 0:
-        shutil.rmtree(f"{folder}/{step}", ignore_errors=True)
-        os.replace(f"{folder}/unfinished", f"{folder}/{step}")  # complete once it bears its number
-        for old in complete_checkpoints()[:-keep_checkpoints]:
-            if not keep_every or old % keep_every:
-                shutil.rmtree(f"{folder}/{old}")
-
-
-def complete_checkpoints():
-    folder = f"{out_dir}/ckpt"
-    return sorted(int(name) for name in os.listdir(folder) if name.isdigit()) if os.path.isdir(folder) else []
-
-
-def load_checkpoint(step):
-    loaded, path = state(), f"{out_dir}/ckpt/{step}"
+def load_checkpoint():
+    loaded = state()
     try:
-        dcp.load(loaded, checkpoint_id=path)
-    except (Exception, dcp.api.CheckpointException) as e:  # a damaged file, or another architecture
-        reason = str(e).strip().split("\n")[-1]
-        stop(f"{path} does not load: {type(e).__name__}: {reason}; go back to its arch and heads (config.json), or "
-             "delete this folder to go on from the one before")
+        checkpoint.load(f"{out_dir}/ckpt", loaded, say)
+    except ValueError as e:
+        stop(e)
     nets = torch.nn.ModuleDict({"student": student, "teacher": teacher})
     set_state_dict(nets, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
     bad_tiles.update(json.loads(loaded["bad_tiles"]))
@@ -388,11 +369,9 @@ def drop_rows_after(step):
 
 # ---- start or resume ------------------------------------------------------------------------------------------------
 
+saver = checkpoint.Saver(f"{out_dir}/ckpt", keep_checkpoints, keep_every)
 if resume:
-    done = complete_checkpoints()
-    if not done:
-        stop(f"nothing to resume: no complete checkpoint in {out_dir}/ckpt; delete the folder and start afresh")
-    load_checkpoint(done[-1])
+    load_checkpoint()
 if wandb_project and rank == 0:  # before any file changes: what wandb refuses can be tried again
     known = f"{out_dir}/wandb.id"
     run = wandb.init(project=wandb_project, name=os.environ.get("WANDB_NAME", os.path.basename(out_dir)), dir=out_dir,
@@ -401,15 +380,16 @@ if wandb_project and rank == 0:  # before any file changes: what wandb refuses c
         f.write(run.id)
     wandb.define_metric("*", step_metric="step")  # wandb's own count goes on where a resumed run repeats steps
 if resume and rank == 0:
-    drop_rows_after(done[-1])
+    drop_rows_after(progress["step"])
     before, now = json.load(open(f"{out_dir}/config.json")), json.loads(json.dumps(config))
     for key in (k for k in now if k != "resume" and before.get(k) != now[k]):
         say(f"resume: {key} was {before.get(key)!r}, is now {now[key]!r}")
-    os.replace(f"{out_dir}/config.json", f"{out_dir}/config.before-{progress['step']}.json")
+    shutil.copy(f"{out_dir}/config.json", f"{out_dir}/config.before-{progress['step']}.json")
     say(f"resume: step {progress['step']} of {out_dir}")
 if rank == 0:
-    with open(f"{out_dir}/config.json", "w") as f:
+    with open(f"{out_dir}/config.json.new", "w") as f:
         json.dump(config, f, indent=1)
+    os.replace(f"{out_dir}/config.json.new", f"{out_dir}/config.json")
     with open(f"{out_dir}/source.diff", "w") as f:  # the command, the commit and what differs from it
         f.write(" ".join(sys.argv) + "\n")
         here = os.path.dirname(os.path.abspath(__file__))
@@ -489,6 +469,18 @@ def note_bad_tiles(messages):
         stop(f"{len(bad_tiles)} unreadable files (max_bad_tiles = {max_bad_tiles}):\n" + "\n".join(bad_tiles.values()))
 
 
+signals = []  # a preemption: SIGTERM, or SIGUSR1 some time before (sbatch --signal=USR1@300)
+
+
+def ignore_signals(worker):
+    """Those that go to all processes of a job must not end the data workers before the step and the save are done."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: signals.append(number))
+atexit.register(lambda: [p.kill() for p in multiprocessing.active_children()])  # they would ignore Python's SIGTERM
 if progress["step"] == 0:
     blank = dict.fromkeys(("loss", "dino", "ibot", "kde", "grad_norm", "lr", "images_per_s"))
     write_row("metrics.jsonl", {"step": 0, **blank, **evaluate(0)})
@@ -496,10 +488,11 @@ offset = progress["samples"] - progress["step"] * images
 batches = iter(torch.utils.data.DataLoader(
     data.Batches(source, config, grid, rank, world, offset), batch_size=None, num_workers=workers,
     sampler=range(progress["step"], max_steps), pin_memory=dev == "cuda",
-    multiprocessing_context="fork" if workers else None))
+    multiprocessing_context="fork" if workers else None, worker_init_fn=ignore_signals))
 bar = tqdm(total=max_steps, initial=progress["step"], unit="step", disable=rank != 0 or not sys.stderr.isatty())
 clock = {"start": time.time(), "step": progress["step"], "data": 0.0}
 next_centers = {}  # taken over only if the step is
+gc.disable()  # ranks that collect at different times wait for each other
 
 for step in range(progress["step"], max_steps):
     torch.manual_seed(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0].item())  # drop path, rope
@@ -539,7 +532,8 @@ for step in range(progress["step"], max_steps):
     loss.backward()
     # clip, finite check, step, average
     norms = model.clip_gradients(student, clip_grad)  # of backbone and heads, before clipping, over all ranks
-    terms = torch.stack([loss, dino, ibot, spread, loss.new_tensor(len(batch["bad"]))]).detach()
+    terms = torch.stack([loss, dino, ibot, spread, loss.new_tensor(len(batch["bad"])),
+                         loss.new_tensor(len(signals))]).detach()
     dist.all_reduce(terms)
     if torch.isfinite(torch.cat([terms, norms])).all():
         optimizer.step()
@@ -551,13 +545,13 @@ for step in range(progress["step"], max_steps):
         if progress["bad_steps"] > max_bad_steps:
             stop(f"{progress['bad_steps']} steps were not finite (max_bad_steps = {max_bad_steps})")
     optimizer.zero_grad()
-    if terms[-1] > 0:
+    if terms[-2] > 0:
         note_bad_tiles(batch["bad"])
     progress["step"] = done = step + 1
     progress["samples"] += images
     bar.update()
     # log, evaluate, save
-    last = done == max_steps
+    last, preempted = done == max_steps, terms[-1] > 0  # the latter on all ranks, once a signal has reached one
     evaluating = last or (eval_interval and done % eval_interval == 0)
     if done % log_interval == 0 or evaluating:
         seconds, steps = max(time.time() - clock["start"], 1e-9), done - clock["step"]
@@ -572,12 +566,22 @@ for step in range(progress["step"], max_steps):
             say(f"step {done}/{max_steps}: {text}")
         write_row("metrics.jsonl", {**row, **(evaluate(done) if evaluating else {})})
         clock = {"start": time.time(), "step": done, "data": 0.0}
-    if last or (save_interval and done % save_interval == 0):
+    if last or preempted or (save_interval and done % save_interval == 0):
         saving = time.time()
         export_teacher(done)
-        save_checkpoint(done)  # last: a run that resumes here has its export and its rows
+        try:
+            saver.save(done, state())  # last: a run that resumes here has its export and its rows
+            if last or preempted:
+                saver.finish()
+        except ValueError as e:
+            stop(e)
         say(f"saved: {out_dir}/ckpt/{done}, {out_dir}/teacher/{done}.pth")
         clock["start"] += time.time() - saving
+    if preempted and not last:
+        say(f"stopped by a signal after step {done}: go on with the same command and --resume=true")
+        break
+    if done % 100 == 0:
+        gc.collect()
 
 # ---- finish ---------------------------------------------------------------------------------------------------------
 bar.close()
