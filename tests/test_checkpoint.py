@@ -186,7 +186,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tiles, tmp_path):  # noqa
         run = launch(*flags(**keys, out_dir=tmp_path / "b", resume=str(bool(before)).lower()), ranks=2)
         said = ""
         if kills < 20:
-            said = wait_for(run, "/120: " if kills % 3 else "saved: ")  # right after the line, the thread is still writing
+            said = wait_for(run, "/120: " if kills % 3 else "saved: ")  # the thread is still writing by then
             time.sleep(draw.random() * 1.5 if kills % 3 else draw.random() * 0.05)
             inside += (tmp_path / "b/ckpt/unfinished").exists()
             ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
