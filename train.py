@@ -419,6 +419,7 @@ def evaluate(step):
     except Exception as e:
         with open(note, "w") as f:
             f.write(" ".join(f"{type(e).__name__}: {e}".split()))
+        saver.finish()  # the resumed run needs it
         raise
     if rank != 0:
         return {}

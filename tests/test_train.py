@@ -499,7 +499,7 @@ def test_the_stall_of_an_evaluation_is_logged_and_speed_leaves_it_out(tiles, tmp
     quick_bach(monkeypatch.setattr)
     late, now = [0], time.time
     monkeypatch.setattr(time, "time", lambda: now() + late[0])
-    for owner, name in ((eval_bach, "embed"), (eval_bach, "probe"), (torch.distributed.checkpoint, "save")):
+    for owner, name in ((eval_bach, "embed"), (eval_bach, "probe"), (torch.distributed.checkpoint, "async_save")):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, real=real, **k: late.append(late.pop() + 1000) or real(*a, **k))
     keys = dict(tiles=tiles, max_steps=4, eval_interval=2, save_interval=1, log_interval=2, bach_dir="x")
