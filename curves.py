@@ -122,7 +122,8 @@ def group_runs(runs, axis):
     names = [[os.path.relpath(os.path.abspath(run.folder), base) for run in group] for group in together]
     stems = [{re.sub(r"[\W_]+(seed|s)?[\W_]*\d+$", "", name) for name in n} for n in names]
     plain = [n[0] if len(n) == 1 else min(stem) if len(stem) == 1 else "" for n, stem in zip(names, stems)]
-    clear = [p if p and plain.count(p) == 1 else f"{n[0]}..{n[-1]}" for p, n in zip(plain, names)]
+    many = [n[0] if len(n) == 1 else f"{n[0]}..{n[-1]}" for n in names]
+    clear = [p if p and plain.count(p) == 1 else whole for p, whole in zip(plain, many)]
     return [Group(name, g, *mean_of(g, axis), g[0].setting["protocol"]) for name, g in zip(clear, together)]
 
 
@@ -251,7 +252,7 @@ def curve_table(rows):
     keys = ("std", "plateau", "effective_rank", "mean_cosine", "clean", "clean_std", "knn")
     clean, knn = (any(row.get(k) is not None for row in rows) for k in ("clean", "knn"))
     lines = [f"{'step':>8}  {'BACH +- std':>16}  {'plateau':>7}  {'eff. rank':>9}  {'mean cosine':>11}"
-             + f"  {'218/50/132 split':>16}" * clean + f"  {'kNN':>6}" * knn]
+             + f"  {'clean +- std':>16}" * clean + f"  {'kNN':>6}" * knn]
     for row in rows:
         std, plateau, rank, cos, *more = (math.nan if row.get(k) is None else row[k] for k in keys)
         lines.append(f"{row['step']:>8}  {row['bach']:.4f} +- {std:6.4f}  {plateau:7.4f}  {rank:9.1f}  {cos:11.4f}"

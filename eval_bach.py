@@ -432,7 +432,7 @@ def score_file(file, norm, c, data):
 def score(c):
     """Rows of all weight files, printed as they are done, and the number of files that failed, which are named."""
     files = [file.strip() for file in c["weights"].split(",") if file.strip()]
-    norms = [name.strip() for name in c["norm"].split(",")] if isinstance(c["norm"], str) else [c["norm"]]
+    norms = [name.strip() or None for name in c["norm"].split(",")] if isinstance(c["norm"], str) else [c["norm"]]
     if not files or bool(c["bach_dir"]) == bool(c["image_dir"]):
         raise ValueError("give --weights=FILE and either --bach_dir=DIR or --image_dir=DIR, or else --runs='out/*'")
     if len(norms) not in (1, len(files)):
@@ -477,7 +477,7 @@ if __name__ == "__main__":
     input_px = SIZE   # another size is another protocol
     concat = False    # class token and mean patch: another protocol
     arch = ""         # name in model.ARCHS; "" = as the file tells
-    norm = None       # "imagenet", "half" (Midnight, Kaiko), (mean, std); None = the model's own; names with commas
+    norm = None       # "imagenet", "half" (Midnight, Kaiko), (mean, std); None = the model's own; one each: half,,half
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = configure(globals())
     try:
