@@ -203,11 +203,11 @@ class Block(nn.Module):
             rows.append((start + crops[:, None] * N + torch.arange(N, device=x.device)).flatten())
             kept.append((keep, N))
             start += B * N
-        out = branch(x[torch.cat(rows)], kept).split([B * N for B, N in kept])
-        x = x.clone()
-        for r, o, (B, _), (keep, _) in zip(rows, out, shapes, kept):
-            x.index_add_(0, r, o, alpha=B / keep)
-        return x
+        rows, sizes = torch.cat(rows), [B * N for B, N in kept]
+        subset = x[rows]
+        parts = zip(subset.split(sizes), branch(subset, kept).split(sizes), shapes, kept)
+        parts = [s.add(o, alpha=B / keep) for s, o, (B, _), (keep, _) in parts]
+        return x.index_put((rows,), torch.cat(parts))  # index_add_ would keep the branch's output: 8 % of activations
 
 
 class Rope(nn.Module):
@@ -406,21 +406,39 @@ class _AllGather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def _chunks(*tensors):
+    """Views of (..., M, K) along M; what is made of one, 4 MB in fp32 (a GPU: 32, launches cost), stays in cache."""
+    x = tensors[0]
+    rows = max((1 << (23 if x.is_cuda else 20)) * x.shape[-2] // max(x.numel(), 1), 1)
+    return zip(*(t.split(rows, dim=-2) for t in tensors))
+
+
 @torch.no_grad()
 def sinkhorn(logits, temp, iterations=3):
     """
-    Teacher logits (B, K) -> target probabilities (B, K): every prototype gets an equal share of the batch of all
-    ranks, then every row sums to 1, alternately (SwAV, algorithm 1). The matrix exp(logits / temp) stays fixed and
-    only the two scaling vectors change; the constants of the usual formulation cancel. Only the K prototype sums
-    cross ranks.
+    Teacher logits (M, K) -> fp32 target probabilities (M, K): every prototype gets an equal share of the batch of all
+    ranks, then every row sums to 1, alternately (SwAV, algorithm 1). The usual form rescales the matrix, here E =
+    exp(logits / temp) stays fixed (in fp32; bf16 is off by 2e-3) and only its two scaling vectors change; constants
+    cancel. A chunk of E serves its rows and the next iteration's prototype sums, and only these K sums cross ranks.
+    3379 x 131072 of bf16: 10.6 GB moved (logits read twice, E read three times, written twice) for 72, none held but
+    the result. 256 x 32768 on one EPYC core: 2.1 times as fast (bench/losses.py).
     """
-    logits = logits.float() / temp
-    q = (logits - _all_reduce(logits.max(), dist.ReduceOp.MAX)).exp()  # a global maximum cancels; a row's own would not
-    rows, tiny = torch.ones_like(q[:, 0]), torch.finfo(q.dtype).tiny
-    for _ in range(iterations):
-        columns = 1 / _all_reduce(rows @ q).clamp(min=tiny)  # a prototype or row that underflowed gets nothing, not NaN
-        rows = 1 / (q @ columns).clamp(min=tiny)
-    return q * columns * rows[:, None]
+    q = torch.empty_like(logits, dtype=torch.float32)
+    top = _all_reduce(logits.max().float()[None] / temp, dist.ReduceOp.MAX)  # global: a row's own would not cancel
+    sums, tiny = q.new_zeros(q.shape[1]), torch.finfo(q.dtype).tiny
+    for x, e in _chunks(logits, q):
+        torch.add(-top, x, alpha=1 / temp, out=e).exp_()  # top has a dimension: bf16 logits are promoted
+        sums.addmv_(e.T, e.new_ones(len(e)))
+    for left in reversed(range(iterations)):
+        # a prototype or row that underflowed gets nothing, not NaN
+        columns, sums = 1 / _all_reduce(sums).clamp(min=tiny), torch.zeros_like(sums)
+        for (e,) in _chunks(q):
+            rows = 1 / (e @ columns).clamp(min=tiny)
+            if left:
+                sums.addmv_(e.T, rows)
+            else:
+                e.mul_(columns).mul_(rows[:, None])
+    return q
 
 
 @torch.no_grad()
@@ -437,10 +455,37 @@ def update_center(center, logits, momentum=0.9):
     return center.lerp(mean, 1 - momentum)
 
 
-def cross_entropy(logits, targets, temp=0.1):
-    """-sum_k targets log softmax(logits / temp) per row, for targets whose rows sum to 1."""
-    logits = logits.float() / temp
-    return logits.logsumexp(-1) - (targets * logits).sum(-1)
+class _CrossEntropy(torch.autograd.Function):
+    """
+    -sum_k targets log softmax(logits / temp): logits (..., M, K), targets (M, K) whose rows sum to 1 -> (..., M).
+
+    Autograd keeps the fp32 log-softmax and makes more in the backward. But the gradient is (softmax - targets) / temp
+    times that of the row's loss, all at hand while the loss is computed: it is made there, in the logits' type, and is
+    all that is kept (logits and targets may be freed); the backward scales it in place, and a second one is refused.
+    3379 x 131072 of bf16: 5.3 GB moved for 34, 3.6 held at most (targets 1.8) for 6.2. With sinkhorn 1.5 times as fast.
+    Off: -(targets * log_softmax(logits.float() / temp, -1)).sum(-1)
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, temp):
+        grad, loss = torch.empty_like(logits), []
+        for x, t, g in _chunks(logits, targets, grad):
+            logp = F.log_softmax(x.float() / temp, dim=-1)
+            loss.append(-(t * logp).sum(-1))
+            torch.sub(logp.exp_(), t, out=g)
+        ctx.save_for_backward(grad)
+        ctx.temp = temp
+        return torch.cat(loss, dim=-1)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        (grad,) = ctx.saved_tensors
+        for g, scale in _chunks(grad, grad_loss[..., None] / ctx.temp):
+            g.mul_(scale)
+        return grad, None, None
+
+
+cross_entropy = _CrossEntropy.apply  # (logits, targets, temp)
 
 
 def dino_loss(global_logits, local_logits, targets, temp=0.1):

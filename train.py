@@ -219,8 +219,8 @@ def budget():
         vit_config, batch_size, global_px, local_px, local_crops, drop_path, head_sizes, masked_patches)
     width, hidden = vit_config.embed_dim, vit_config.ffn_hidden * (4 if vit_config.ffn == "swiglu" else 2)
     memory = {"parameters, gradients, AdamW, teacher": 20 * (backbone + dino_head + ibot_head) / world,
-              "activations": 2 * vit_config.depth * kept * ((13 if drop_path else 11) * width + hidden),
-              "logits": 20 * masked_patches * ibot_prototypes}  # five fp32 copies at the masked patches
+              "activations": 2 * vit_config.depth * kept * (11 * width + hidden),
+              "logits": 8 * masked_patches * ibot_prototypes}  # and gradient in bf16, targets in fp32
     return f"""{arch}: {backbone / 1e6:,.1f} M parameters, heads {(dino_head + ibot_head) / 1e6:,.1f} M
 batch: {batch_size} images x {world} ranks = {images}; {max_steps:,} steps are {max_steps * images / 1e6:,.2f} M images
 tokens: {crops[0]} x {tokens[0]} global + {crops[1]} x {tokens[1]} local = {total:,} a rank, {kept:,} of them in \
@@ -530,6 +530,7 @@ for step in range(progress["step"], max_steps):
     ibot = model.ibot_loss(on_masked, ibot_targets, mask_weights, 2 * batch_size, student_temp)
     spread = spreading(out[0]["cls"])
     loss = dino + ibot_weight * ibot + kde_weight * spread
+    del logits, on_global, on_local, on_masked, dino_targets, ibot_targets  # their gradient is made; 3 GB in ViT-g
     loss.backward()
     # clip, finite check, step, average
     norms = model.clip_gradients(student, clip_grad)  # of backbone and heads, before clipping, over all ranks

@@ -110,6 +110,35 @@ def test_drop_path_computes_only_the_kept_crops_and_keeps_the_expectation(name):
     assert vit.blocks[0](flat, shapes, ropes).shape == flat.shape
 
 
+def test_drop_path_keeps_no_copy_of_the_branch_and_equals_adding_in_place():
+    """The bug: index_add_ keeps its source, 8 % of a step's activations."""
+    block = ViT(ViTConfig(14, 32, 1, 2, "mlp", 64, drop_path=0.4, pos_grid=4)).blocks[0].train()
+    shapes, kept, results = [(10, 17), (20, 5)], [], []
+    start, w = torch.randn(270, 32), torch.randn(270, 32)
+
+    def in_place(x, branch):
+        torch.manual_seed(1)
+        out, first = x.clone(), 0
+        crops = [torch.randperm(B)[:int(B * 0.6)] for B, _ in shapes]
+        for (B, N), c in zip(shapes, crops):
+            rows = (first + c[:, None] * N + torch.arange(N)).flatten()
+            out, first = out.index_add(0, rows, branch(x[rows], None), alpha=B / len(c)), first + B * N
+        return out
+
+    def ours(x, branch):
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            return block.residual(x, shapes, branch)
+
+    for residual in (ours, in_place):
+        x = start.clone().requires_grad_()
+        out = residual(x, lambda x, _: x * w[0])  # saves w only
+        (out.sin() * w).sum().backward()
+        results.append((out.detach(), x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert kept and not [t.shape for t in kept if t.is_floating_point() and t.numel() > 32]  # w[0] apart
+
+
 def test_rope_rescaling_is_drawn_in_training_only():
     vit, z = build("vit_dinov3_s_like", rope_rescale=2.0)
     x = pixels(z["in0/x_uint8"])
@@ -205,6 +234,51 @@ def test_sinkhorn_survives_large_logits_and_small_temperatures():
     far[:, 3] -= 20  # a dead prototype
     far[5] += 20  # a row beyond all others: exp of the rest underflows
     assert torch.isfinite(model.sinkhorn(far, 0.04)).all()
+
+
+def test_sinkhorn_in_many_chunks_equals_the_algorithm_as_printed():
+    x = torch.nn.functional.normalize(torch.randn(700, 8), dim=1) @ torch.randn(8, 4096) / 8  # three chunks
+    for logits in (x, x.bfloat16()):
+        q = (logits.double() / 0.06).exp()
+        for _ in range(3):
+            q /= q.sum(0)
+            q /= q.sum(1, keepdim=True)
+        got = model.sinkhorn(logits, 0.06)
+        assert got.dtype == torch.float32
+        close(got, q.float(), atol=1e-9, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_in_many_chunks_equals_autograd_and_keeps_nothing_but_the_gradient(dtype):
+    targets, weights = torch.rand(500, 4096).softmax(1), torch.rand(3, 500)
+    start, kept, found = (3 * torch.randn(3, 500, 4096)).to(dtype), [], []
+
+    def ours(x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.detach()) or t, lambda t: t):
+            return model.cross_entropy(x, targets, 0.1)
+
+    def plain(x):
+        return -(targets * (x.float() / 0.1).log_softmax(-1)).sum(-1)
+
+    for form in (ours, plain):
+        x = start.clone().requires_grad_()
+        loss = form(x)
+        (loss * weights).sum().backward()
+        found.append((loss.detach(), x.grad))
+    close(found[0][0], found[1][0], rtol=1e-5)
+    assert found[0][1].dtype == dtype
+    exact = dtype == torch.float32
+    close(found[0][1], found[1][1], atol=1e-6 if exact else 1e-4, rtol=1e-5 if exact else 2**-7)
+    assert [(t.dtype, t.shape) for t in kept] == [(dtype, start.shape)]
+    assert model.cross_entropy(start[:, :0], targets[:0], 0.1).shape == (3, 0)
+
+
+def test_a_second_backward_of_the_cross_entropy_is_refused_rather_than_wrong():
+    x = torch.randn(4, 8, requires_grad=True)
+    loss = model.cross_entropy(x, torch.rand(4, 8).softmax(1), 0.1).sum() * 2
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_softmax_centering_over_three_batches():

@@ -193,7 +193,7 @@ def test_parameters_without_a_gradient_are_in_the_checkpoint(tiles, tmp_path, mo
 
 def test_a_step_follows_the_recipe(tiles, tmp_path, monkeypatch):
     """What a wrong constant in the loop would change, recorded at the functions that the loop calls."""
-    seen = {k: [] for k in ("groups", "momentum", "temp", "dino", "ibot", "kde", "forward", "seeds")}
+    seen = {k: [] for k in ("groups", "momentum", "temp", "dino", "ibot", "kde", "forward", "seeds", "heads")}
 
     def spy(owner, name, key, take):
         real = getattr(owner, name)
@@ -212,6 +212,7 @@ def test_a_step_follows_the_recipe(tiles, tmp_path, monkeypatch):
     spy(model, "kde_loss", "kde", lambda x, kappa: (len(x), kappa))
     spy(model.ViT, "embed", "forward", lambda self, images, mask, grid: (self.training, mask is not None))
     spy(torch, "manual_seed", "seeds", lambda s: s)
+    spy(model.DINOHead, "forward", "heads", lambda self, x: len(x))
     keys = dict(max_steps=6, schedule_steps=10, warmup_steps=3, freeze_last_layer=2, weight_decay=0.1,
                 weight_decay_end=0.3, momentum=0.9, student_temp=0.2, teacher_temp_warmup=4, kde_kappa=4.0,
                 base_lr=0.02, layer_decay=0.5)
@@ -228,6 +229,7 @@ def test_a_step_follows_the_recipe(tiles, tmp_path, monkeypatch):
     assert len({g[2] for g in seen["groups"][0]}) > 4 and {g[3] for g in seen["groups"][0]} == {0, 1}
     masked = sum(data.mask_counts(8, 4, 0.5, (0.1, 0.45)))
     assert [n for _, n in seen["temp"]] == [8, masked] * 6
+    assert seen["heads"] == [8, masked, 16, masked] * 6, "only masked patches reach the iBOT heads"
     assert set(seen["dino"]) == {(8, 8, 0.2)} and set(seen["ibot"]) == {(8, 0.2, 4.0)}
     assert seen["kde"] == [(4, 4.0)] * 12, "each global crop on its own"
     assert seen["forward"] == [(False, False), (True, True), (True, False)] * 6, "masks are for the student's globals"
