@@ -42,6 +42,7 @@ import eval_bach
 import model
 import sources
 from configurator import configure
+from fp8 import to_fp8, without_fp8
 
 # ---- run ------------------------------------------------------------------------------------------------------------
 out_dir = "out/run"      # config.json, metrics.jsonl, bach.jsonl, ckpt/, teacher/; must be empty, unless resuming
@@ -109,6 +110,7 @@ dino_prototypes = 131072
 dino_bottleneck = 384
 ibot_prototypes = 131072
 ibot_bottleneck = 256
+fp8 = "off"              # "on": the blocks' linear layers in fp8 (fp8.py), from width 1024 up; "force": at any width
 # ---- losses ---------------------------------------------------------------------------------------------------------
 ibot_weight = 1.0        # of the masked-patch term; DINO's weight is 1
 kde = "uniformity"       # spreads class tokens; "openmidnight" has the released sign, which gathers; "koleo"; "none"
@@ -149,7 +151,7 @@ if arch not in model.ARCHS:
     stop(f"unknown arch '{arch}'; known: {', '.join(model.ARCHS)}")
 choices = {"kde": ("uniformity", "openmidnight", "koleo", "none"), "hed": ("od", "openmidnight"),
            "centering": ("sinkhorn", "softmax"), "pos_embed_init": ("resample", "random"),
-           "device": ("", "cuda", "cpu")}
+           "device": ("", "cuda", "cpu"), "fp8": ("off", "on", "force")}
 for key, known in choices.items():
     if config[key] not in known:
         stop(f"{key} = {config[key]!r}; known: {', '.join(map(repr, known))}")
@@ -204,7 +206,18 @@ def build():
     """Backbone and heads of a student or a teacher."""
     heads = {f"{k}_head": model.DINOHead(vit_config.embed_dim, K, hidden, bottleneck, weight_norm=head_weight_norm)
              for k, (hidden, bottleneck, K) in head_sizes.items()}
-    return torch.nn.ModuleDict({"backbone": model.ViT(vit_config), **heads})
+    backbone = model.ViT(vit_config)
+    if fp8 != "off":
+        to_fp8(backbone, force=fp8 == "force")
+    return torch.nn.ModuleDict({"backbone": backbone, **heads})
+
+
+if fp8 != "off":
+    try:
+        with torch.device("meta"):
+            build()
+    except ValueError as e:
+        stop(e)
 
 
 def budget():
@@ -264,6 +277,8 @@ except (ValueError, OSError) as e:
 dev = device or ("cuda" if torch.cuda.is_available() else "cpu")
 if dev == "cuda":
     torch.cuda.set_device(local_rank)
+    if fp8 != "off" and torch.cuda.get_device_capability() < (8, 9):
+        stop(f"fp8 = '{fp8}': {torch.cuda.get_device_name()} has no fp8 (Ada, Hopper or newer do); fp8 = 'off'")
 store = None if "RANK" in os.environ else dist.HashStore()
 dist.init_process_group("nccl" if dev == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                         timeout=timedelta(minutes=30))  # NCCL's 10 are short for rank 0 to read 7.4 GB of BACH
@@ -415,7 +430,8 @@ def evaluate(step):
         say(f"step {step}: no BACH, it ended the run before ({note})")
         return {"bach": None, "bach_error": open(note).read()} if rank == 0 else {}
     try:
-        features = eval_bach.embed(teacher["backbone"], pixels, norm_mean, norm_std, dev)
+        with without_fp8(teacher["backbone"]):
+            features = eval_bach.embed(teacher["backbone"], pixels, norm_mean, norm_std, dev)
     except Exception as e:
         with open(note, "w") as f:
             f.write(" ".join(f"{type(e).__name__}: {e}".split()))
