@@ -197,7 +197,7 @@ def augment(crops, colour, c, device):
             change(x, i, jitter, p[i, 5 + k, None, None, None])
     change(x, on["gray"], gray)
     change(x, on["blur"], gaussian_blur, p[on["blur"], 10])
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in model.norm_values(c["norm"]))
+    mean, std = (torch.tensor(v).to(device, non_blocking=True)[:, None, None] for v in model.norm_values(c["norm"]))
     return x.sub_(mean).div_(std)
 
 
@@ -214,11 +214,12 @@ def hed_shift(x, shift, form="od"):
     "openmidnight": stains below zero are cut before the shift and after it, as scikit-image's rgb2hed and their code
     do, so that downward shifts mostly vanish and the jitter darkens.
     """
-    mix = RGB_FROM_HED.to(x)
+    mix = RGB_FROM_HED.to(x, non_blocking=True)
     if form == "od":
         return (x * torch.exp(-shift @ mix)[:, :, None, None]).clamp_(0, 1)
     assert form == "openmidnight", f"hed = {form!r}: known forms are 'od' and 'openmidnight'"
-    stains = torch.linalg.inv(mix).T @ x.flatten(2).clamp(min=1e-6).log_().neg_()  # (n, 3, H*W); einsum is 3 x slower
+    unmix = torch.linalg.inv(RGB_FROM_HED).to(x, non_blocking=True)  # inverted here: a GPU would wait for its verdict
+    stains = unmix.T @ x.flatten(2).clamp(min=1e-6).log_().neg_()  # (n, 3, H*W); einsum is 3 x slower
     stains.relu_().add_(shift[:, :, None]).clamp_(0, UNIT)
     return (-mix.T @ stains).exp_().clamp_(0, 1).view_as(x)
 
@@ -236,7 +237,7 @@ def brightness(x, f):
 
 
 def contrast(x, f):
-    mean = (x.mean((2, 3)) * GRAY.to(x)).sum(1)[:, None, None, None]  # of the gray image
+    mean = (x.mean((2, 3)) * GRAY.to(x, non_blocking=True)).sum(1)[:, None, None, None]  # of the gray image
     return (x * f).add_(mean * (1 - f)).clamp_(0, 1)
 
 

@@ -11,6 +11,7 @@ crops. Batches are crop-major: crop 0 of every image, then crop 1 of every image
 """
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -103,10 +104,14 @@ def stored_norm(path):
 # `shapes`.
 
 
+def named_tensors(module):
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
 class LayerScale(nn.Module):
-    def __init__(self, dim, value):
+    def __init__(self, dim):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), value))
+        self.gamma = nn.Parameter(torch.empty(dim))
 
     def forward(self, x):
         return x * self.gamma
@@ -117,8 +122,7 @@ class MaskedBiasLinear(nn.Linear):
 
     def __init__(self, dim, out):
         super().__init__(dim, out)
-        self.register_buffer("bias_mask", torch.ones(out))
-        self.bias_mask[out // 3 : 2 * out // 3] = 0
+        self.register_buffer("bias_mask", torch.empty(out))
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
@@ -176,38 +180,44 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
         self.attn = Attention(c)
-        self.ls1 = LayerScale(c.embed_dim, c.layerscale)
+        self.ls1 = LayerScale(c.embed_dim)
         self.norm2 = nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
         self.mlp = SwiGLU(c) if c.ffn == "swiglu" else Mlp(c)
-        self.ls2 = LayerScale(c.embed_dim, c.layerscale)
-        self.drop_path = c.drop_path
+        self.ls2 = LayerScale(c.embed_dim)
 
-    def forward(self, x, shapes, ropes):
-        x = self.residual(x, shapes, lambda x, shapes: self.ls1(self.attn(self.norm1(x), shapes, ropes)))
-        return self.residual(x, shapes, lambda x, shapes: self.ls2(self.mlp(self.norm2(x))))
+    def forward(self, x, shapes, ropes, kept=(None, None)):
+        """x (T, D); `kept`: draw_kept's crops that take part in each branch, None for all. Draws no random number."""
+        x = residual(x, shapes, kept[0], lambda x, shapes: self.ls1(self.attn(self.norm1(x), shapes, ropes)))
+        return residual(x, shapes, kept[1], lambda x, shapes: self.ls2(self.mlp(self.norm2(x))))
 
-    def residual(self, x, shapes, branch):
-        """
-        x + branch(x), with drop path over the batch (DINOv2, section 5; off: drop_path = 0).
 
-        Instead of zeroing the branch of the dropped crops, it is computed on a random subset of exactly
-        max(int(B * (1 - drop)), 1) crops per resolution and added back times B / kept. The expectation is the same; at
-        0.4 a ViT-g step costs a third less.
-        """
-        if not (self.training and self.drop_path):
-            return x + branch(x, shapes)
-        rows, kept, start = [], [], 0
-        for B, N in shapes:
-            keep = max(int(B * (1 - self.drop_path)), 1)
-            crops = torch.randperm(B, device=x.device)[:keep]
-            rows.append((start + crops[:, None] * N + torch.arange(N, device=x.device)).flatten())
-            kept.append((keep, N))
-            start += B * N
-        rows, sizes = torch.cat(rows), [B * N for B, N in kept]
-        subset = x[rows]
-        parts = zip(subset.split(sizes), branch(subset, kept).split(sizes), shapes, kept)
-        parts = [s.add(o, alpha=B / keep) for s, o, (B, _), (keep, _) in parts]
-        return x.index_put((rows,), torch.cat(parts))  # index_add_ would keep the branch's output: 8 % of activations
+def draw_kept(shapes, drop, device):
+    """
+    Drop path over the batch: (rows of the flat tokens that a branch sees, their [(crops, N)] by resolution).
+
+    Instead of zeroing the branch of the dropped crops, it is computed on a random subset of exactly max(int(B * (1 -
+    drop)), 1) crops per resolution and added back times B / kept (DINOv2, section 5). The expectation is the same; at
+    0.4 a ViT-g step costs a third less. Off: drop_path = 0.
+    """
+    rows, kept, start = [], [], 0
+    for B, N in shapes:
+        keep = max(int(B * (1 - drop)), 1)
+        crops = torch.randperm(B, device=device)[:keep]
+        rows.append((start + crops[:, None] * N + torch.arange(N, device=device)).flatten())
+        kept.append((keep, N))
+        start += B * N
+    return torch.cat(rows), kept
+
+
+def residual(x, shapes, kept, branch):
+    """x + branch(x); of the kept crops only, weighted, where `kept` is given."""
+    if kept is None:
+        return x + branch(x, shapes)
+    rows, kept = kept
+    subset, sizes = x[rows], [B * N for B, N in kept]
+    parts = zip(subset.split(sizes), branch(subset, kept).split(sizes), shapes, kept)
+    parts = [s.add(o, alpha=B / keep) for s, o, (B, _), (keep, _) in parts]
+    return x.index_put((rows,), torch.cat(parts))  # index_add_ would keep the branch's output: 8 % of activations
 
 
 class Rope(nn.Module):
@@ -215,9 +225,7 @@ class Rope(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        d = c.embed_dim // c.num_heads // 4
-        # the released files hold the periods rounded to bf16; all later arithmetic is fp32
-        self.register_buffer("periods", (c.rope_base ** (torch.arange(d) / d)).bfloat16().float())
+        self.register_buffer("periods", torch.empty(c.embed_dim // c.num_heads // 4))
 
     def forward(self, h, w, rescale=None):
         """sin and cos, each (h * w, head_dim): first half of the channels is [y | x], the second half repeats it."""
@@ -234,6 +242,12 @@ def rotate(x, sin, cos):
     p = patches.float()
     a, b = p.chunk(2, dim=-1)
     return torch.cat([prefix, (p * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)], dim=2)
+
+
+def rope_periods(c):
+    """The released files hold them rounded to bf16; all later arithmetic is fp32."""
+    d = c.embed_dim // c.num_heads // 4
+    return (c.rope_base ** (torch.arange(d) / d)).bfloat16().float()
 
 
 class PatchEmbed(nn.Module):
@@ -267,15 +281,34 @@ class ViT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Linears and positions: normal, std 0.02; tokens: 1e-6 (DINOv2) or 0.02 (DINOv3); else torch's default."""
-        token_std = 1e-6 if self.config.pos == "learned" else 0.02
-        for name, p in self.named_parameters():
-            if name in ("cls_token", self.registers_name):
-                nn.init.normal_(p, std=token_std)
-            elif name == "mask_token" or (name.startswith("blocks.") and name.endswith(".bias")):
-                nn.init.zeros_(p)
-            elif name == "pos_embed" or (name.startswith("blocks.") and p.dim() == 2):
-                nn.init.trunc_normal_(p, std=0.02)
+        for name, tensor in named_tensors(self):
+            self.init_tensor(name, tensor)
+
+    @torch.no_grad()
+    def init_tensor(self, name, t, generator=None):
+        """
+        Give the parameter or buffer `name` its first values, in place. Linears and positions: normal, std 0.02; tokens:
+        1e-6 (DINOv2) or 0.02 (DINOv3); patches as torch's convolutions.
+        """
+        c = self.config
+        if name.endswith("gamma"):
+            t.fill_(c.layerscale)
+        elif "norm" in name:
+            t.fill_(name.endswith("weight"))
+        elif name in ("cls_token", self.registers_name):
+            t.normal_(std=1e-6 if c.pos == "learned" else 0.02, generator=generator)
+        elif name.startswith("patch_embed."):
+            bound = (c.in_channels * c.patch_size**2) ** -0.5
+            t.uniform_(-bound, bound, generator=generator)
+        elif name == "rope_embed.periods":
+            t.copy_(rope_periods(c))
+        elif name.endswith("bias_mask"):
+            t.view(3, -1).copy_(torch.tensor([[1.0], [0.0], [1.0]]))  # queries, keys, values
+        elif name == "mask_token" or name.endswith(".bias"):
+            t.zero_()
+        else:
+            assert name == "pos_embed" or name.startswith("blocks."), f"no first values are known for {name}"
+            nn.init.trunc_normal_(t, std=0.02, generator=generator)
 
     def forward(self, x, mask=None):
         """
@@ -288,13 +321,14 @@ class ViT(nn.Module):
         c, masks = self.config, mask or [None] * len(x)
         grids = [(i.shape[2] // c.patch_size, i.shape[3] // c.patch_size) for i in x]
         tokens = [self.embed(images, m, grid) for images, m, grid in zip(x, masks, grids)]
-        shapes = [t.shape[:2] for t in tokens]
+        shapes = [tuple(t.shape[:2]) for t in tokens]
         flat, ropes = torch.cat([t.flatten(0, 1) for t in tokens]), [None] * len(x)
-        rescale = c.rope_rescale if self.training else 0
+        rescale, drop = (c.rope_rescale, c.drop_path) if self.training else (0, 0)
         for i, block in enumerate(self.blocks):
             if c.pos == "rope" and (i == 0 or rescale):  # DINOv3 draws a new rescaling per block and resolution
                 ropes = [self.rope_embed(*grid, self.draw_rescale(rescale)) for grid in grids]
-            flat = block(flat, shapes, ropes)
+            kept = [draw_kept(shapes, drop, flat.device) if drop else None for _ in range(2)]
+            flat = block(flat, shapes, ropes, kept)
         parts = flat.split([B * N for B, N in shapes])
         return [self.finish(p.view(*shape, -1), local=i == 1) for i, (p, shape) in enumerate(zip(parts, shapes))]
 
@@ -352,8 +386,8 @@ class WeightNormLinear(nn.Module):
 
     def __init__(self, dim, out):
         super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(out, 1))
-        self.weight_v = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(out, dim), a=math.sqrt(5)))
+        self.weight_g = nn.Parameter(torch.empty(out, 1))
+        self.weight_v = nn.Parameter(torch.empty(out, dim))
 
     def forward(self, x):
         norm = self.weight_v.float().norm(dim=1, keepdim=True)
@@ -371,14 +405,20 @@ class DINOHead(nn.Module):
         dims = [in_dim] + [hidden] * (layers - 1) + [bottleneck]
         stack = [m for a, b in zip(dims, dims[1:]) for m in (nn.Linear(a, b), nn.GELU())]
         self.mlp = nn.Sequential(*stack[:-1])
-        for m in self.mlp[::2]:
-            nn.init.trunc_normal_(m.weight, std=0.02)
-            nn.init.zeros_(m.bias)
-        if weight_norm:
-            self.last_layer = WeightNormLinear(bottleneck, prototypes)
+        last = WeightNormLinear if weight_norm else partial(nn.Linear, bias=False)
+        self.last_layer = last(bottleneck, prototypes)
+        for name, tensor in named_tensors(self):
+            self.init_tensor(name, tensor)
+
+    @torch.no_grad()
+    def init_tensor(self, name, t, generator=None):
+        """As ViT.init_tensor: normal, std 0.02; the rows of a normalised last layer as torch's linears."""
+        if name.endswith("weight_v"):
+            t.uniform_(-(t.shape[1] ** -0.5), t.shape[1] ** -0.5, generator=generator)
+        elif name.endswith(("weight_g", "bias")):
+            t.fill_(name.endswith("weight_g"))
         else:
-            self.last_layer = nn.Linear(bottleneck, prototypes, bias=False)
-            nn.init.trunc_normal_(self.last_layer.weight, std=0.02)
+            nn.init.trunc_normal_(t, std=0.02, generator=generator)
 
     def forward(self, x):
         return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-12))
@@ -547,12 +587,16 @@ def kde_loss_openmidnight(x, kappa=5.0):
 
 
 @torch.no_grad()
-def update_ema(teacher, student, momentum):
-    """teacher = momentum * teacher + (1 - momentum) * student, parameter by parameter, on this rank's shards."""
+def update_ema(teacher, student, momentum, wanted=None):
+    """
+    teacher = momentum * teacher + (1 - momentum) * student, parameter by parameter, on this rank's shards. Where
+    `wanted`, a bool on the device, is False, the teacher stays: a skipped step needs no look at the device.
+    """
     pairs = zip(teacher.parameters(), student.parameters(), strict=True)
     t, s = zip(*((getattr(a, "_local_tensor", a), getattr(b, "_local_tensor", b)) for a, b in pairs))
     assert all(a.shape == b.shape for a, b in zip(t, s)), "teacher and student are not sharded alike"
-    torch._foreach_lerp_(t, s, 1 - momentum)
+    share = 1 - momentum
+    torch._foreach_lerp_(t, s, share if wanted is None else [torch.where(wanted, share, 0.0)] * len(t))
 
 
 @torch.no_grad()
@@ -617,26 +661,37 @@ def load_backbone(path, arch=None):
     `arch` (a name in ARCHS or a ViTConfig) is only needed where these do not tell (a head width other than 64) or as a
     check. Raises ValueError naming the file when it is missing, not such a file, or of another architecture.
     """
+    state, config = open_weights(path, arch)
+    with torch.device("meta"):
+        vit = ViT(config)
+    whole = {k: weight_files.rows(v).float() for k, v in state.items()}
+    vit.load_state_dict(whole, strict=True, assign=True)
+    return vit
+
+
+def open_weights(path, arch=None):
+    """
+    ({name: tensor}, ViTConfig) of a weight file, with all the names and shapes of that ViT; see load_backbone. Nothing
+    is read yet: weight_files.rows takes what it needs from the mapped file, in the file's type.
+    """
     state, stored_arch, told = read_weights(path)
     try:
         config = infer_config(path, state, arch or stored_arch, told)
     except (AttributeError, IndexError, KeyError, ValueError) as e:  # shapes or names as no backbone has them
         raise ValueError(str(e) if str(path) in str(e) else f"{path}: of no known layout ({e}); state arch=...")
     if told is not None and config.pos == "rope":  # transformers leaves these two out of its files
-        state["rope_embed.periods"] = Rope(config).periods
+        state["rope_embed.periods"] = rope_periods(config)
         if config.local_cls_norm:  # for training only; it starts as the norm that it stands in for
             state |= {f"local_cls_{k}": v.clone() for k, v in state.items() if k.startswith("norm.")}
     with torch.device("meta"):
-        vit = ViT(config)
-    ours = vit.state_dict()
-    wrong = [k for k in ours.keys() & state.keys() if ours[k].shape != state[k].shape]
+        ours = ViT(config).state_dict()
+    wrong = [k for k in ours.keys() & state.keys() if ours[k].shape != weight_files.shape(state[k])]
     missing, unknown = sorted(ours.keys() - state.keys()), sorted(state.keys() - ours.keys())
     if missing or unknown or wrong:
         lists = [f"{what} {len(k)} ({', '.join(k[:4])})"
                  for what, k in (("missing", missing), ("unknown", unknown), ("other shape", sorted(wrong))) if k]
         raise ValueError(f"{path}: keys do not fit the architecture ({'; '.join(lists)}); state another with arch=...")
-    vit.load_state_dict({k: v.float() for k, v in state.items()}, strict=True, assign=True)
-    return vit
+    return state, config
 
 
 def read_weights(path):
@@ -681,19 +736,17 @@ def infer_config(path, state, arch=None, told=None):
     return replace(base, **found, pos_grid=grid)
 
 
-def init_from_file(vit, path, pos_embed_init="resample"):
+def first_weights(path, c, pos_embed_init="resample"):
     """
-    Copy a weight file into a ViT that is to be trained. The learned position table is resampled to the ViT's grid, or
-    left as initialised with pos_embed_init = "random" (what OpenMidnight's released run did).
+    {name: tensor} that a ViT of configuration `c` starts its training from, as open_weights. The learned position table
+    is resampled to its grid, or left out, to be drawn, with pos_embed_init = "random" (OpenMidnight's released run).
     """
-    state = load_backbone(path, vit.config).state_dict()
-    c = vit.config
-    if c.pos == "learned":
-        table = state["pos_embed"]
-        if table.shape != vit.pos_embed.shape:
-            table = resample_pos_embed(table, c.pos_grid, c.pos_antialias, c.pos_offset)
-        state["pos_embed"] = table if pos_embed_init == "resample" else vit.pos_embed.detach()
-    vit.load_state_dict(state, strict=True)
+    state, _ = open_weights(path, c)
+    if c.pos == "learned" and pos_embed_init == "random":
+        del state["pos_embed"]
+    elif c.pos == "learned" and state["pos_embed"].shape[1] != 1 + c.pos_grid**2:
+        state["pos_embed"] = resample_pos_embed(state["pos_embed"].float(), c.pos_grid, c.pos_antialias, c.pos_offset)
+    return state
 
 
 # ---- cost of a step -------------------------------------------------------------------------------------------------

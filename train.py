@@ -33,13 +33,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import checkpoint
 import data
 import eval_bach
 import model
+import sharding
 import sources
 from configurator import configure
 from fp8 import to_fp8, without_fp8
@@ -51,7 +51,7 @@ max_steps = 137_500      # optimizer steps; 110 "epochs" of 1,250 in OpenMidnigh
 resume = False           # go on from the newest complete checkpoint in out_dir
 dry_run = False          # print parameters, FLOPs and memory, then exit; needs neither data nor a GPU
 device = ""              # "cuda" or "cpu"; "" = cuda if there is one
-log_interval = 10        # steps a row of metrics.jsonl
+log_interval = 10        # steps a row of metrics.jsonl; only then are bad steps, bad tiles and signals looked at
 eval_interval = 2500     # steps a point of the BACH curve; also at step 0 and at the end; 0 = only there
 save_interval = 2500     # steps a checkpoint and a teacher export; also at the end; 0 = only there
 keep_checkpoints = 2     # the newest so many checkpoints; 0 = all. teacher exports are all kept
@@ -104,13 +104,13 @@ weights = ""             # to start from: released DINOv2 or DINOv3, its Hugging
 pos_embed_init = "resample"  # of a learned position table, from the file's grid; "random" is what OpenMidnight released
 drop_path = 0.4          # share of the crops that skip a residual branch; the same in every block
 rope_rescale = 0.0       # DINOv3's training augmentation of positions is 2.0; 0 = off
-head_hidden = 2048
 head_weight_norm = True  # DINOv2's last layer; False is DINOv3's
-dino_prototypes = 131072
+dino_hidden = 2048
 dino_bottleneck = 384
-ibot_prototypes = 131072
+dino_prototypes = 131072
+ibot_hidden = 2048
 ibot_bottleneck = 256
-fp8 = "off"              # "on": the blocks' linear layers in fp8 (fp8.py), from width 1024 up; "force": at any width
+ibot_prototypes = 131072
 # ---- losses ---------------------------------------------------------------------------------------------------------
 ibot_weight = 1.0        # of the masked-patch term; DINO's weight is 1
 kde = "uniformity"       # spreads class tokens; "openmidnight" has the released sign, which gathers; "koleo"; "none"
@@ -138,6 +138,12 @@ teacher_temp_start = 0.04
 teacher_temp = 0.07
 teacher_temp_warmup = 37_500
 
+# ---- memory against time: one key each, sharding over all ranks is always on (sharding.py) --------------------------
+activation_checkpointing = "none"  # "selective": keep results of products and attention only; "full": blocks' inputs
+fp8 = "off"              # "on": the blocks' linear layers in fp8 (fp8.py), from width 1024 up; "force": at any width
+compile = False          # torch.compile of each block: a minute or more at the start, no more in later steps
+prefetch = 1             # blocks gathered ahead while one computes; 0 = FSDP2's own order, no later than needed
+
 config = configure(globals())
 
 # ---- what the configuration implies, and what it needs: said before anything is built -------------------------------
@@ -151,17 +157,19 @@ if arch not in model.ARCHS:
     stop(f"unknown arch '{arch}'; known: {', '.join(model.ARCHS)}")
 choices = {"kde": ("uniformity", "openmidnight", "koleo", "none"), "hed": ("od", "openmidnight"),
            "centering": ("sinkhorn", "softmax"), "pos_embed_init": ("resample", "random"),
-           "device": ("", "cuda", "cpu"), "fp8": ("off", "on", "force")}
+           "device": ("", "cuda", "cpu"), "fp8": ("off", "on", "force"),
+           "activation_checkpointing": sharding.CHECKPOINTING}
 for key, known in choices.items():
     if config[key] not in known:
         stop(f"{key} = {config[key]!r}; known: {', '.join(map(repr, known))}")
 rules = {
     "more than 0": (lambda x: x > 0, """batch_size log_interval tile_px global_px local_px mpps open_slides
-        tiles_per_visit student_temp teacher_temp teacher_temp_start eval_mpp mpp_range base_lr layer_decay head_hidden
-        mask_prob dino_prototypes dino_bottleneck ibot_prototypes ibot_bottleneck local_scale global_scale"""),
-    "at least 0": (lambda x: x >= 0, """seed max_steps eval_interval save_interval keep_checkpoints keep_every workers
-        slide_mpp local_crops clip_grad warmup_steps freeze_last_layer teacher_temp_warmup schedule_steps weight_decay
-        jitter hed_nats rope_rescale mask_ratio betas max_bad_steps max_bad_tiles eval_share holdout"""),
+        tiles_per_visit student_temp teacher_temp teacher_temp_start eval_mpp mpp_range base_lr layer_decay
+        mask_prob dino_hidden ibot_hidden dino_prototypes dino_bottleneck ibot_prototypes ibot_bottleneck local_scale
+        global_scale"""),
+    "at least 0": (lambda x: x >= 0, """seed max_steps prefetch eval_interval save_interval keep_checkpoints keep_every
+        workers slide_mpp local_crops clip_grad warmup_steps freeze_last_layer teacher_temp_warmup schedule_steps
+        weight_decay jitter hed_nats rope_rescale mask_ratio betas max_bad_steps max_bad_tiles eval_share holdout"""),
     "at most 1": (lambda x: x <= 1, """tissue_share mask_prob mask_ratio global_scale local_scale hed_prob jitter_prob
         gray_prob blur_prob drop_path momentum momentum_end betas layer_decay eval_share holdout"""),
 }
@@ -195,8 +203,8 @@ total_steps, images = schedule_steps or max_steps, batch_size * world  # images 
 if kde != "none" and images < 2:
     stop("the spreading term compares images: batch_size times ranks must be at least 2, or kde = 'none'")
 peak_lr = base_lr * math.sqrt(images / 1024)
-head_sizes = {"dino": (head_hidden, dino_bottleneck, dino_prototypes),
-              "ibot": (head_hidden, ibot_bottleneck, ibot_prototypes)}
+head_sizes = {"dino": (dino_hidden, dino_bottleneck, dino_prototypes),
+              "ibot": (ibot_hidden, ibot_bottleneck, ibot_prototypes)}
 if int(2 * batch_size * mask_prob) < 1:
     stop(f"mask_prob = {mask_prob} of {2 * batch_size} crops masks none, and iBOT needs some")
 masked_patches = sum(data.mask_counts(2 * batch_size, grid, mask_prob, mask_ratio))
@@ -287,26 +295,21 @@ dist.all_gather_object(lists, source.about)
 if len(set(lists)) > 1:
     stop(f"ranks have found different data, is something still being written there? {'; '.join(sorted(set(lists)))}")
 mesh = init_device_mesh(dev, (world,))
-torch.manual_seed(seed)  # the same on every rank: parameters are drawn whole, then sharded
-student = build()
-if weights:
-    try:
-        model.init_from_file(student["backbone"], weights, pos_embed_init)
-    except ValueError as e:
-        stop(e)
-teacher = build()
-teacher.load_state_dict(student.state_dict())
+try:
+    start = model.first_weights(weights, vit_config, pos_embed_init) if weights else None
+except ValueError as e:
+    stop(e)
+with torch.device("meta"):
+    student, teacher = build(), build()
 teacher.requires_grad_(False).eval()
+sharding.checkpoint_activations(student["backbone"].blocks, activation_checkpointing)
 for net in (student, teacher):
-    bf16 = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if dev == "cuda" else {}
-    for block in net["backbone"].blocks:  # inputs are in bf16 already, and the rotary angles must stay in fp32
-        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(**bf16, cast_forward_inputs=False))
-    for part in net.values():
-        # without a backward to do it, the teacher's own parts stay gathered unless told to reshard: a second copy in
-        # memory, and an average that is written to the copy and lost at the next save
-        reshard = True if net is teacher else None
-        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(**bf16), reshard_after_forward=reshard)
-    net.to(dev)
+    if compile:
+        sharding.compile_blocks(net["backbone"].blocks)
+    sharding.shard(net, mesh, bf16=dev == "cuda", trained=net is student, prefetch=prefetch)
+sharding.materialize(student, dev, seed, start)
+sharding.copy_net(teacher, student)
+del start
 groups = model.param_groups(student, layer_decay, patch_embed_lr)
 optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=betas, fused=True)
 for p in (p for group in groups for p in group["params"]):  # from the start, so that every checkpoint is complete
@@ -314,6 +317,7 @@ for p in (p for group in groups for p in group["params"]):  # from the start, so
                           "exp_avg_sq": torch.zeros_like(p)}
 centers = {k: torch.zeros(1, K, device=dev) for k, (_, _, K) in head_sizes.items()}
 progress = {"step": 0, "bad_steps": 0, "samples": 0, "images": images}  # samples taken; images in a step
+bad_steps = torch.zeros((), dtype=torch.int64, device=dev)  # counted on the device: a step waits for no result
 bad_tiles = {}  # file -> first message, of all ranks
 
 
@@ -352,10 +356,7 @@ def load_checkpoint():
 
 def export_teacher(step):
     """out_dir/teacher/<step>.pth for load_backbone, gathered one tensor at a time into rank 0's memory."""
-    whole = {}
-    for k, v in teacher["backbone"].state_dict().items():
-        v = v.full_tensor() if hasattr(v, "full_tensor") else v
-        whole[k] = v.cpu() if rank == 0 else None
+    whole = dict(sharding.gathered(teacher["backbone"]))
     if rank == 0:
         os.makedirs(f"{out_dir}/teacher", exist_ok=True)
         torch.save({"teacher": whole, "arch": arch, "step": step, "config": config}, f"{out_dir}/teacher/unfinished")
@@ -430,7 +431,7 @@ def evaluate(step):
         say(f"step {step}: no BACH, it ended the run before ({note})")
         return {"bach": None, "bach_error": open(note).read()} if rank == 0 else {}
     try:
-        with without_fp8(teacher["backbone"]):
+        with without_fp8(teacher["backbone"]), torch.compiler.set_stance("force_eager"):  # its shapes are others
             features = eval_bach.embed(teacher["backbone"], pixels, norm_mean, norm_std, dev)
     except Exception as e:
         with open(note, "w") as f:
@@ -473,17 +474,30 @@ def spreading(cls):
     return sum(form(x, kde_kappa) for x in cls.chunk(2))
 
 
-def note_bad_tiles(messages):
-    """Collect the unreadable tiles of all ranks, by file; each file is named once, and too many stop the run."""
+def exchange():
+    """What other ranks must hear of, at log points: unreadable tiles, of which each file is named once and too many
+    stop the run; whether a signal has reached any."""
     everyone = [None] * world
-    dist.all_gather_object(everyone, messages)
-    for message in (m for of_rank in everyone for m in of_rank):
+    dist.all_gather_object(everyone, (bad_messages, len(signals)))
+    bad_messages.clear()
+    for message in (m for messages, _ in everyone for m in messages):
         file = message.split(": ")[0]
         if file not in bad_tiles:
             bad_tiles[file] = message
             say(f"unreadable, another tile was drawn instead: {message}")
     if len(bad_tiles) > max_bad_tiles:
         stop(f"{len(bad_tiles)} unreadable files (max_bad_tiles = {max_bad_tiles}):\n" + "\n".join(bad_tiles.values()))
+    return any(signalled for _, signalled in everyone)
+
+
+def check_steps():
+    """At log points: how many steps were skipped, and whether these are too many."""
+    new, progress["bad_steps"] = bad_steps.item() - progress["bad_steps"], bad_steps.item()
+    if new:
+        say(f"step {progress['step']}: loss or gradient was not finite in {new} steps since the last row, which were "
+            f"skipped ({progress['bad_steps']} so far)")
+    if progress["bad_steps"] > max_bad_steps:
+        stop(f"{progress['bad_steps']} steps were not finite (max_bad_steps = {max_bad_steps})")
 
 
 signals = []  # a preemption: SIGTERM, or SIGUSR1 some time before (sbatch --signal=USR1@300)
@@ -509,6 +523,8 @@ batches = iter(torch.utils.data.DataLoader(
 bar = tqdm(total=max_steps, initial=progress["step"], unit="step", disable=rank != 0 or not sys.stderr.isatty())
 clock = {"start": time.time(), "step": progress["step"], "data": 0.0}
 next_centers = {}  # taken over only if the step is
+bad_messages = []  # of this rank, since the last exchange
+bad_steps.fill_(progress["bad_steps"])
 gc.disable()  # ranks that collect at different times wait for each other
 
 for step in range(progress["step"], max_steps):
@@ -550,28 +566,25 @@ for step in range(progress["step"], max_steps):
     loss.backward()
     # clip, finite check, step, average
     norms = model.clip_gradients(student, clip_grad)  # of backbone and heads, before clipping, over all ranks
-    terms = torch.stack([loss, dino, ibot, spread, loss.new_tensor(len(batch["bad"])),
-                         loss.new_tensor(len(signals))]).detach()
+    terms = torch.stack([loss, dino, ibot, spread]).detach()
     dist.all_reduce(terms)
-    if torch.isfinite(torch.cat([terms, norms])).all():
-        optimizer.step()
-        centers.update(next_centers)
-        model.update_ema(teacher, student, model.cosine_schedule(step, momentum, momentum_end, total_steps))
-    else:
-        progress["bad_steps"] += 1
-        say(f"step {step}: loss or gradient is not finite, step skipped ({progress['bad_steps']} so far)")
-        if progress["bad_steps"] > max_bad_steps:
-            stop(f"{progress['bad_steps']} steps were not finite (max_bad_steps = {max_bad_steps})")
+    finite = torch.isfinite(torch.cat([terms, norms])).all()  # on all ranks alike; read at log points only
+    optimizer.found_inf = (~finite).float()  # by which fused AdamW leaves weights and moments as they were
+    optimizer.step()
+    centers.update({head: torch.where(finite, center, centers[head]) for head, center in next_centers.items()})
+    model.update_ema(teacher, student, model.cosine_schedule(step, momentum, momentum_end, total_steps), finite)
+    bad_steps += ~finite
     optimizer.zero_grad()
-    if terms[-2] > 0:
-        note_bad_tiles(batch["bad"])
+    bad_messages += batch["bad"]
     progress["step"] = done = step + 1
     progress["samples"] += images
     bar.update()
     # log, evaluate, save
-    last, preempted = done == max_steps, terms[-1] > 0  # the latter on all ranks, once a signal has reached one
+    last, preempted = done == max_steps, False
     evaluating = last or (eval_interval and done % eval_interval == 0)
     if done % log_interval == 0 or evaluating:
+        check_steps()
+        preempted = exchange()
         seconds, steps = max(time.time() - clock["start"], 1e-9), done - clock["step"]
         row = dict(zip(("loss", "dino", "ibot", "kde"), (terms / world).tolist()))
         row = {"step": done, **row, "grad_norm": norms.square().sum().sqrt().item(), "lr": lr,
@@ -586,6 +599,7 @@ for step in range(progress["step"], max_steps):
         clock = {"start": time.time(), "step": done, "data": 0.0}
     if last or preempted or (save_interval and done % save_interval == 0):
         saving = time.time()
+        check_steps()
         export_teacher(done)
         try:
             saver.save(done, state())  # last: a run that resumes here has its export and its rows

@@ -226,12 +226,31 @@ def rename(key):
 
 
 def join(state, parts, whole):
-    """Concatenate the rows of `parts`, weights and biases, in every block that has all of them; in place."""
+    """
+    Put the rows of `parts` one after another, weights and biases, in every block that has all of them; in place. As a
+    tuple, see rows: concatenated, every rank of a node would hold a quarter of the network in memory of its own.
+    """
     for first in [k for k in state if f".{parts[0]}." in k]:
         keys = [first.replace(parts[0], part) for part in parts]
         if all(k in state for k in keys):
-            state[first.replace(parts[0], whole)] = torch.cat([state.pop(k) for k in keys])
+            state[first.replace(parts[0], whole)] = tuple(state.pop(k) for k in keys)
     return state
+
+
+def shape(value):
+    """Of a tensor, or of a tuple of tensors whose rows follow each other."""
+    return torch.Size((sum(map(len, value)), *value[0].shape[1:])) if isinstance(value, tuple) else value.shape
+
+
+def rows(value, start=0, stop=None):
+    """Rows [start, stop) of either; only they are read from a mapped file."""
+    if not isinstance(value, tuple):
+        return value[start:stop] if value.dim() else value
+    stop, parts = shape(value)[0] if stop is None else stop, []
+    for part in value:
+        parts.append(part[max(start, 0) : max(stop, 0)])
+        start, stop = start - len(part), stop - len(part)
+    return torch.cat(parts)
 
 
 def complete_biases(state):

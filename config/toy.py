@@ -15,8 +15,8 @@ tile_px = 128
 tiles_per_visit = 1  # all ten slides stay open
 global_px, local_px, local_crops = 84, 42, 4
 drop_path = 0.0
-head_hidden, dino_prototypes, ibot_prototypes = 256, 1024, 1024
-dino_bottleneck = ibot_bottleneck = 64
+dino_hidden, dino_bottleneck, dino_prototypes = 256, 64, 1024
+ibot_hidden, ibot_bottleneck, ibot_prototypes = 256, 64, 1024
 base_lr = 5e-3
 weight_decay_end = 0.1
 momentum = 0.99  # 300 steps: a slower teacher would still be the random one

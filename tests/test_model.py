@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import model
+import weight_files
 from model import ARCHS, DINOHead, ViT, ViTConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -102,17 +103,15 @@ def test_drop_path_computes_only_the_kept_crops_and_keeps_the_expectation(name):
     assert rows == [6 * tokens[0].shape[1] + 7 * tokens[1].shape[1]]  # int(11 * 0.6) and int(12 * 0.6) crops
     hook.remove()
     flat, shapes = torch.cat([t.flatten(0, 1) for t in tokens]), [t.shape[:2] for t in tokens]
-    block, ropes = vit.blocks[0], [None, None]
-    mean = torch.stack([block.residual(flat, shapes, lambda x, s: x) for _ in range(800)]).mean(0)
+    mean = torch.stack([model.residual(flat, shapes, model.draw_kept(shapes, 0.4, "cpu"), lambda x, s: x)
+                        for _ in range(800)]).mean(0)
     assert ((mean - 2 * flat).abs().mean() / flat.abs().mean()) < 0.05
-    block.eval()
-    close(block.residual(flat, shapes, lambda x, s: x), 2 * flat)
-    assert vit.blocks[0](flat, shapes, ropes).shape == flat.shape
+    close(model.residual(flat, shapes, None, lambda x, s: x), 2 * flat)
+    assert vit.blocks[0](flat, shapes, [None, None]).shape == flat.shape
 
 
 def test_drop_path_keeps_no_copy_of_the_branch_and_equals_adding_in_place():
     """The bug: index_add_ keeps its source, 8 % of a step's activations."""
-    block = ViT(ViTConfig(14, 32, 1, 2, "mlp", 64, drop_path=0.4, pos_grid=4)).blocks[0].train()
     shapes, kept, results = [(10, 17), (20, 5)], [], []
     start, w = torch.randn(270, 32), torch.randn(270, 32)
 
@@ -128,7 +127,7 @@ def test_drop_path_keeps_no_copy_of_the_branch_and_equals_adding_in_place():
     def ours(x, branch):
         torch.manual_seed(1)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            return block.residual(x, shapes, branch)
+            return model.residual(x, shapes, model.draw_kept(shapes, 0.4, "cpu"), branch)
 
     for residual in (ours, in_place):
         x = start.clone().requires_grad_()
@@ -475,16 +474,22 @@ def test_weight_files_that_do_not_fit_are_refused_by_name(tmp_path):
         model.load_backbone(save(tmp_path, {"teacher": Evil()}))
 
 
+def start(vit, path, pos_embed_init="resample"):
+    """What training starts from, without ranks; what is not given stays as drawn."""
+    given = model.first_weights(path, vit.config, pos_embed_init)
+    vit.load_state_dict(vit.state_dict() | {k: weight_files.rows(v) for k, v in given.items()})
+
+
 def test_a_518_px_table_gives_the_reference_features_at_224_px(tmp_path):
     """The bug to catch: positions assigned to the wrong object, so that training starts from random ones."""
     vit, _ = build("vit_dinov2_reg4_swiglu")
     path, x = save(tmp_path, vit.state_dict()), torch.randn(2, 3, 224, 224)
     at_16 = ViT(replace(vit.config, pos_grid=16))
-    model.init_from_file(at_16, path)
+    start(at_16, path)
     assert at_16.pos_embed.shape == (1, 257, 64)
     close(at_16.eval()(x)["cls"], vit(x)["cls"])
     random = ViT(replace(vit.config, pos_grid=16))
     before = random.pos_embed.detach().clone()
-    model.init_from_file(random, path, "random")
+    start(random, path, "random")
     close(random.pos_embed.detach(), before, atol=0, rtol=0)
     assert (random.eval()(x)["cls"] - vit(x)["cls"]).abs().max() > 1e-2

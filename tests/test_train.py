@@ -21,10 +21,10 @@ import model
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-TINY = dict(arch="toy", batch_size=4, global_px=56, local_px=28, local_crops=2, head_hidden=32, dino_prototypes=64,
-            ibot_prototypes=64, dino_bottleneck=16, ibot_bottleneck=16, workers=0, warmup_steps=2, freeze_last_layer=1,
-            teacher_temp_warmup=4, log_interval=1, save_interval=1000, base_lr=1e-2, drop_path=0.25, device="cpu",
-            max_steps=4)
+TINY = dict(arch="toy", batch_size=4, global_px=56, local_px=28, local_crops=2, dino_hidden=32, ibot_hidden=32,
+            dino_prototypes=64, ibot_prototypes=64, dino_bottleneck=16, ibot_bottleneck=16, workers=0, warmup_steps=2,
+            freeze_last_layer=1, teacher_temp_warmup=4, log_interval=1, save_interval=1000, base_lr=1e-2,
+            drop_path=0.25, device="cpu", max_steps=4)
 
 
 @pytest.fixture(scope="module")
