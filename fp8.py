@@ -1,31 +1,33 @@
 """
 fp8 for the linear layers of a backbone's blocks, applied from outside: to_fp8(backbone) after it is built, before
-activation checkpointing, torch.compile and FSDP2, none of which needs to know. train.py's key `fp8` calls it.
+activation checkpointing (whose selective list needs aten._scaled_mm), torch.compile and FSDP2. train.py's key is `fp8`.
 
 What it replaces: every bf16 product of qkv, proj and the MLP or SwiGLU. Two of a layer's three products, the forward
-(x W^T) and the input's gradient (g W), run in e4m3, 4 exponent and 3 mantissa bits, on tensor cores twice as fast.
+(x W^T) and the input's gradient (g W), run in e4m3, 4 exponent and 3 mantissa bits, on tensor cores that NVIDIA's data
+sheets call twice as fast (H100: 1,979 instead of 989 TFLOP/s).
 The insight: one scale a row. A tensor's one scale is set by its loudest token, and tokens here differ by orders of
 magnitude (class token, registers): the quietest drown, while the mean error looks fine. With a scale for each row of
 both factors, each token and each channel uses all of e4m3's range. Rows are the kept dimensions of a product, so their
 scales factor out, and the product itself is the plain unscaled one: cuBLAS's fast kernel, and the only form that CPU
 and CUDA take in torch 2.11 and 2.13 alike.
-How it differs: each product carries 3-4 % of noise (28-30 dB; a token's worst 27), fresh in every layer. The weight's
-gradient stays in bf16: it sums over tokens, whose scales would not factor out, and it is what AdamW sees.
-What it costs: no memory either way (weights, saved activations and all-gathers stay bf16; parameters and checkpoints
+How it differs: 3-4 % of noise a product (28-30 dB; a token's worst 27), fresh in every layer; 20-23 dB after six blocks
+(pytest -s tests/test_fp8.py -k gates). The weight's gradient stays in bf16: it sums over tokens, whose scales would not
+factor out, and it is what AdamW sees.
+What it costs: no memory that stays (weights, saved activations and all-gathers stay bf16; parameters and checkpoints
 stay what they are), but a pass over each factor to find its scales and one to cast it. torch.compile fuses these into
-their neighbours; without it, or in narrow layers, they eat the gain.
-Measured: accuracy in tests/test_fp8.py; time by bench/fp8.py, which no GPU has run yet. A roofline of an H100 expects
-the linear layers' products and casts 1.34 x as fast for ViT-g, 1.42 x for the 7B. Switch off: fp8 = "off", the default.
+their neighbours; without it they eat the gain, as in narrow layers, and hold (M, N) in fp32 twice for a moment.
+Measured: no GPU has run bench/fp8.py yet. torchao's traffic model at an H100's 78 % of peak expects products and casts
+of all linear layers 1.34 x as fast in ViT-g, 1.42 x in the 7B. Switch off: fp8 = "off", the default.
 
 Sources: Micikevicius et al., FP8 formats for deep learning (2022); per-row scales with a bf16 weight gradient are what
-torchao names rowwise_with_gw_hp and what DINOv3's 7B was trained with.
+torchao names rowwise_with_gw_hp. DINOv3's 7B differs in one scale for all of W in the input's gradient.
 """
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-MIN_WIDTH = 1024  # of a backbone: that roofline, before all other costs, says 0.91 x at 384, 1.15 at 768, 1.24 at 1024
+MIN_WIDTH = 1024  # of a backbone: that model, before all other costs, says 0.91 x at 384, 1.15 at 768, 1.24 at 1024
 E4M3, E4M3_MAX = torch.float8_e4m3fn, 448.0
 
 
@@ -33,12 +35,13 @@ def quantize(x):
     """
     x (M, K), any strides -> its e4m3 copy (M, K), row-major, and fp32 scales (M, 1): x = copy * scale, row by row.
 
-    A row's largest magnitude lands on 448, so there is nothing to clamp: a rounding above it is cast to 448 up to 464.
-    Better so: torch 2.14 compiles a clamp beside a transposed fp8 store into NaN (triton issue 11111). Zeros stay
-    zeros. A row with NaN or inf keeps NaN, which the trainer's finite check must see.
+    A row's largest magnitude lands on 448 whatever the rounding (the tests try all), so there is nothing to clamp: a
+    cast takes up to 464, 3.6 % more, and a compiler that finds amax before a rounding to bf16 is off by 0.4 %. Better
+    so: torchao reports that torch 2.14.0.dev compiles a clamp beside a transposed fp8 store into NaN (triton issue
+    11111). Zeros stay zeros. A row with NaN or inf keeps NaN, which the trainer's finite check must see.
     """
-    amax = x.abs().amax(1, keepdim=True).float()
-    scale = torch.where(amax > 1e-30, amax / E4M3_MAX, 1.0)  # the bound keeps clear of what a GPU flushes to zero
+    amax = x.abs().amax(1, keepdim=True).float()  # times 1 / 448: what a GPU makes of a division by a constant
+    scale = torch.where(amax > 1e-30, amax * (1 / E4M3_MAX), 1.0)  # below, a GPU may flush to zero
     return (x / scale).to(E4M3, memory_format=torch.contiguous_format), scale
 
 
@@ -93,24 +96,29 @@ def to_fp8(backbone, force=False):
     if width < MIN_WIDTH and not force:
         raise ValueError(f"fp8 = 'on': below width {MIN_WIDTH} fp8 saves no time, and this backbone's is {width}; "
                          "fp8 = 'off', or 'force' to run it anyway")
-    layers = {k: m for k, m in backbone.named_modules() if k.startswith("blocks.") and isinstance(m, nn.Linear)}
+    layers = {k: m for k, m in backbone.blocks.named_modules(prefix="blocks") if isinstance(m, nn.Linear)}
     for name, layer in layers.items():
         if layer.in_features % 16 or layer.out_features % 16:
             raise ValueError(f"{name} is {layer.in_features} -> {layer.out_features}: fp8 needs multiples of 16; "
                              "choose other widths, or fp8 = 'off'")
     for layer in layers.values():
         layer.plain, layer.__class__ = layer.__class__, Fp8Linear
+    torch.compiler.allow_in_graph(Fp8Product)  # else full checkpointing, compiled by torch 2.11, keeps its outputs
     return backbone
 
 
 @contextmanager
 def without_fp8(backbone):
-    """Within it, the layers are what they were: a probe sees the weights, its rows compare with those of other runs."""
+    """
+    Within it, the layers are what they were: a probe scores what is exported, and its effective rank, which should show
+    a collapse, is not that of the noise. Compiled blocks run eagerly: a graph of torch 2.11 does not notice the change.
+    """
     layers = [m for m in backbone.modules() if isinstance(m, Fp8Linear)]
     for layer in layers:
         layer.__class__ = layer.plain
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for layer in layers:
             layer.__class__ = Fp8Linear

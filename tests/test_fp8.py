@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_train import bit_equal, flags, refused, rows, tiles, train, weights  # noqa: F401
+from test_train import bit_equal, flags, quick_bach, refused, rows, tiles, train, weights  # noqa: F401
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import eval_bach
 import fp8
 import model
 
@@ -81,19 +82,45 @@ def test_products_meet_the_gates_on_outlier_channels_and_heavy_tailed_tokens(M, 
         assert mean >= 27 and worst >= 24, (mean, worst)
     in_bf16 = sqnr(w.grad, grad.double().t() @ x.double()).item()
     print(f"weight gradient {in_bf16:.1f} dB")
-    assert in_bf16 >= 45
+    assert in_bf16 >= 45 and torch.equal(w.grad.bfloat16(), grad.bfloat16().t() @ x.bfloat16())
 
 
-def test_two_of_three_products_are_in_fp8():
+@pytest.mark.parametrize("loud", ["rows", "columns"])
+def test_quiet_channels_of_a_weight_are_not_drowned(loud):
+    """The gate for channels: with one scale for all of W, DINOv3's choice in the backward, the least reads 0 dB."""
+    g = torch.Generator().manual_seed(0)
+    x, w, grad = (torch.randn(size, generator=g) for size in ((257, 384), (512, 384), (257, 512)))
+    w *= (2 * torch.randn((512, 1) if loud == "rows" else (1, 384), generator=g)).exp()
+    x, w = x.requires_grad_(), w.requires_grad_()
+    y = fp8.Fp8Product.apply(x.bfloat16(), w.bfloat16())
+    y.backward(grad.bfloat16())
+    for got, want in ((y, x.double() @ w.double().t()), (x.grad, grad.double() @ w.double())):
+        assert sqnr(got, want, 0).min() >= 24
+
+
+def test_all_the_noise_is_that_of_the_two_casts():
+    """Scales that are 1 % off hide behind it: to the product of what was cast, two bf16 roundings are left, 53 dB."""
+    x, w, _ = (t.detach().bfloat16() for t in hard_data(257, 384, 1152))
+    a, b = (copied.double() * scale for copied, scale in (fp8.quantize(x), fp8.quantize(w)))
+    assert sqnr(fp8.product(x, w), a @ b.t(), 1).min() > 50
+
+
+def test_two_of_three_products_are_in_fp8_as_cuda_takes_them():
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             calls.append(op)
-            return op(*args, **(kwargs or {}))
+            out = op(*args, **(kwargs or {}))
+            if op is fast:
+                a, b, scale_a, scale_b = args[:4]
+                assert a.dtype == b.dtype == fp8.E4M3 and not a.shape[1] % 16 and not b.shape[1] % 16
+                assert a.stride() == (a.shape[1], 1) and b.stride() == (1, b.shape[0]), (a.stride(), b.stride())
+                assert scale_a.numel() == scale_b.numel() == 1 and out.dtype == torch.bfloat16
+            return out
 
+    fast, slow = torch.ops.aten._scaled_mm.default, torch.ops.aten.mm.default
     calls, (x, w, grad) = [], hard_data(16, 32, 48)
     with Count():
         fp8.Fp8Product.apply(x.bfloat16(), w.bfloat16()).backward(grad.bfloat16())
-    fast, slow = torch.ops.aten._scaled_mm.default, torch.ops.aten.mm.default
     assert calls.count(fast) == 2 and calls.count(slow) == 1
     with Count():  # a frozen weight, as in a probe: its gradient is not computed
         fp8.Fp8Product.apply(x.bfloat16(), w.detach().bfloat16()).backward(grad.bfloat16())
@@ -114,17 +141,38 @@ def test_the_worst_token_gate_sees_what_one_scale_a_tensor_does(monkeypatch):
 
 @FAMILIES
 def test_six_blocks_meet_the_gates(c):
-    """At full layer-scale: with a released network's small one the blocks' noise would hardly show."""
+    """
+    At full layer-scale, and weights that keep 0.56 of a variance, a trained network's rather than the 0.15 of the first
+    ones: the smaller the branches, the less of their noise shows. At 1.0 SwiGLU's blocks would be 16.6-17.4 dB true.
+    """
     big = model.replace(c, embed_dim=384, num_heads=6, depth=6, ffn_hidden=1024, drop_path=0.0)
-    (want, exact), (got, noisy) = gradients(vit(big, plain=True), images(big)), gradients(vit(big), images(big))
-    db = {k: sqnr(noisy[k].flatten(), v.flatten(), 0).item() for k, v in exact.items() if v.abs().max() > 0}
+    plain, noisy = vit(big, plain=True), vit(big)
+    with torch.no_grad():
+        for p in (p for net in (plain, noisy) for p in net.blocks.parameters() if p.dim() == 2):
+            p *= 0.75 / 0.02 / p.shape[1] ** 0.5
+    (want, exact), (got, found) = gradients(plain, images(big)), gradients(noisy, images(big))
+    db = {k: sqnr(found[k].flatten(), v.flatten(), 0).item() for k, v in exact.items() if v.abs().max() > 0}
     low, median = min(db, key=db.get), sorted(db.values())[len(db) // 2]
     print(f"output {sqnr(got, want):.1f} dB; gradients: median {median:.1f}, least {db[low]:.1f} ({low})")
     assert sqnr(got, want) >= 18 and len(db) > 60 and db[low] >= 14, (low, db[low])
 
 
+def test_the_largest_of_a_row_is_cast_to_448_whatever_it_is(device="cpu"):
+    """
+    The proof that nothing need be clamped: torch 2.11 casts more than 464 to NaN, 2.13 saturates, and neither is met by
+    any bf16 number or fp32 mantissa, nor where a compiler finds amax before the rounding to bf16, 2^-8 of it.
+    """
+    mantissas = torch.arange(2**23, dtype=torch.int32).add_(0x3F800000).view(torch.float32)
+    every_bf16 = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16)
+    for amax in (mantissas, every_bf16[every_bf16 > 1e-30]):
+        amax = amax[:, None].to(device)
+        copied, scale = fp8.quantize(amax)
+        assert (copied.float() == 448).all() and copied.dtype == fp8.E4M3 and scale.dtype == torch.float32
+        late = amax.float() * (1 + 2**-8) / scale
+        assert late.max() < 464 and (late.to(fp8.E4M3).float() == 448).all()
+
+
 def test_no_finite_number_turns_into_another_kind_of_number(device="cpu"):
-    """e4m3 ends at 448; torch 2.11 casts more than 464 to NaN, 2.13 saturates: neither may be met."""
     values = torch.tensor([[0.0, 0.0], [-0.0, 500.0], [1e30, -3e38], [449.0, -1e4], [1e-38, -1e-44], [1e-6, 1.0]])
     for x in (values.repeat(1, 8).to(device), values.repeat(1, 8).to(device).bfloat16()):
         copied, scale = fp8.quantize(x)
@@ -190,7 +238,8 @@ def test_a_narrow_backbone_is_refused_unless_forced():
     with pytest.raises(ValueError, match="below width 1024 fp8 saves no time, and this backbone's is 64; .*'force'"):
         fp8.to_fp8(vit(V2, plain=True))
     with torch.device("meta"):
-        fp8.to_fp8(model.ViT(model.replace(model.ARCHS["dinov3_vit7b16"], depth=1)))
+        for name in ("dinov2_vitl14_reg", "dinov3_vit7b16"):  # 1024 is enough
+            fp8.to_fp8(model.ViT(model.replace(model.ARCHS[name], depth=1)))
 
 
 # ---- what must not notice -------------------------------------------------------------------------------------------
@@ -211,19 +260,20 @@ def test_switching_changes_no_name_no_number_and_no_other_layer(c):
     vit(c, seed=1, plain=True).load_state_dict(net.state_dict(), strict=True)
 
 
-@FAMILIES
-@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("c, backend", [(V2, None), (V3, None), (V3, "eager")])
 def test_a_probe_sees_the_plain_layers_and_training_goes_on_in_fp8(c, backend):
-    """Compiled too: a graph of fp8 layers must not be reused for plain ones, or the other way round."""
+    """Compiled too: torch 2.11 would use the graph of fp8 layers for plain ones; and nothing may be compiled anew."""
     net, plain, x = vit(c).eval(), vit(c, plain=True).eval(), images(c)
     for block in net.blocks if backend else ():
         block.compile(backend=backend)
     with torch.no_grad():
         noisy, want = net(x)["cls"], plain(x)["cls"]
-        with pytest.raises(ZeroDivisionError), fp8.without_fp8(net):
-            assert torch.equal(net(x)["cls"], want) and not torch.equal(noisy, want)
-            1 / 0
-        assert torch.equal(net(x)["cls"], noisy)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            with pytest.raises(ZeroDivisionError), fp8.without_fp8(net):
+                assert torch.equal(net(x)["cls"], want) and not torch.equal(noisy, want)
+                assert torch.equal(net(images(c, 3))["cls"], plain(images(c, 3))["cls"])  # a probe's shapes are others
+                1 / 0
+            assert torch.equal(net(x)["cls"], noisy)
 
 
 def test_the_mask_switches_the_key_s_bias_off_and_leaves_the_type_alone():
@@ -246,63 +296,91 @@ selective = partial(create_selective_checkpoint_contexts, lambda ctx, op, *args,
     CheckpointPolicy.MUST_SAVE if op in KEEP else CheckpointPolicy.PREFER_RECOMPUTE))
 
 
+class Checkpointed(torch.nn.Module):
+    def __init__(self, block, keys):
+        super().__init__()
+        self.block, self.keys = block, keys
+
+    def forward(self, *args):
+        return checkpoint(self.block, *args, use_reentrant=False, **self.keys)
+
+
+def switched(c, mode):
+    """A ViT in fp8 whose blocks are checkpointed; the names of the others' parameters have no '.block'."""
+    net = vit(c)
+    for i, block in enumerate(net.blocks) if mode != "none" else ():
+        net.blocks[i] = Checkpointed(block, {"context_fn": selective} if mode == "selective" else {})
+    return net
+
+
+def same(a, b):
+    assert torch.equal(a[0], b[0])
+    bit_equal(a[1], {k.replace(".block.", "."): v for k, v in b[1].items()})
+
+
 @FAMILIES
-@pytest.mark.parametrize("more", [{}, {"context_fn": selective}], ids=["full", "selective"])
-def test_activation_checkpointing_gives_the_same_bits(c, more):
-    net, x = vit(c), images(c)
-    want, exact = gradients(net, x)
-    for block in net.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **more)
-    got, found = gradients(net, x)
-    assert torch.equal(got, want)
-    bit_equal(exact, found)
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activation_checkpointing_gives_the_same_bits(c, mode):
+    same(gradients(vit(c), images(c)), gradients(switched(c, mode), images(c)))
 
 
-def compiled(backend):
-    """(output, gradients) eager and compiled, of DINOv3's block; a graph break is an error."""
-    net = vit(model.replace(V3, drop_path=0.0, depth=1))
-    x, eager = images(V3), gradients(net, images(V3))
-    for block in net.blocks:
-        block.compile(backend=backend, fullgraph=True)
-    with torch.no_grad():
-        net(x)
-    return eager, gradients(net, x)
-
-
-def test_compilers_trace_it_whole():
-    (want, exact), (got, found) = compiled("aot_eager")
-    assert torch.equal(got, want)
-    bit_equal(exact, found)
+@pytest.mark.parametrize("mode, products", [("none", 10), ("selective", 10), ("full", 15)])
+def test_compiled_checkpointing_gives_the_same_bits_and_keeps_what_it_should(mode, products):
+    """A graph break is an error. Torch 2.11 kept the outputs of all five layers in full checkpointing too."""
+    c = model.replace(V3, depth=1, drop_path=0.0)
+    net, x = switched(c, mode), images(c)
+    net.blocks[0].compile(backend="aot_eager", fullgraph=True)
+    same(gradients(vit(c), x), gradients(net, x))
+    with torch.profiler.profile(acc_events=True) as profile:
+        gradients(net, x)
+    assert sum(e.count for e in profile.key_averages() if e.key == "aten::_scaled_mm") == products
 
 
 @pytest.mark.slow
 def test_inductor_compiles_it():
     """Roundings differ where it fuses, and a rounding to e4m3 makes them visible: not bit-equal."""
-    (want, exact), (got, found) = compiled("inductor")
+    net, x = vit(model.replace(V3, depth=1, drop_path=0.0)), images(V3)
+    want, exact = gradients(net, x)
+    net.blocks[0].compile(fullgraph=True)
+    with torch.no_grad():
+        net(x)
+    got, found = gradients(net, x)
     assert sqnr(got, want) > 20
     assert all(sqnr(found[k].flatten(), v.flatten(), 0) > 15 for k, v in exact.items() if v.abs().max() > 0)
 
 
-@FAMILIES
-def test_sharding_with_bf16_parameters_equals_a_bf16_copy(c):
-    """FSDP2 at world size 1, per block as train.py has it; the reduction is fp32 and sums one rank."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def sharded_equals_a_bf16_copy(rank, world, c, mode, compiling, store):
+    """FSDP2 per block, as train.py has it: checkpointing, compiling, sharding. All ranks see the same images."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
-        net, x, mesh = vit(c), images(c), init_device_mesh("cpu", (1,))
-        half = copy.deepcopy(net).bfloat16()
+        net, half, x, mesh = switched(c, mode), vit(c).bfloat16(), images(c), init_device_mesh("cpu", (world,))
         if c.pos == "rope":
             half.rope_embed.periods = half.rope_embed.periods.float()
         want, exact = gradients(half, x.bfloat16())
         names = list(net.state_dict())
         policy = partial(MixedPrecisionPolicy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for block in net.blocks:
+            if compiling:
+                block.compile(backend="aot_eager")
             fully_shard(block, mesh=mesh, mp_policy=policy(cast_forward_inputs=False))
         fully_shard(net, mesh=mesh, mp_policy=policy())
         got, found = gradients(net, x)
-        assert torch.equal(got, want) and list(net.state_dict()) == names
-        bit_equal({k: v.float() for k, v in exact.items()}, {k: v.full_tensor() for k, v in found.items()})
+        assert list(net.state_dict()) == names
+        same((want, {k: v.float() for k, v in exact.items()}), (got, {k: v.full_tensor() for k, v in found.items()}))
     finally:
         dist.destroy_process_group()
+
+
+@FAMILIES
+def test_sharding_with_bf16_parameters_equals_a_bf16_copy(c, tmp_path):
+    sharded_equals_a_bf16_copy(0, 1, c, "none", False, tmp_path / "store")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_so_it_does_on_two_ranks_checkpointed_and_compiled(mode, tmp_path):
+    c = model.replace(V3, drop_path=0.0)
+    torch.multiprocessing.spawn(sharded_equals_a_bf16_copy, (2, c, mode, True, tmp_path / "store"), nprocs=2)
 
 
 # ---- in train.py ----------------------------------------------------------------------------------------------------
@@ -316,7 +394,8 @@ def test_train_refuses_fp8_on_a_narrow_backbone_in_one_line(monkeypatch, tmp_pat
 
 def test_a_run_in_fp8_trains_student_and_teacher_and_its_files_are_anyone_s(tiles, tmp_path, monkeypatch):  # noqa: F811
     """Bit-equal resume in fp8; the teacher export is the fp32 weights; a resume in bf16 takes the checkpoint."""
-    keys = dict(tiles=tiles, fp8="force", save_interval=2)
+    keys = dict(tiles=tiles, fp8="force", save_interval=2, bach_dir="x")
+    quick_bach(monkeypatch.setattr)
     straight = train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
     for net in ("student", "teacher"):
         switched = [m for m in straight[net].modules() if isinstance(m, fp8.Fp8Linear)]
@@ -324,6 +403,9 @@ def test_a_run_in_fp8_trains_student_and_teacher_and_its_files_are_anyone_s(tile
     export = torch.load(tmp_path / "a/teacher/4.pth", weights_only=True)["teacher"]
     bit_equal(export, {k: v.full_tensor() for k, v in straight["teacher"]["backbone"].state_dict().items()})
     assert all(v.dtype == torch.float32 for v in export.values()) and model.load_backbone(tmp_path / "a/teacher/4.pth")
+    how = dict(arch="", device="cpu", image_dir="", views="resize", input_px=56, mpp=0.5, concat=False)
+    row = eval_bach.score_file(str(tmp_path / "a/teacher/4.pth"), None, how, eval_bach.load_pixels("x"))
+    assert row["effective_rank"] == rows(tmp_path / "a", "bach.jsonl")[-1]["effective_rank"]  # the probe is not in fp8
     for other in "bc":  # as a stop after step 2 leaves it
         shutil.copytree(tmp_path / "a", tmp_path / other)
         shutil.rmtree(tmp_path / other / "ckpt/4")
@@ -335,11 +417,20 @@ def test_a_run_in_fp8_trains_student_and_teacher_and_its_files_are_anyone_s(tile
 
 
 @pytest.mark.slow
+def test_the_benchmark_runs():
+    command = [sys.executable, "bench/fp8.py", "--device=cpu", "--tokens=261", "--size=64", "--repeats=1",
+               "--archs=('dinov2_vits14_reg',)", "--compiled=(False,)"]
+    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert "e4m3" in lines[-2] and lines[-1].startswith("dinov2_vits14_reg") and lines[-1].endswith(" x")
+
+
+@pytest.mark.slow
 def test_toy_curves_in_fp8_stay_within_the_spread_of_seeds(tmp_path):
     """
     The toy recipe's first 50 steps, warm-up included, by three seeds with and without fp8. A pair of one seed shares
-    its data and first weights, so only fp8 parts it: by less than two seeds are apart, at every part of the curve.
-    Without scales it is further apart. Later the trajectories are chaotic, and any change parts them.
+    its data and first weights, so only fp8 parts it: by 0.05-0.15 of what parts two seeds, whichever three of six are
+    taken (runs of 100 steps); without scales by 1.3, bf16 products by 0.02-0.05. From step 51 on pairs say little: bf16
+    parts them by 0.4, fp8 by 1.4 and no scales by 1.6 of what parts two seeds.
     """
     subprocess.run([sys.executable, ROOT / "prepare/toy.py"], cwd=tmp_path, check=True)
     curves = {}
@@ -350,7 +441,8 @@ def test_toy_curves_in_fp8_stay_within_the_spread_of_seeds(tmp_path):
                         *(f"--{k}={v}" for k, v in keys.items())], cwd=tmp_path, check=True)
         loss = [row["loss"] for row in rows(keys["out_dir"])[1:]]
         curves[mode, seed] = torch.tensor(loss).view(5, 10).mean(1)  # ten steps a point
-    pairs = torch.stack([curves["force", s] - curves["off", s] for s in range(3)]).square().mean(0).sqrt()
-    seeds = torch.stack([curves["off", s] - curves["off", (s + 1) % 3] for s in range(3)]).square().mean(0).sqrt()
-    print(f"loss, by ten steps: fp8 parts it by {pairs.tolist()}, seeds by {seeds.tolist()}")
-    assert (pairs < seeds).all()
+    pairs = torch.stack([curves["force", s] - curves["off", s] for s in range(3)])
+    seeds = torch.stack([curves["off", s] - curves["off", (s + 1) % 3] for s in range(3)])
+    ratio = (pairs.square().mean() / seeds.square().mean()).sqrt().item()
+    print(f"fp8 parts the loss by {ratio:.3f} of what parts two seeds; by ten steps {pairs.tolist()}, {seeds.tolist()}")
+    assert ratio < 0.5

@@ -16,6 +16,7 @@ def test_the_gates_hold(M, K, N):
 
 
 def test_numbers_stay_numbers():
+    test_fp8.test_the_largest_of_a_row_is_cast_to_448_whatever_it_is(device="cuda")
     test_fp8.test_no_finite_number_turns_into_another_kind_of_number(device="cuda")
     for poison in (float("nan"), float("inf"), -float("inf")):
         test_fp8.test_a_poisoned_number_stays_visible_in_its_row_and_only_there(poison, device="cuda")
