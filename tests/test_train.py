@@ -205,7 +205,7 @@ def test_a_step_follows_the_recipe(tiles, tmp_path, monkeypatch):
 
     spy(torch.optim.AdamW, "step", "groups", lambda self: [
         (g["lr"], g["weight_decay"], g["lr_scale"], g["wd_scale"], g["last_layer"]) for g in self.param_groups])
-    spy(model, "update_ema", "momentum", lambda teacher, student, m: m)
+    spy(model, "update_ema", "momentum", lambda teacher, student, m, wanted: m)
     spy(model, "sinkhorn", "temp", lambda logits, temp: (temp, len(logits)))
     spy(model, "dino_loss", "dino", lambda g, local, targets, temp: (len(g), len(local), temp))
     spy(model, "ibot_loss", "ibot", lambda logits, targets, w, crops, temp: (crops, temp, round(w.sum().item(), 4)))
