@@ -114,7 +114,7 @@ def materialize(net, device, seed, backbone=None):
 def draw(module, name, shape, device, seed):
     """The whole tensor of that name, drawn on `device`."""
     entropy = np.random.SeedSequence((seed, zlib.crc32(name.encode()))).generate_state(1)[0].item()
-    whole = torch.empty(shape, device=device)
+    whole = torch.full(shape, math.nan, device=device)
     module.init_tensor(name.partition(".")[2], whole, torch.Generator(device).manual_seed(entropy))
     return whole
 
