@@ -1,0 +1,32 @@
+#!/bin/bash
+# Under SLURM, two nodes of eight GPUs (one: sbatch --nodes=1 ...). Before a time limit or a preemption all ranks save
+# and the job goes back into the queue; it resumes by itself. The arguments are train.py's:
+#
+#   sbatch docs/slurm.sh config/vitg_clip3.py --out_dir=out/vitg_2nodes
+#
+# srun starts the ranks without torchrun, whose agent ends on SIGUSR1 and kills what has not saved 30 s after a SIGTERM.
+#SBATCH --job-name=nanopfm
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+out=$(printf '%s\n' "$@" | sed -n 's/^--out_dir=//p' | tail -n 1)
+: "${out:?give --out_dir=...: from what lies there the job knows whether to resume}"
+resume=false
+ls -d "$out"/ckpt/[0-9]* >/dev/null 2>&1 && resume=true
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=29500 OMP_NUM_THREADS=1
+srun --kill-on-bad-exit=1 bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+    exec python train.py "$@" --resume='"$resume" train.py "$@" || exit
+
+# all ranks have saved: at the end, or because a signal came
+python - "$out" <<'PY' || scontrol requeue "$SLURM_JOB_ID"
+import json, os, sys
+steps = [int(name) for name in os.listdir(f"{sys.argv[1]}/ckpt") if name.isdecimal()]
+sys.exit(max(steps) < json.load(open(f"{sys.argv[1]}/config.json"))["max_steps"])
+PY
