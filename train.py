@@ -4,10 +4,9 @@ Continual DINO + iBOT pretraining of a vision transformer on H&E tiles, with its
     toy world, two cores   python prepare/toy.py && python train.py config/toy.py
     two CPU processes      torchrun --nproc_per_node=2 train.py config/toy.py --device=cpu --out_dir=out/toy2
     one node of 8 GPUs     torchrun --nproc_per_node=8 train.py config/vitg_clip3.py
-    on 80 GB a GPU         ... --batch_size=32
     two nodes, on each     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
                                train.py config/vitg_clip3.py
-    what would it cost     torchrun --nproc_per_node=8 train.py config/vitg_clip3.py --dry_run=true
+    what would it cost     python train.py config/vitg_clip3.py --dry_run=true --world_size=8 --gpu_memory_gb=80
     go on after a stop     the same command with --resume=true
 
 A step is a pure function of (config, seed, step): tiles, crops, masks and drop path are drawn from seeds that hold the
@@ -35,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
+import budget
 import checkpoint
 import data
 import eval_bach
@@ -143,6 +143,10 @@ activation_checkpointing = "none"  # "selective": keep results of products and a
 fp8 = "off"              # "on": the blocks' linear layers in fp8 (fp8.py), from width 1024 up; "force": at any width
 compile = False          # torch.compile of each block: a minute or more at the start, no more in later steps
 prefetch = 1             # blocks gathered ahead while one computes; 0 = FSDP2's own order, no later than needed
+gpu_memory_gb = 0.0      # 1e9 bytes a rank may hold, or the run is refused; 0 = this GPU's, 80 where there is none
+world_size = 0           # ranks of a dry run; 0 = as launched
+step_seconds = 0.0       # of a dry run, which then prints MFU and hours; 0 = off
+gpu_tflops = 989.0       # dense bf16 peak that MFU refers to; an H100's or H200's
 
 config = configure(globals())
 
@@ -163,13 +167,14 @@ for key, known in choices.items():
     if config[key] not in known:
         stop(f"{key} = {config[key]!r}; known: {', '.join(map(repr, known))}")
 rules = {
-    "more than 0": (lambda x: x > 0, """batch_size log_interval tile_px global_px local_px mpps open_slides
+    "more than 0": (lambda x: x > 0, """batch_size log_interval gpu_tflops tile_px global_px local_px mpps open_slides
         tiles_per_visit student_temp teacher_temp teacher_temp_start eval_mpp mpp_range base_lr layer_decay
         mask_prob dino_hidden ibot_hidden dino_prototypes dino_bottleneck ibot_prototypes ibot_bottleneck local_scale
         global_scale"""),
-    "at least 0": (lambda x: x >= 0, """seed max_steps prefetch eval_interval save_interval keep_checkpoints keep_every
-        workers slide_mpp local_crops clip_grad warmup_steps freeze_last_layer teacher_temp_warmup schedule_steps
-        weight_decay jitter hed_nats rope_rescale mask_ratio betas max_bad_steps max_bad_tiles eval_share holdout"""),
+    "at least 0": (lambda x: x >= 0, """seed max_steps prefetch gpu_memory_gb world_size step_seconds eval_interval
+        save_interval keep_checkpoints keep_every workers slide_mpp local_crops clip_grad warmup_steps
+        freeze_last_layer teacher_temp_warmup schedule_steps weight_decay jitter hed_nats rope_rescale mask_ratio
+        betas max_bad_steps max_bad_tiles eval_share holdout"""),
     "at most 1": (lambda x: x <= 1, """tissue_share mask_prob mask_ratio global_scale local_scale hed_prob jitter_prob
         gray_prob blur_prob drop_path momentum momentum_end betas layer_decay eval_share holdout"""),
 }
@@ -199,6 +204,7 @@ for key, px in (("global_px", global_px), ("local_px", local_px)):
 grid = global_px // patch
 vit_config = model.replace(model.ARCHS[arch], pos_grid=grid, drop_path=drop_path, rope_rescale=rope_rescale)
 world, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+world = world_size if dry_run and world_size else world
 total_steps, images = schedule_steps or max_steps, batch_size * world  # images of all ranks in a step
 if kde != "none" and images < 2:
     stop("the spreading term compares images: batch_size times ranks must be at least 2, or kde = 'none'")
@@ -228,33 +234,21 @@ if fp8 != "off":
         stop(e)
 
 
-def budget():
-    """What a step costs on one rank, as text; memory in GB (1e9 bytes) is an estimate without CUDA's own 1-2 GB."""
+def cost():
+    """budget.report's text and remedy, None where it fits; without a GPU a dry run takes one of 80 GB."""
+    found = torch.cuda.is_available()
+    on_gpu = device != "cpu" and (found or dry_run)
+    memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if found else 80.0
     with torch.device("meta"):
-        backbone, dino_head, ibot_head = (sum(p.numel() for p in part.parameters()) for part in build().values())
-    tokens = [(px // patch) ** 2 + 1 + vit_config.registers for px in (global_px, local_px)]
-    crops = [2 * batch_size, local_crops * batch_size]
-    total = sum(b * n for b, n in zip(crops, tokens))
-    kept = sum(max(int(b * (1 - drop_path)), 1) * n for b, n in zip(crops, tokens))
-    cost = model.step_tflop(
-        vit_config, batch_size, global_px, local_px, local_crops, drop_path, head_sizes, masked_patches)
-    width, hidden = vit_config.embed_dim, vit_config.ffn_hidden * (4 if vit_config.ffn == "swiglu" else 2)
-    memory = {"parameters, gradients, AdamW, teacher": 20 * (backbone + dino_head + ibot_head) / world,
-              "activations": 2 * vit_config.depth * kept * (11 * width + hidden),
-              "logits": 8 * masked_patches * ibot_prototypes}  # and gradient in bf16, targets in fp32
-    return f"""{arch}: {backbone / 1e6:,.1f} M parameters, heads {(dino_head + ibot_head) / 1e6:,.1f} M
-batch: {batch_size} images x {world} ranks = {images}; {max_steps:,} steps are {max_steps * images / 1e6:,.2f} M images
-tokens: {crops[0]} x {tokens[0]} global + {crops[1]} x {tokens[1]} local = {total:,} a rank, {kept:,} of them in \
-each residual branch; {masked_patches:,} masked patches
-compute: {sum(cost.values()):.4g} TFLOP a step and rank ({", ".join(f"{k} {v:.4g}" for k, v in cost.items())})
-learning rate: {peak_lr:.4g} at its peak = {base_lr:g} x sqrt({images} / 1024)
-memory: {sum(memory.values()) / 1e9:.3g} GB a rank ({", ".join(f"{k} {v / 1e9:.3g}" for k, v in memory.items())})"""
+        return budget.report(config, vit_config, build(), world, 2 if on_gpu else 4,
+                             1e9 * (gpu_memory_gb or memory * on_gpu), peak_lr, head_sizes, masked_patches)
 
 
 if dry_run:
+    text, remedy = cost()
     if rank == 0:
-        print(budget())
-    sys.exit()
+        print(text)
+    sys.exit(remedy and f"train.py: {remedy}")
 if weights and not os.path.exists(weights):
     stop(f"weights: no file or folder {weights}")
 if weights and norm is None:
@@ -279,6 +273,9 @@ try:
     os.makedirs(out_dir, exist_ok=True)
 except (ValueError, OSError) as e:
     stop(e)
+text, remedy = cost()
+if remedy:
+    stop(remedy)
 
 # ---- set-up: processes, models, optimizer ---------------------------------------------------------------------------
 
@@ -355,12 +352,17 @@ def load_checkpoint():
 
 
 def export_teacher(step):
-    """out_dir/teacher/<step>.pth for load_backbone, gathered one tensor at a time into rank 0's memory."""
-    whole = dict(sharding.gathered(teacher["backbone"]))
-    if rank == 0:
+    """out_dir/teacher/<step>.pth for load_backbone, gathered to rank 0 tensor by tensor. ValueError if not written."""
+    whole, unfinished = dict(sharding.gathered(teacher["backbone"])), f"{out_dir}/teacher/unfinished"
+    if rank != 0:
+        return
+    try:
         os.makedirs(f"{out_dir}/teacher", exist_ok=True)
-        torch.save({"teacher": whole, "arch": arch, "step": step, "config": config}, f"{out_dir}/teacher/unfinished")
-        os.replace(f"{out_dir}/teacher/unfinished", f"{out_dir}/teacher/{step}.pth")
+        torch.save({"teacher": whole, "arch": arch, "step": step, "config": config}, unfinished)
+        os.replace(unfinished, f"{out_dir}/teacher/{step}.pth")
+    except (OSError, RuntimeError) as e:  # torch's own writer raises the latter where the disk is full
+        raise ValueError(f"{unfinished} could not be written ({checkpoint.one_line(e)}); the last checkpoint is whole: "
+                         "make room, then go on with --resume=true") from None
 
 
 def write_row(file, row):
@@ -414,7 +416,7 @@ if rank == 0:
 if bach_dir:
     pixels = pixels.to(dev)
     dist.broadcast(pixels, 0)
-say(f"{budget()}\ndata: {source.about}")
+say(f"{text}\ndata: {source.about}")
 
 
 def evaluate(step):
@@ -595,13 +597,15 @@ for step in range(progress["step"], max_steps):
         bar.set_postfix_str(text)
         if bar.disable:
             say(f"step {done}/{max_steps}: {text}")
-        write_row("metrics.jsonl", {**row, **(evaluate(done) if evaluating else {})})
+        # a signal leaves little time, a probe's point costs a minute or more
+        write_row("metrics.jsonl", {**row, **(evaluate(done) if evaluating and (last or not preempted) else {})})
         clock = {"start": time.time(), "step": done, "data": 0.0}
     if last or preempted or (save_interval and done % save_interval == 0):
         saving = time.time()
         check_steps()
-        export_teacher(done)
+        preempted = exchange() or preempted
         try:
+            export_teacher(done)
             saver.save(done, state())  # last: a run that resumes here has its export and its rows
             if last or preempted:
                 saver.finish()

@@ -2,8 +2,9 @@
 # run:      torchrun --nproc_per_node=8 train.py config/vit7b.py
 # result:   not run yet
 # Meta's constants of the pretraining (lr 2e-4 x sqrt(images / 1024), decay and momentum constant, clip 30), at 16
-# images a GPU as theirs, for 6.4 M tiles. Keeping products and attention only, and fp8, are theirs too; fp8 saves time,
-# not memory. A checkpoint is 112 GB, a teacher 27 GB: fewer of them.
+# images a GPU as theirs, for 6.4 M tiles; both warm-ups are 5,000 steps, where theirs are 100,000 of 1 M, and the
+# spreading term is this project's instead of KoLeo. Keeping products and attention only, and fp8, are theirs too; fp8
+# saves time, not memory. A checkpoint is 112 GB, a teacher 27 GB: fewer of them.
 from pathlib import Path
 
 exec(Path(__file__).with_name("vithplus.py").read_text())
@@ -11,8 +12,9 @@ out_dir = "out/vit7b"
 arch = "dinov3_vit7b16"
 weights = "data/weights/dinov3_vit7b16_pretrain_lvd1689m-a955f4ea.pth"
 batch_size = 16
-max_steps, warmup_steps, freeze_last_layer = 50_000, 5000, 5000
-save_interval = 5000
+max_steps = 50_000
+warmup_steps = teacher_temp_warmup = freeze_last_layer = 5000
+save_interval, keep_checkpoints, keep_every = 5000, 2, 0
 local_px = 112
 drop_path = 0.4
 base_lr, betas = 2e-4, (0.9, 0.99)
@@ -21,4 +23,3 @@ momentum = momentum_end = 0.994
 clip_grad = 30.0
 activation_checkpointing = "selective"
 fp8 = "on"
-compile = True

@@ -8,3 +8,4 @@ out_dir = "out/vitg"
 slides = "data/TCGA/**/*.svs"
 bach_dir = "data/BACH"
 weights = "data/weights/dinov2_vitg14_reg4_pretrain.pth"
+activation_checkpointing = "selective"  # all kept, 48 images do not fit 80 GB

@@ -17,16 +17,22 @@
 out=$(printf '%s\n' "$@" | sed -n 's/^--out_dir=//p' | tail -n 1)
 : "${out:?give --out_dir=...: from what lies there the job knows whether to resume}"
 resume=false
-ls -d "$out"/ckpt/[0-9]* >/dev/null 2>&1 && resume=true
+ls "$out"/ckpt/*/.metadata >/dev/null 2>&1 && resume=true
+if [ "$resume" = false ] && [ -d "$out" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+    mv "$out" "$out.begun-$SLURM_RESTART_COUNT"  # by this job, which ended before its first checkpoint
+fi
+trap : TERM  # a preemption may reach this shell too: it waits for the ranks
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=29500 OMP_NUM_THREADS=1
-srun --kill-on-bad-exit=1 bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) OMP_NUM_THREADS=1
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     exec python train.py "$@" --resume='"$resume" train.py "$@" || exit
 
 # all ranks have saved: at the end, or because a signal came
-python - "$out" <<'PY' || scontrol requeue "$SLURM_JOB_ID"
+left=$(python - "$out" <<'PY'
 import json, os, sys
 steps = [int(name) for name in os.listdir(f"{sys.argv[1]}/ckpt") if name.isdecimal()]
-sys.exit(max(steps) < json.load(open(f"{sys.argv[1]}/config.json"))["max_steps"])
+print(json.load(open(f"{sys.argv[1]}/config.json"))["max_steps"] - max(steps))
 PY
+)
+if [ "${left:-0}" -gt 0 ]; then scontrol requeue "$SLURM_JOB_ID"; fi

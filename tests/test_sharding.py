@@ -33,7 +33,7 @@ class Count(TorchDispatchMode):
 
 
 def gradients(net, c):
-    """(gradients, products and attentions computed in forward, in backward) of a multi-crop pass with drop path."""
+    """(gradients, products and attentions in forward, in backward, norms again) of a multi-crop pass with drop path."""
     torch.manual_seed(0)
     p = c.patch_size
     x = [torch.randn(10, 3, 4 * p, 4 * p), torch.randn(15, 3, 2 * p, 2 * p)]
@@ -44,7 +44,8 @@ def gradients(net, c):
     with Count() as backward:
         loss.backward()
     grads = {k: v.grad.clone() for k, v in net.named_parameters() if v.grad is not None}
-    return grads, *(sum(n for f, n in m.calls.items() if f in sharding.PRODUCTS) for m in (forward, backward))
+    norms = backward.calls[torch.ops.aten.native_layer_norm.default]
+    return grads, *(sum(n for f, n in m.calls.items() if f in sharding.PRODUCTS) for m in (forward, backward)), norms
 
 
 @FAMILIES
@@ -54,7 +55,8 @@ def test_activation_checkpointing_recomputes_what_it_says_and_gives_the_same_bit
     for mode, net in nets.items():
         net.load_state_dict(nets["none"].state_dict())
         sharding.checkpoint_activations(net.blocks, mode)
-    grads, forward, backward = zip(*(gradients(net, c) for net in nets.values()))
+    grads, forward, backward, norms = zip(*(gradients(net, c) for net in nets.values()))
+    assert norms == (0, 2 * c.depth, 2 * c.depth)  # elementwise work is not kept
     bit_equal(grads[0], grads[1])
     bit_equal(grads[0], grads[2])
     assert forward[0] == forward[1] == forward[2] >= 6 * c.depth
@@ -89,6 +91,39 @@ def test_a_run_is_the_same_to_the_bit_whatever_it_keeps_and_prefetches(tiles, tm
         bit_equal(first, other)
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_the_teacher_starts_as_the_student(given, tiles, tmp_path, monkeypatch):  # noqa: F811
+    torch.save(model.ViT(model.replace(model.ARCHS["toy"], pos_grid=4)).state_dict(), tmp_path / "weights.pth")
+    keys = dict(weights=tmp_path / "weights.pth" if given else "", max_steps=0, out_dir=tmp_path / "run")
+    run = train(monkeypatch, flags(tiles=tiles, **keys))
+    student, teacher = ({k: sharding.local(v) for k, v in run[net].state_dict().items()}
+                        for net in ("student", "teacher"))
+    bit_equal(student, teacher)
+    assert any(k.startswith("dino_head.") for k in student)
+    if given:
+        assert torch.equal(student["backbone.pos_embed"], torch.load(tmp_path / "weights.pth")["pos_embed"])
+
+
+def test_an_infinite_gradient_under_a_finite_loss_changes_nothing(tiles, tmp_path, monkeypatch):  # noqa: F811
+    start = weights(train(monkeypatch, flags(tiles=tiles, max_steps=0, out_dir=tmp_path / "start")))
+    clip = model.clip_gradients
+
+    def spoil(student, max_norm):
+        sharding.local(student["dino_head"].mlp[0].weight.grad)[0, 0] = float("inf")
+        return clip(student, max_norm)
+    monkeypatch.setattr(model, "clip_gradients", spoil)
+    run = train(monkeypatch, flags(tiles=tiles, max_steps=1, out_dir=tmp_path / "spoilt"))
+    bit_equal(start, weights(run))
+    assert run["progress"]["bad_steps"] == 1 and torch.isfinite(torch.tensor(rows(tmp_path / "spoilt")[-1]["loss"]))
+
+
+def test_blocks_ahead_are_named_to_fsdp_nearest_first(mesh):
+    net = sharded(model.replace(V2, depth=4), mesh, prefetch=2)
+    states = [block._get_fsdp_state() for block in net["backbone"].blocks]
+    assert [s._states_to_forward_prefetch for s in states] == [states[1:3], states[2:4], states[3:], []]
+    assert [s._states_to_backward_prefetch for s in states] == [[], states[:1], states[1::-1], states[2:0:-1]]
+
+
 @pytest.fixture
 def mesh():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -96,10 +131,10 @@ def mesh():
     dist.destroy_process_group()
 
 
-def sharded(c, mesh):
+def sharded(c, mesh, prefetch=1):
     with torch.device("meta"):
         net = torch.nn.ModuleDict({"backbone": model.ViT(c), "dino_head": model.DINOHead(64, 32, 16, 8)})
-    sharding.shard(net, mesh, bf16=False, trained=True)
+    sharding.shard(net, mesh, bf16=False, trained=True, prefetch=prefetch)
     return net
 
 
