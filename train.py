@@ -100,6 +100,7 @@ mask_prob = 0.5          # share of global crops with masked patches for iBOT
 mask_ratio = (0.1, 0.45) # share of masked patches, stratified over the masked crops
 # ---- model ----------------------------------------------------------------------------------------------------------
 arch = "dinov2_vitg14_reg"  # a name in model.ARCHS
+depth = 0                # blocks; 0 = the architecture's. A slice of a large one, for benchmarks on one GPU
 weights = ""             # to start from: released DINOv2 or DINOv3, its Hugging Face folder, a teacher; "" = random
 pos_embed_init = "resample"  # of a learned position table, from the file's grid; "random" is what OpenMidnight released
 drop_path = 0.4          # share of the crops that skip a residual branch; the same in every block
@@ -171,8 +172,8 @@ rules = {
         tiles_per_visit student_temp teacher_temp teacher_temp_start eval_mpp mpp_range base_lr layer_decay
         mask_prob dino_hidden ibot_hidden dino_prototypes dino_bottleneck ibot_prototypes ibot_bottleneck local_scale
         global_scale"""),
-    "at least 0": (lambda x: x >= 0, """seed max_steps prefetch gpu_memory_gb world_size step_seconds eval_interval
-        save_interval keep_checkpoints keep_every workers slide_mpp local_crops clip_grad warmup_steps
+    "at least 0": (lambda x: x >= 0, """seed depth max_steps prefetch gpu_memory_gb world_size step_seconds
+        eval_interval save_interval keep_checkpoints keep_every workers slide_mpp local_crops clip_grad warmup_steps
         freeze_last_layer teacher_temp_warmup schedule_steps weight_decay jitter hed_nats rope_rescale mask_ratio
         betas max_bad_steps max_bad_tiles eval_share holdout"""),
     "at most 1": (lambda x: x <= 1, """tissue_share mask_prob mask_ratio global_scale local_scale hed_prob jitter_prob
@@ -202,7 +203,8 @@ for key, px in (("global_px", global_px), ("local_px", local_px)):
     if px % patch:
         stop(f"{key} = {px} is no multiple of {arch}'s patch of {patch}; nearest: {max(round(px / patch), 1) * patch}")
 grid = global_px // patch
-vit_config = model.replace(model.ARCHS[arch], pos_grid=grid, drop_path=drop_path, rope_rescale=rope_rescale)
+vit_config = model.replace(model.ARCHS[arch], pos_grid=grid, drop_path=drop_path, rope_rescale=rope_rescale,
+                           depth=depth or model.ARCHS[arch].depth)
 world, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
 world = world_size if dry_run and world_size else world
 total_steps, images = schedule_steps or max_steps, batch_size * world  # images of all ranks in a step
@@ -358,7 +360,8 @@ def export_teacher(step):
         return
     try:
         os.makedirs(f"{out_dir}/teacher", exist_ok=True)
-        torch.save({"teacher": whole, "arch": arch, "step": step, "config": config}, unfinished)
+        name = None if depth else arch
+        torch.save({"teacher": whole, "arch": name, "step": step, "config": config}, unfinished)
         os.replace(unfinished, f"{out_dir}/teacher/{step}.pth")
     except (OSError, RuntimeError) as e:  # torch's own writer raises the latter where the disk is full
         raise ValueError(f"{unfinished} could not be written ({checkpoint.one_line(e)}); the last checkpoint is whole: "
@@ -593,6 +596,7 @@ for step in range(progress["step"], max_steps):
                **{f"grad_norm_{k}": v for k, v in zip(student, norms.tolist())}, "teacher_temp": temp, "wd": wd,
                "images_per_s": round(steps * images / seconds, 2), "data_wait": round(clock["data"] / seconds, 3),
                "bad_steps": progress["bad_steps"], "bad_tiles": len(bad_tiles)}
+        row |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if dev == "cuda" else {}
         text = f"loss {row['loss']:.4f}, gradient {row['grad_norm']:.2f}, {row['images_per_s']:.1f} images/s"
         bar.set_postfix_str(text)
         if bar.disable:

@@ -1,0 +1,97 @@
+"""train.py's step on a GPU: bf16 near the CPU's fp32, no wait for a result, what it holds. Skipped without one."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import test_sharding
+from test_train import bit_equal, flags, rows, tiles, train, weights  # noqa: F401 (tiles is a fixture)
+
+import data
+import model
+import sharding
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def test_losses_are_near_those_of_the_cpu(tiles, tmp_path, monkeypatch):  # noqa: F811
+    keys = dict(tiles=tiles, drop_path=0.0, max_steps=4)  # crops are drawn on the CPU; drop path is not
+    losses = []
+    for device in ("cpu", "cuda"):
+        train(monkeypatch, flags(**keys, device=device, out_dir=tmp_path / device))
+        losses.append([row["loss"] for row in rows(tmp_path / device)[1:]])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)  # first weights differ: another generator draws them
+
+
+@pytest.mark.parametrize("keys", [{}, dict(centering="softmax", kde="koleo", hed="openmidnight", clip_grad=0),
+                                  dict(activation_checkpointing="selective", fp8="force", compile="true")])
+def test_a_step_waits_for_no_result(keys, tiles, tmp_path, monkeypatch):  # noqa: F811
+    """CUDA's alarm is on from step 3's batch to its average; compiling, which waits, is over by then."""
+    batch, average = data.Batches.__getitem__, model.update_ema
+
+    def made(self, step):
+        out = batch(self, step)
+        torch.cuda.set_sync_debug_mode("error" if step == 3 else "default")
+        return out
+
+    def averaged(*args):
+        average(*args)
+        torch.cuda.set_sync_debug_mode("default")
+    monkeypatch.setattr(data.Batches, "__getitem__", made)
+    monkeypatch.setattr(model, "update_ema", averaged)
+    try:
+        keys = dict(keys, tiles=tiles, device="cuda", max_steps=5, log_interval=100, out_dir=tmp_path / "a")
+        train(monkeypatch, flags(**keys))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("c", [test_sharding.V2, test_sharding.V3], ids=["dinov2", "dinov3"])
+def test_activation_checkpointing_gives_the_same_bits(c, monkeypatch):
+    monkeypatch.setattr(torch, "randn", lambda *a, real=torch.randn: real(*a).cuda())
+    monkeypatch.setattr(torch, "rand", lambda *a, real=torch.rand: real(*a).cuda())
+    first = model.ViT(c).state_dict()
+    grads = []
+    for mode in sharding.CHECKPOINTING:
+        net = model.ViT(c).cuda()
+        net.load_state_dict(first)
+        sharding.checkpoint_activations(net.blocks, mode)
+        grads.append(test_sharding.gradients(net, c)[0])
+    for other in grads[1:]:
+        for k, v in grads[0].items():
+            torch.testing.assert_close(other[k], v, rtol=1e-5, atol=1e-6)  # atomics sum in any order
+
+
+def test_a_resume_goes_on_as_if_nothing_had_been(tiles, tmp_path, monkeypatch):  # noqa: F811
+    keys = dict(tiles=tiles, device="cuda", schedule_steps=6, save_interval=3)
+    straight = train(monkeypatch, flags(**keys, max_steps=6, out_dir=tmp_path / "a"))
+    train(monkeypatch, flags(**keys, max_steps=3, out_dir=tmp_path / "b"))
+    resumed = train(monkeypatch, flags(**keys, max_steps=6, out_dir=tmp_path / "b", resume="true"))
+    for k, v in weights(straight).items():
+        torch.testing.assert_close(weights(resumed)[k], v, rtol=1e-3, atol=1e-5)
+
+
+def test_an_export_holds_one_whole_tensor_more(tiles, tmp_path, monkeypatch):  # noqa: F811
+    gathered, extra = sharding.gathered, []
+
+    def watched(module):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        yield from gathered(module)
+        extra.append(torch.cuda.max_memory_allocated() - before)
+    monkeypatch.setattr(sharding, "gathered", watched)
+    run = train(monkeypatch, flags(tiles=tiles, device="cuda", out_dir=tmp_path / "a"))
+    largest = max(p.numel() * 4 for p in run["teacher"]["backbone"].parameters())
+    assert extra and max(extra) <= 1.01 * largest
+
+
+def test_the_dry_run_predicts_the_peak(tiles, tmp_path, monkeypatch, capsys):  # noqa: F811
+    keys = dict(arch="dinov2_vitl14_reg", depth=6, tiles=tiles, device="cuda", global_px=224, local_px=98,
+                local_crops=8, batch_size=8, max_steps=3)
+    for mode in sharding.CHECKPOINTING:
+        torch.cuda.reset_peak_memory_stats()
+        train(monkeypatch, flags(**keys, activation_checkpointing=mode, out_dir=tmp_path / mode))
+        total = float(capsys.readouterr().out.split("\ntotal ")[1].split()[0]) - 2  # PyTorch does not count CUDA's own
+        assert rows(tmp_path / mode)[-1]["peak_gb"] == pytest.approx(total, rel=0.1), mode
