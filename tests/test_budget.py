@@ -1,6 +1,7 @@
 """The dry run's memory against what a CPU's allocator hands out in real steps of train.py, and what it refuses."""
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -127,3 +128,19 @@ def test_a_dry_run_of_ranks_that_are_not_there_shards_over_them():
     one, eight = (dry_run("config/vitg.py", f"--world_size={n}", "--gpu_memory_gb=200").stdout for n in (1, 8))
     assert "parameters 4.94, optimizer 9.88, teacher 4.94" in one and "parameters 0.619, optimizer 1.24" in eight
     assert json.loads(eight.split("checkpoint: ")[1].split(" GB")[0]) == pytest.approx(16 * 1.2349, rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_readme_s_table_is_what_the_dry_run_says():
+    row = r"^\| (\w+\.py), (\d+) images.* \| ([\d.]+), (\d+) more if full" + 3 * r" \| ([^|]*)" + r" \| ([\d.]+) GB"
+    table = re.findall(row, (ROOT / "README.md").read_text(), re.M)
+    assert len(table) == 3
+    for config, images, tflop, more, *modes, saved in table:
+        said = dry_run(f"config/{config}", "--world_size=8", "--activation_checkpointing=full").stdout
+        for part in (f"batch: {images} images x 8", f"compute: {tflop} TFLOP", f"checkpoint: {saved} GB"):
+            assert part in said, (part, said)
+        assert f"{float(more):.0f}" == f"{float(re.search(r'; ([0-9.]+) more', said)[1]):.0f}"
+        none, selective, full = (m.strip(" *") for m in modes)
+        assert f"none {none}   selective {selective}   full {full}" in said, said
+        chosen = re.search(r"^total ([\d.]+)", dry_run(f"config/{config}", "--world_size=8").stdout, re.M)[1]
+        assert f"**{chosen}**" in modes, (chosen, modes)
