@@ -111,7 +111,8 @@ def remedy(k, c, net, world, e, limit, tflop):
     """The cheapest change after which it fits, as text: what is kept, then images, then ranks; None if it fits."""
     if not limit or (held := total(k, c, net, world, e)) <= limit:
         return None
-    text, now = f"does not fit: {held / 1e9:.1f} of {limit / 1e9:g} GB a GPU; ", k["activation_checkpointing"]
+    text = f"does not fit: {held / 1e9:.1f} of {limit / 1e9:.3g} GB a GPU (gpu_memory_gb); "
+    now = k["activation_checkpointing"]
     for mode, more in (("selective", "elementwise work once more"), ("full", f"{tflop:.3g} TFLOP more a step")):
         if MODES.index(mode) > MODES.index(now) and (held := total(k, c, net, world, e, mode)) <= limit:
             return text + f"--activation_checkpointing={mode} needs {held / 1e9:.1f} GB ({more})"
@@ -153,7 +154,7 @@ def report(k, c, net, world, e, limit, peak_lr, heads, masked):
               + ", ".join(f"{name} {v / 1e9:.3g}" for name, v in held.items()),
               f"memory by activation_checkpointing: {modes}"
               + ("; torch.compile keeps less than none says, it is not modelled" if k["compile"] else "")]
-    rest = f" of {limit / 1e9:g} GB: {(limit - sum(held.values())) / 1e9:.3g} left for fragments" if limit else ""
+    rest = f" of {limit / 1e9:.3g} GB: {(limit - sum(held.values())) / 1e9:.3g} left for fragments" if limit else ""
     lines += [f"total {sum(held.values()) / 1e9:.3g}{rest}",
               f"checkpoint: {16e-9 * all_parts:.3g} GB, {16e-9 * all_parts / world:.3g} a rank, whose copy to the host "
               f"takes {16 * all_parts / world / HOST_COPY:.2g} s or more; a teacher is {4e-9 * backbone:.3g} GB"]

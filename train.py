@@ -480,8 +480,10 @@ def spreading(cls):
 
 
 def exchange():
-    """What other ranks must hear of, at log points: unreadable tiles, of which each file is named once and too many
-    stop the run; whether a signal has reached any."""
+    """
+    What ranks must hear of each other, at log points and saves: unreadable tiles, of which each file is named once and
+    too many stop the run. Returns whether a signal has reached any.
+    """
     everyone = [None] * world
     dist.all_gather_object(everyone, (bad_messages, len(signals)))
     bad_messages.clear()
@@ -496,7 +498,7 @@ def exchange():
 
 
 def check_steps():
-    """At log points: how many steps were skipped, and whether these are too many."""
+    """How many steps were skipped since the last look, and whether these are too many."""
     new, progress["bad_steps"] = bad_steps.item() - progress["bad_steps"], bad_steps.item()
     if new:
         say(f"step {progress['step']}: loss or gradient was not finite in {new} steps since the last row, which were "
