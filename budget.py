@@ -118,10 +118,10 @@ def remedy(k, c, net, world, e, limit, tflop):
             return text + f"--activation_checkpointing={mode} needs {held / 1e9:.1f} GB ({more})"
     fitting = [b for b in range(2, k["batch_size"]) if total(k, c, net, world, e, "full", batch_size=b) <= limit]
     if fitting:
-        return text + f"--activation_checkpointing=full --batch_size={fitting[-1]} does ({more})"
+        return text + f"--activation_checkpointing=full --batch_size={fitting[-1]} does (blocks are computed twice)"
     for ranks in range(8 * (world // 8 + 1), 1025, 8):
         if total(k, c, net, ranks, e, "full") <= limit:
-            return text + f"{ranks} ranks with --activation_checkpointing=full do, no fewer"
+            return text + f"{ranks} ranks with --activation_checkpointing=full do"
     return text + "nor does it on 1024 ranks: another arch, or a smaller global_px"
 
 

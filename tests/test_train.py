@@ -1,8 +1,10 @@
 """train.py as a program: what it computes, what it refuses, and what survives a stop."""
 import json
+import math
 import os
 import re
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -559,3 +561,22 @@ def test_twenty_steps_on_real_slides(tmp_path, monkeypatch):
     assert rows(tmp_path / "a")[-1]["step"] == 20 and run["progress"]["bad_steps"] == 0
     bad = "\n".join(run["bad_tiles"].values())
     assert "tcga-cr" in bad and "mpp" in bad and "fluorescence" in bad and "CMU" not in bad and "cmu" not in bad
+
+
+def test_what_went_wrong_between_two_rows_is_in_the_checkpoint(tiles, tmp_path, monkeypatch):
+    """The bug: skipped steps and unreadable tiles that are only counted at log points, lost by a resume."""
+    batch = data.Batches.__getitem__
+
+    def spoilt(self, step):
+        out = batch(self, step)
+        return out | dict(mask_weights=out["mask_weights"] * math.nan, bad=["x.png: no image"]) if step == 1 else out
+    monkeypatch.setattr(data.Batches, "__getitem__", spoilt)
+    keys = dict(tiles=tiles, log_interval=100, save_interval=3, max_steps=6)
+    straight = train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/ckpt/6")
+    resumed = train(monkeypatch, flags(**keys, out_dir=tmp_path / "b", resume="true"))
+    for run in (straight, resumed):
+        assert run["progress"]["bad_steps"] == run["bad_steps"].item() == 1 and list(run["bad_tiles"]) == ["x.png"]
+    bit_equal(weights(straight), weights(resumed))
+    assert rows(tmp_path / "b")[-1]["bad_steps"] == rows(tmp_path / "b")[-1]["bad_tiles"] == 1
