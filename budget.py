@@ -108,7 +108,10 @@ def total(*args, **changes):
 
 
 def remedy(k, c, net, world, e, limit, tflop):
-    """The cheapest change after which it fits, as text: what is kept, then images, then ranks; None if it fits."""
+    """
+    A change after which it fits, as text, None if it fits: what is kept, which changes no result, then fewer images,
+    then more ranks.
+    """
     if not limit or (held := total(k, c, net, world, e)) <= limit:
         return None
     text = f"does not fit: {held / 1e9:.1f} of {limit / 1e9:.3g} GB a GPU (gpu_memory_gb); "
@@ -122,7 +125,7 @@ def remedy(k, c, net, world, e, limit, tflop):
     for ranks in range(8 * (world // 8 + 1), 1025, 8):
         if total(k, c, net, ranks, e, "full") <= limit:
             return text + f"{ranks} ranks with --activation_checkpointing=full do"
-    return text + "nor does it on 1024 ranks: another arch, or a smaller global_px"
+    return text + "nor does it on 1024 ranks: a smaller batch_size and more ranks, or another arch"
 
 
 def report(k, c, net, world, e, limit, peak_lr, heads, masked):

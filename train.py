@@ -627,5 +627,6 @@ for step in range(progress["step"], max_steps):
 
 # ---- finish ---------------------------------------------------------------------------------------------------------
 bar.close()
-say(f"done: {progress['step']} steps, {out_dir}")
+if progress["step"] == max_steps:
+    say(f"done: {max_steps} steps, {out_dir}")
 dist.destroy_process_group()

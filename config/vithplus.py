@@ -2,8 +2,8 @@
 # run:      torchrun --nproc_per_node=8 train.py config/vithplus.py
 # result:   not run yet
 # The constants of its vith16plus_8gpus_localsvs.yaml: at 8 x 56 images lr is 5.29e-4; schedules are cut at 250,000 of
-# 10 M steps, so that they are as good as constant after the warm-up. Compiled as theirs, which keeps all activations on
-# 80 GB; the dry run puts that at 77 GB without knowing what compiling saves, so vitg.py's "selective" stays: 45 GB.
+# 10 M steps, so that they are as good as constant after the warm-up. Compiled as theirs. Theirs keeps all activations,
+# for which the dry run says 77 of 80 GB, not knowing what compiling saves; here vitg.py's "selective" stays: 45 GB.
 from pathlib import Path
 
 exec(Path(__file__).with_name("vitg.py").read_text())
