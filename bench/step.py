@@ -80,7 +80,7 @@ def measure(case, mode, folder):
 if __name__ == "__main__":
     configure(globals())
     if case not in ("", *FLAGS) or steps < 2:
-        raise SystemExit(f"bench/step.py: case = {case!r}, steps = {steps}: one of {', '.join(FLAGS)}; at least 2 steps")
+        raise SystemExit(f"bench/step.py: case = {case!r}, steps = {steps}: one of {', '.join(FLAGS)}; 2 or more")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     if device == "cuda":
         if not torch.cuda.is_available():
