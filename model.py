@@ -67,6 +67,8 @@ ARCHS["dinov3_vith16plus"] = _dinov3(1280, 32, 20, "swiglu", 5120)
 ARCHS["dinov3_vit7b16"] = _dinov3(4096, 40, 32, "swiglu", 8192, qkv_bias=False, local_cls_norm=True)
 ARCHS["toy"] = ViTConfig(14, 128, 4, 2, "mlp", 512, registers=4, pos_grid=16, layerscale=1.0)  # minutes on two cores
 
+POS_INTERP = {"": {}, "offset": weight_files.OFFSET}  # train.py's key
+
 # ---- normalisation of the input -------------------------------------------------------------------------------------
 
 NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # mean and std; Meta's released backbones
@@ -648,6 +650,20 @@ def cosine_schedule(step, base, final, total, warmup=0, start=0.0):
     if step >= total:
         return final
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def schedules(step, c, peak_lr):
+    """
+    What changes with the step, by train.py's keys `c`: {"lr", "last_layer_lr" (of the heads' prototypes), "wd",
+    "momentum", "teacher_temp"}, DINOv2's rules; golden/schedules.npz holds them for OpenMidnight's current recipe.
+    """
+    total, temp = c["schedule_steps"] or c["max_steps"], c["teacher_temp"]
+    lr = cosine_schedule(step, peak_lr, c["min_lr"], total, c["warmup_steps"])
+    warm = c["teacher_temp_warmup"]
+    return {"lr": lr, "last_layer_lr": 0.0 if step < c["freeze_last_layer"] else lr,
+            "wd": cosine_schedule(step, c["weight_decay"], c["weight_decay_end"], total),
+            "momentum": cosine_schedule(step, c["momentum"], c["momentum_end"], total),
+            "teacher_temp": cosine_schedule(step, temp, temp, warm, warm, c["teacher_temp_start"])}
 
 
 # ---- weight files ---------------------------------------------------------------------------------------------------

@@ -103,6 +103,7 @@ arch = "dinov2_vitg14_reg"  # a name in model.ARCHS
 depth = 0                # blocks; 0 = the architecture's. A slice of a large one, for benchmarks on one GPU
 weights = ""             # to start from: released DINOv2 or DINOv3, its Hugging Face folder, a teacher; "" = random
 pos_embed_init = "resample"  # of a learned position table, from the file's grid; "random" is what OpenMidnight released
+pos_interp = ""          # of that table to other grids: "" = as Meta's model; "offset" = 0.1 off, no antialias (released)
 drop_path = 0.4          # share of the crops that skip a residual branch; the same in every block
 rope_rescale = 0.0       # DINOv3's training augmentation of positions is 2.0; 0 = off
 head_weight_norm = True  # DINOv2's last layer; False is DINOv3's
@@ -161,7 +162,7 @@ def stop(message):
 if arch not in model.ARCHS:
     stop(f"unknown arch '{arch}'; known: {', '.join(model.ARCHS)}")
 choices = {"kde": ("uniformity", "openmidnight", "koleo", "none"), "hed": ("od", "openmidnight"),
-           "centering": ("sinkhorn", "softmax"), "pos_embed_init": ("resample", "random"),
+           "centering": ("sinkhorn", "softmax"), "pos_embed_init": ("resample", "random"), "pos_interp": ("", "offset"),
            "device": ("", "cuda", "cpu"), "fp8": ("off", "on", "force"),
            "activation_checkpointing": sharding.CHECKPOINTING}
 for key, known in choices.items():
@@ -204,10 +205,10 @@ for key, px in (("global_px", global_px), ("local_px", local_px)):
         stop(f"{key} = {px} is no multiple of {arch}'s patch of {patch}; nearest: {max(round(px / patch), 1) * patch}")
 grid = global_px // patch
 vit_config = model.replace(model.ARCHS[arch], pos_grid=grid, drop_path=drop_path, rope_rescale=rope_rescale,
-                           depth=depth or model.ARCHS[arch].depth)
+                           depth=depth or model.ARCHS[arch].depth, **model.POS_INTERP[pos_interp])
 world, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
 world = world_size if dry_run and world_size else world
-total_steps, images = schedule_steps or max_steps, batch_size * world  # images of all ranks in a step
+images = batch_size * world  # of all ranks in a step
 if kde != "none" and images < 2:
     stop("the spreading term compares images: batch_size times ranks must be at least 2, or kde = 'none'")
 peak_lr = base_lr * math.sqrt(images / 1024)
@@ -479,6 +480,12 @@ def spreading(cls):
     return sum(form(x, kde_kappa) for x in cls.chunk(2))
 
 
+def crowding(cls):
+    """Signs of collapse (eval_bach.spread) in the student's class tokens (2B, D) of this rank's masked global crops."""
+    found = eval_bach.spread(cls.detach().float().cpu()) if cls.isfinite().all() else {}
+    return {"cls_rank": found.get("effective_rank", math.nan), "cls_cosine": found.get("mean_cosine", math.nan)}
+
+
 def exchange():
     """
     What ranks must hear of each other, at log points and saves: unreadable tiles, of which each file is named once and
@@ -537,13 +544,10 @@ gc.disable()  # ranks that collect at different times wait for each other
 for step in range(progress["step"], max_steps):
     torch.manual_seed(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0].item())  # drop path, rope
     # schedules
-    lr = model.cosine_schedule(step, peak_lr, min_lr, total_steps, warmup_steps)
-    wd = model.cosine_schedule(step, weight_decay, weight_decay_end, total_steps)
-    temp = model.cosine_schedule(
-        step, teacher_temp, teacher_temp, teacher_temp_warmup, teacher_temp_warmup, teacher_temp_start)
+    now = model.schedules(step, config, peak_lr)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0 if group["last_layer"] and step < freeze_last_layer else lr * group["lr_scale"]
-        group["weight_decay"] = wd * group["wd_scale"]
+        group["lr"] = now["last_layer_lr" if group["last_layer"] else "lr"] * group["lr_scale"]
+        group["weight_decay"] = now["wd"] * group["wd_scale"]
     # batch: crop-major, B images, L local crops, M masked patches
     waited = time.time()
     batch = next(batches)
@@ -557,8 +561,9 @@ for step in range(progress["step"], max_steps):
     # teacher: unmasked global crops
     with torch.no_grad():
         seen = teacher["backbone"](crops[0])
-        dino_targets = targets(teacher["dino_head"](seen["cls"]), "dino", temp)  # (2B, K)
-        ibot_targets = targets(teacher["ibot_head"](seen["patches"].flatten(0, 1)[masked]), "ibot", temp)  # (M, K)
+        dino_targets = targets(teacher["dino_head"](seen["cls"]), "dino", now["teacher_temp"])  # (2B, K)
+        ibot_targets = targets(  # (M, K)
+            teacher["ibot_head"](seen["patches"].flatten(0, 1)[masked]), "ibot", now["teacher_temp"])
     # student: masked global crops, local crops
     out = student["backbone"](crops, [masks, None][: len(crops)])
     logits = student["dino_head"](torch.cat([o["cls"] for o in out]))  # ((2 + L) * B, K)
@@ -579,7 +584,7 @@ for step in range(progress["step"], max_steps):
     optimizer.found_inf = (~finite).float()  # by which fused AdamW leaves weights and moments as they were
     optimizer.step()
     centers.update({head: torch.where(finite, center, centers[head]) for head, center in next_centers.items()})
-    model.update_ema(teacher, student, model.cosine_schedule(step, momentum, momentum_end, total_steps), finite)
+    model.update_ema(teacher, student, now["momentum"], finite)
     bad_steps += ~finite
     optimizer.zero_grad()
     bad_messages += batch["bad"]
@@ -594,8 +599,9 @@ for step in range(progress["step"], max_steps):
         preempted = exchange()
         seconds, steps = max(time.time() - clock["start"], 1e-9), done - clock["step"]
         row = dict(zip(("loss", "dino", "ibot", "kde"), (terms / world).tolist()))
-        row = {"step": done, **row, "grad_norm": norms.square().sum().sqrt().item(), "lr": lr,
-               **{f"grad_norm_{k}": v for k, v in zip(student, norms.tolist())}, "teacher_temp": temp, "wd": wd,
+        row = {"step": done, **row, "grad_norm": norms.square().sum().sqrt().item(), "lr": now["lr"],
+               **{f"grad_norm_{k}": v for k, v in zip(student, norms.tolist())}, "teacher_temp": now["teacher_temp"],
+               "wd": now["wd"], **crowding(out[0]["cls"]),
                "images_per_s": round(steps * images / seconds, 2), "data_wait": round(clock["data"] / seconds, 3),
                "bad_steps": progress["bad_steps"], "bad_tiles": len(bad_tiles)}
         row |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if dev == "cuda" else {}

@@ -20,6 +20,7 @@ import zipfile
 import torch
 
 MODELS = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+OFFSET = {"pos_antialias": False, "pos_offset": 0.1}  # how DINOv2 without registers and OpenMidnight's release resample
 HEAD = re.compile(r"classifier\.(weight|bias)")  # of transformers' ForImageClassification: no part of the backbone
 NAMES = [  # applied in this order; of two alternatives the first is what the hub's files hold, as written before 5.x
     (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
@@ -46,12 +47,15 @@ def is_hugging_face(path):
 def read(path):
     """
     (state dict under released names, arch stored in the file or None, {ViTConfig field: value} that a Hugging Face
-    model states besides its shapes, None for a .pth). Raises ValueError naming the file.
+    model, or a teacher trained with pos_interp, states besides its shapes, else None). Raises ValueError naming the file.
     """
     if is_hugging_face(path):
         state, told = read_transformers(path)
         return state, None, told
-    return *unwrap(path, read_pth(path)), None
+    data = read_pth(path)
+    state, arch = unwrap(path, data)
+    offset = "pos_embed" in state and stored_config(data).get("pos_interp") == "offset"
+    return state, arch, OFFSET if offset else None
 
 
 def norm(path):
@@ -60,8 +64,7 @@ def norm(path):
     preprocessor_config.json beside it: its pixels may be Meta's or Midnight's.
     """
     if not is_hugging_face(path):
-        c = read_pth(path).get("config") if os.path.isfile(path) else None
-        c = c if isinstance(c, dict) else {}
+        c = stored_config(read_pth(path)) if os.path.isfile(path) else {}
         return (c["norm_mean"], c["norm_std"]) if {"norm_mean", "norm_std"} <= c.keys() else c.get("norm")
     file, config = beside(path, "preprocessor_config.json")
     if config is None or not config.get("do_normalize", True) or not {"image_mean", "image_std"} <= config.keys():
@@ -88,6 +91,11 @@ def read_pth(path):
         raise ValueError(f"{path}: not a file of plain tensors, and weights_only=True refuses any other ({reason}); "
                          "fetch it again, or save its state dict alone") from None
     return data if isinstance(data, dict) else {}
+
+
+def stored_config(data):
+    """train.py's keys in what read_pth gave, {} where there are none."""
+    return c if isinstance(c := data.get("config"), dict) else {}
 
 
 def unwrap(path, data):

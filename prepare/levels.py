@@ -1,0 +1,65 @@
+"""
+A sample list as OpenMidnight's: from each pyramid level of each slide a random tile with tissue, again and again.
+
+    python prepare/levels.py --slides='data/TCGA/**/*.svs' --out=data/levels.txt --passes=1000
+    python prepare/levels.py --slides='data/toy/slides/*' --out=data/toy/levels.txt --tile_px=128     # the toy's twin
+
+Lines `path x y level`: paths as the glob gives them, x y is the corner in level-0 pixels, uniform over the slide, tile_px pixels are read at the level,
+and the first of `draws` places is taken of which `tissue_share` passes Midnight's HSV rule, if there is one. So every
+level of every slide has an equal share of the tiles, whatever its um/px: 1, 4, 16 and 32 times shrunk in a TCGA file,
+where train.py's `mpps` asks for sizes. Its authors let it run to 29 million lines; train.py --sample_list=FILE reads it.
+"""
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import wsi
+from configurator import configure
+
+slides = ""         # glob of whole-slide images
+out = ""            # the list; must not exist
+passes = 100        # tiles of each level of each slide
+tile_px = 224
+draws = 1000        # places tried for one tile
+tissue_share = 0.6
+seed = 0
+
+
+def lines(slide, number, passes):
+    """A text `path x y level` for each level that has a tile with enough tissue, `passes` times."""
+    rng = np.random.default_rng((seed, number))
+    high = np.maximum(np.subtract(slide.dimensions, tile_px), 0) + 1  # as theirs: level-0 pixels at whatever level
+    for _ in range(passes):
+        for level in range(len(slide.level_mpp)):
+            for x, y in rng.integers(high, size=(draws, 2)).tolist():
+                if wsi.tissue_share(slide.read_level(x, y, tile_px, level)) > tissue_share:
+                    yield f"{slide.path} {x} {y} {level}\n"
+                    break
+
+
+def main():
+    if not slides or not out or os.path.exists(out):
+        raise ValueError(f"give --slides='*.svs' and an --out=FILE that does not exist yet (out = {out!r})")
+    paths, written = wsi.expand(slides, "slides"), 0
+    with open(f"{out}.unfinished", "w") as file:
+        for number, path in enumerate(tqdm(paths, "slides", unit="slide")):
+            try:
+                for line in lines(wsi.Slide(path, mpp=1.0), number, passes):  # levels are numbers here, their um/px is not
+                    file.write(line)
+                    written += 1
+            except (wsi.SlideError, OSError) as e:
+                tqdm.write(f"left out: {e}")
+    os.replace(f"{out}.unfinished", out)
+    print(f"{out}: {written:,} tiles of {len(paths):,} slides")
+
+
+if __name__ == "__main__":
+    configure(globals())
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"levels: {e}")
