@@ -31,6 +31,7 @@ FLOOR = 0.02  # all seeds meet the same 132 images: a smaller difference is no e
 # 97.5 % quantiles of Student's t at 1, 2, ... degrees of freedom (NIST handbook 1.3.6.7.2). Two groups of three seeds
 # have 4, where a factor of 2 would call 12 % of the pairs different that are not; one group of three has 2, and 18 %
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+LINES = ("-", "--", ":")
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9".split()  # Okabe and Ito 2008, without yellow
 
 
@@ -43,6 +44,7 @@ class Run(NamedTuple):
     speed: float     # images/s; nan = not stated
     step: int        # the last that was logged
     age: float       # seconds since the last row was written
+    crowding: dict   # {step: (cls_rank, cls_cosine)} of metrics.jsonl: the student's class tokens in a batch
 
 
 class Group(NamedTuple):
@@ -97,8 +99,9 @@ def load_run(folder):
     speeds = [row["images_per_s"] for row in metrics if row.get("images_per_s")][1:]
     size = round(last["images"] / last["step"], 3) if last["step"] and last.get("images") else None
     age = time.time() - max(os.path.getmtime(path) for path in paths if os.path.isfile(path))
+    crowding = {row["step"]: (row["cls_rank"], row["cls_cosine"]) for row in metrics if row.get("cls_rank")}
     return Run(folder, rows, config, setting, size, statistics.median(speeds or [math.nan]),
-               max(row["step"] for row in [last, *metrics[-1:]]), max(age, 0))
+               max(row["step"] for row in [last, *metrics[-1:]]), max(age, 0), crowding)
 
 
 def same_size(a, b):
@@ -185,14 +188,19 @@ def count(n):
     return f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n:,.0f}"
 
 
+def plus_minus(values, digits=3):
+    """Mean and, of several seeds, their sample deviation."""
+    spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else " " * (digits + 6)
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
 def cells(group, parent, groups):
     """A row of the table."""
     best, last, fall = group.bach.max(1), group.bach[:, -1], dip(group.x, group.bach.mean(0))
     at = statistics.median_low(group.x[i] for i in group.bach.argmax(1))
-    spread = f" +- {last.std(ddof=1):.3f}" if len(last) > 1 else " " * 9
     depth, length = (f"{fall[0]:.3f}", count(fall[1]) if fall[1] else "never") if fall else ("-", "-")
     speeds = [run.speed for run in group.used if run.speed > 0] or [math.nan]
-    return [group.name, str(len(last)), f"{best.mean():.3f}", count(at), f"{last.mean():.3f}{spread}",
+    return [group.name, str(len(last)), f"{best.mean():.3f}", count(at), plus_minus(last),
             against(group, parent, groups), depth, length, f"{statistics.median(speeds):.1f}",
             count(group.used[0].rows[-1].get("images", math.nan))]
 
@@ -235,9 +243,7 @@ def compare_table(groups, parent, axis):
     over seeds; images: seen at the end.
     """
     heads = ["run", "seeds", "best", "at", "final         ", "against parent", "dip", "length", "images/s", "images"]
-    rows = [heads] + [cells(group, parent, groups) for group in groups]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) for row in rows]
+    lines = columns([heads] + [cells(group, parent, groups) for group in groups])
     for i, group in enumerate(groups, 1):
         text = "; ".join(states(group) + (changes(group, parent, axis) if group is not parent else []))
         lines[i] += "\n" * bool(text) + textwrap.fill(text, 120, initial_indent="    ", subsequent_indent="    ")
@@ -245,6 +251,35 @@ def compare_table(groups, parent, axis):
     text = (f"or t s sqrt(1/n + 1/n) at 95 % if larger; sd of seeds s = {s:.3f}, {free} degrees of freedom" if free else
             "as there are no repeats and the spread of seeds is unknown: train more seeds")
     return "\n".join(lines + [textwrap.fill(f"within, beyond: {FLOOR} (132 images), {text}", 120)] * (len(groups) > 1))
+
+
+def columns(rows):
+    """Lines of a table: rows of texts, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) for row in rows]
+
+
+def crowding_table(groups):
+    """
+    Where curves begin and end, and how crowded class tokens are: a row a group, means over its runs +- deviation. BACH
+    at step 0, the depth of each run's dip and BACH at the end; then of BACH's 400 images in the teacher the effective
+    rank at step 0, at its least and at the end, the mean cosine at step 0, at its most and at the end. "" if rows lack
+    them.
+    """
+    lines = [["run", "start         ", "dip           ", "end           ", "rank", "least", "end         ", "cosine",
+              "most", "end           "]]
+    for group in groups:
+        rows = [sorted(run.rows, key=lambda row: row["step"]) for run in group.used]
+        if any(row.get(key) is None for of_run in rows for row in of_run for key in ("effective_rank", "mean_cosine")):
+            continue
+        rank, cosine = ([[row[key] for row in of_run] for of_run in rows] for key in ("effective_rank", "mean_cosine"))
+        falls = [(dip([row["step"] for row in of_run], [row["bach"] for row in of_run]) or (0,))[0] for of_run in rows]
+        lines.append([
+            group.name, *map(plus_minus, (group.bach[:, 0], falls, group.bach[:, -1])),
+            f"{np.mean([r[0] for r in rank]):.1f}", f"{np.mean([min(r) for r in rank]):.1f}",
+            plus_minus([r[-1] for r in rank], 1), f"{np.mean([c[0] for c in cosine]):.3f}",
+            f"{np.mean([max(c) for c in cosine]):.3f}", plus_minus([c[-1] for c in cosine])])
+    return "\n".join(columns(lines)) if len(lines) > 1 else ""
 
 
 def curve_table(rows):
@@ -265,7 +300,7 @@ def draw(axes, group, axis, color, style, each):
     mean, n, some = group.bach.mean(0), len(group.used), max(len(group.x) // 12, 1)
     label = f"{group.name}, {n} seeds" if n > 1 else group.name
     axes.plot(group.x, mean, color=color, markersize=4, markevery=some, label=label,
-              marker="os^"[style], linestyle=("-", "--", ":")[style])
+              marker="os^"[style], linestyle=LINES[style])
     for run in group.runs if each and len(group.runs) > 1 else ():
         axes.plot([row[axis] for row in run.rows], [row["bach"] for row in run.rows], color=color, lw=0.6, alpha=0.4)
     if n > 1:
@@ -277,17 +312,35 @@ def draw(axes, group, axis, color, style, each):
         axes.errorbar(group.x, mean, bars, errorevery=some, ecolor=color, fmt="none", elinewidth=0.8)
 
 
+def crowding(group, axis):
+    """[(x, mean effective rank), (x, mean cosine)] of a group's runs, at the points that all of them have."""
+    steps = sorted(set.intersection(*(set(run.crowding) for run in group.used)))
+    x = [step * (group.used[0].size or 1) if axis == "images" else step for step in steps]
+    return [(x, [statistics.mean(run.crowding[step][i] for run in group.used) for step in steps]) for i in (0, 1)]
+
+
 def plot(groups, axis, title, path):
-    """All curves as a PNG, the first in black, the legend from the highest end to the lowest. Needs matplotlib."""
+    """
+    All curves as a PNG, the first in black, the legend from the highest end to the lowest; of several groups beside it
+    how crowded the student's class tokens are in training batches, where metrics.jsonl says so. Needs matplotlib.
+    """
     from matplotlib.figure import Figure
 
-    several = len(groups) > 1
+    several, crowded = len(groups) > 1, len(groups) > 1 and all(run.crowding for g in groups for run in g.used)
     figure = Figure(figsize=(9.6, 5.4) if several else (6.4, 4), dpi=150, layout="constrained")
-    axes = figure.add_subplot(xlabel={"step": "step", "images": "images seen"}[axis], title=title,
-                              ylabel="balanced accuracy, 132 images")
+    places = figure.subplot_mosaic("AAB;AAC" if crowded else "A")
+    axes, side = places.pop("A"), list(places.values())
+    axes.set(xlabel={"step": "step", "images": "images seen"}[axis], title=title,
+             ylabel="balanced accuracy, 132 images")
     for i, group in sorted(enumerate(groups), key=lambda numbered: -numbered[1].bach[:, -1].mean()):
-        color = COLOURS[(i - 1) % len(COLOURS)] if i else "black"
-        draw(axes, group, axis, color, style=max(i - 1, 0) // len(COLOURS) % 3, each=len(groups) <= 4)
+        color, style = COLOURS[(i - 1) % len(COLOURS)] if i else "black", max(i - 1, 0) // len(COLOURS) % 3
+        draw(axes, group, axis, color, style, each=len(groups) <= 4)
+        for panel, values in zip(side, crowding(group, axis)):
+            panel.plot(*values, color=color, lw=1, linestyle=LINES[style])
+    for panel, text in zip(side, ("effective rank in a batch", "mean cosine in a batch")):
+        panel.set_title(text, fontsize=9)
+        panel.grid(alpha=0.25)
+        panel.xaxis.set_major_formatter("{x:,.0f}")
     if any(len(group.used) > 1 for group in groups):
         axes.fill_between([], [], color="gray", alpha=0.3, lw=0, label="band: +- std over seeds")
     if any(len(group.used) == 1 for group in groups):
@@ -297,7 +350,7 @@ def plot(groups, axis, title, path):
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    place = {"loc": "outside right upper"} if several else {"loc": "outside lower center", "ncols": 3}
+    place = {"loc": "outside right upper"} if several and not crowded else {"loc": "outside lower center", "ncols": 4}
     figure.legend(frameon=False, **place)
     figure.savefig(path)
 
@@ -316,6 +369,8 @@ def report(runs, parent, out):
     if axis == "images":
         print("the runs differ in images a step: places and lengths are in images seen, not steps")
     print(compare_table(groups, parent, axis))
+    if len(runs) > 1 and (table := crowding_table(groups)):
+        print(f"\n{table}")
     if len(runs) == 1:
         print(f"{runs[0].folder}\n{curve_table(runs[0].rows)}")
     path = out or os.path.join(os.path.commonpath([run.folder for run in runs]), "bach.png")

@@ -5,6 +5,7 @@ The BACH probe: how well does a frozen tile encoder tell four kinds of breast ti
     python eval_bach.py --weights=a.pth,b.pth,midnight/ --norm=imagenet,imagenet,half --bach_dir=data/bach   # a table
     python eval_bach.py --weights=... --bach_dir=... --views=tiles --mpp=0.5      # or --input_px=392, --concat=true
     python eval_bach.py --weights=... --image_dir=DIR     # other labelled tiles, a subfolder a class: eval_folder.py
+    python eval_bach.py config/baselines.py               # checkpoints before any training of ours
     python eval_bach.py --runs='out/*'                    # compare training runs, a table and a PNG: curves.py
 
 Follows kaiko-ai/eva v0.4.5 (offline BACH) step by step: 400 images of 2048x1536 px at 0.42 um/px, shrunk to 224 px
@@ -437,13 +438,18 @@ def score(c):
         raise ValueError("give --weights=FILE and either --bach_dir=DIR or --image_dir=DIR, or else --runs='out/*'")
     if len(norms) not in (1, len(files)):
         raise ValueError(f"norm: {len(norms)} for {len(files)} weight files; give one for all or one for each")
-    if missing := [file for file in files if not os.path.exists(file)]:
-        raise ValueError(f"{', '.join(missing)}: no such weight file")
+    norms = norms if len(norms) > 1 else norms * len(files)
     if c["arch"] and c["arch"] not in model.ARCHS:
         raise ValueError(f"unknown arch '{c['arch']}'; known: {', '.join(model.ARCHS)}")
     for norm in norms:
         model.norm_values(norm)
     start, view = time.time(), view_of(c)
+    if c["dry_run"]:
+        for file, norm in zip(files, norms, strict=True):
+            print(f"{file}: {view}, norm {norm or 'as the file states'}{'' if os.path.exists(file) else ', no such file'}")
+        return [], 0
+    if missing := [file for file in files if not os.path.exists(file)]:
+        raise ValueError(f"{', '.join(missing)}: no such weight file")
     if c["image_dir"]:
         import eval_folder
         data = eval_folder.load(c)
@@ -451,7 +457,7 @@ def score(c):
         data = load_pixels(c["bach_dir"], view, c["image_mpp"])
     print(f"read the images in {time.time() - start:.0f} s", flush=True)
     rows = []
-    for file, norm in zip(files, norms if len(norms) > 1 else norms * len(files), strict=True):
+    for file, norm in zip(files, norms, strict=True):
         try:
             rows.append(score_file(file, norm, c, data))
         except (ValueError, OSError, RuntimeError) as e:  # the last: out of memory
@@ -478,6 +484,7 @@ if __name__ == "__main__":
     concat = False    # class token and mean patch: another protocol
     arch = ""         # name in model.ARCHS; "" = as the file tells
     norm = None       # "imagenet", "half" (Midnight, Kaiko), (mean, std); None = the model's own; one each: half,,half
+    dry_run = False   # say what would be probed, and stop
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = configure(globals())
     try:

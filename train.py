@@ -103,7 +103,7 @@ arch = "dinov2_vitg14_reg"  # a name in model.ARCHS
 depth = 0                # blocks; 0 = the architecture's. A slice of a large one, for benchmarks on one GPU
 weights = ""             # to start from: released DINOv2 or DINOv3, its Hugging Face folder, a teacher; "" = random
 pos_embed_init = "resample"  # of a learned position table, from the file's grid; "random" is what OpenMidnight released
-pos_interp = ""          # of that table to other grids: "" = as Meta's model; "offset" = 0.1 off, no antialias (released)
+pos_interp = ""          # of that table to local crops: "" = as Meta's; "offset" = OpenMidnight's release, no antialias
 drop_path = 0.4          # share of the crops that skip a residual branch; the same in every block
 rope_rescale = 0.0       # DINOv3's training augmentation of positions is 2.0; 0 = off
 head_weight_norm = True  # DINOv2's last layer; False is DINOv3's

@@ -47,7 +47,7 @@ def is_hugging_face(path):
 def read(path):
     """
     (state dict under released names, arch stored in the file or None, {ViTConfig field: value} that a Hugging Face
-    model, or a teacher trained with pos_interp, states besides its shapes, else None). Raises ValueError naming the file.
+    model, or a teacher trained with pos_interp, states besides its shapes, or None). ValueError naming the file.
     """
     if is_hugging_face(path):
         state, told = read_transformers(path)

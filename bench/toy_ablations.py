@@ -1,7 +1,7 @@
 """
 The toy's evidence: each of config/ablate on its parent with several seeds, from scratch and from pretrained weights.
 
-    python bench/toy_ablations.py                   # all that is not done yet, two at a time; some two hours on two cores
+    python bench/toy_ablations.py                   # all that is not done yet: two hours on two cores
     python bench/toy_ablations.py --only=kde        # of these the ones with "kde" in their name
     python eval_bach.py --runs='out/ablations/scratch/*' --parent=recipe     # or out/ablations/continued/*
 
@@ -51,7 +51,8 @@ def prepare():
     run("prepare/toy.py")
     run("prepare/toy.py", "--seed=1", "--out=data/toy_other")
     if not (ROOT / "data/toy/levels.txt").exists():
-        run("prepare/levels.py", "--slides=data/toy/slides/*", "--out=data/toy/levels.txt", "--tile_px=128", "--passes=350")
+        run("prepare/levels.py", "--slides=data/toy/slides/*", "--out=data/toy/levels.txt", "--tile_px=128",
+            "--passes=350")
 
 
 def start(folder, args):

@@ -1,5 +1,4 @@
-# question: what of the toy's answers holds when training continues from an encoder, as ours does from Meta's, instead of
-#           starting from scratch?   parent: config/toy.py
+# question: what of the toy's answers holds when training continues from an encoder, as ours does from Meta's?   parent: config/toy.py
 # run:      python train.py config/toy_continue.py     (after config/toy_pretrain.py)
 from pathlib import Path
 

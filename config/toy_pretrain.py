@@ -1,5 +1,6 @@
 # question: none; it makes the weights that config/toy_continue.py starts from, as Meta's are for config/vitg.py: on
-#           slides of another world, at 14 x 14 patches instead of 6 x 6 (Meta's 37 x 37 to 16 x 16)   parent: config/toy.py
+#           slides of another world, at 14 x 14 patches instead of 6 x 6 (Meta's 37 x 37 to 16 x 16)
+#           parent: config/toy.py
 # run:      python prepare/toy.py --seed=1 --out=data/toy_other && python train.py config/toy_pretrain.py
 from pathlib import Path
 

@@ -4,10 +4,10 @@ A sample list as OpenMidnight's: from each pyramid level of each slide a random 
     python prepare/levels.py --slides='data/TCGA/**/*.svs' --out=data/levels.txt --passes=1000
     python prepare/levels.py --slides='data/toy/slides/*' --out=data/toy/levels.txt --tile_px=128     # the toy's twin
 
-Lines `path x y level`: paths as the glob gives them, x y is the corner in level-0 pixels, uniform over the slide, tile_px pixels are read at the level,
-and the first of `draws` places is taken of which `tissue_share` passes Midnight's HSV rule, if there is one. So every
-level of every slide has an equal share of the tiles, whatever its um/px: 1, 4, 16 and 32 times shrunk in a TCGA file,
-where train.py's `mpps` asks for sizes. Its authors let it run to 29 million lines; train.py --sample_list=FILE reads it.
+Lines `path x y level`: the path as the glob gives it; the corner in level-0 pixels, uniform over the slide, from which
+tile_px pixels are read at the level. Of `draws` places the first is taken of which `tissue_share` passes Midnight's HSV
+rule. So every level of every slide has an equal share of the tiles, whatever its um/px, where train.py's `mpps` asks
+for scales. OpenMidnight's list has 29 million lines and black, not white, outside the slide when tissue is judged.
 """
 import os
 import sys
@@ -48,7 +48,7 @@ def main():
     with open(f"{out}.unfinished", "w") as file:
         for number, path in enumerate(tqdm(paths, "slides", unit="slide")):
             try:
-                for line in lines(wsi.Slide(path, mpp=1.0), number, passes):  # levels are numbers here, their um/px is not
+                for line in lines(wsi.Slide(path, mpp=1.0), number, passes):  # its um/px does not matter
                     file.write(line)
                     written += 1
             except (wsi.SlideError, OSError) as e:

@@ -38,11 +38,12 @@ def run(path, bach, every=100, size=32, speeds=(), source="", protocol="p", std=
 
 
 def shown(capsys, *patterns, parent="", out=""):
-    """Printed rows by the run's name, as lists of words, and the whole text."""
+    """Printed rows of the first table by the run's name, as lists of words, and the whole text."""
     capsys.readouterr()
     curves.show(",".join(map(str, patterns)), parent, str(out))
     text = capsys.readouterr().out
-    return {line.split()[0]: line.split() for line in text.splitlines() if line[:1] not in ("", " ")}, text
+    first = text.split("\n\n")[0]
+    return {line.split()[0]: line.split() for line in first.splitlines() if line[:1] not in ("", " ")}, text
 
 
 def under(text, name):
@@ -238,6 +239,31 @@ def test_within_and_beyond_are_said_with_the_limit(tmp_path, tableonly, capsys):
     assert "sd of seeds s = 0.010, 4 degrees of freedom" in text
     rows, text = shown(capsys, tmp_path / "*_0", tmp_path / "c")
     assert rows["b_0"][5:8] == ["-0.010", "within", "0.020"] and "spread of seeds is unknown" in text
+
+
+def test_how_crowded_class_tokens_are_stands_in_a_table_and_a_figure_of_its_own(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for name, seed, kde, bach, rank, cosine in (
+            ("a_0", 0, "koleo", [0.3, 0.4, 0.5], (30, 10, 20), (0.9, 0.95, 0.5)),
+            ("a_1", 1, "koleo", [0.3, 0.2, 0.5], (30, 12, 24), (0.9, 0.97, 0.6)),
+            ("b", 0, "none", [0.3, 0.4, 0.5], (30, 5, 2), (0.9, 0.99, 1.0))):
+        run(tmp_path / name, bach, seed=seed, kde=kde)
+        rows = [json.loads(line) for line in (tmp_path / name / "bach.jsonl").open()]
+        rows = [row | {"effective_rank": r, "mean_cosine": c} for row, r, c in zip(rows, rank, cosine)]
+        (tmp_path / name / "bach.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        logged = [{"step": 0}] + [{"step": s, "cls_rank": 9 - s / 100, "cls_cosine": 0.8} for s in (100, 200)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
+    text = shown(capsys, tmp_path / "*", out=tmp_path / "x.png")[1]
+    lines = [line.split() for line in text.split("\n\n")[1].splitlines()]
+    assert lines[1] == ("a 0.300 +- 0.000 0.050 +- 0.071 0.500 +- 0.000 30.0 11.0 22.0 +- 2.8 "
+                        "0.900 0.960 0.550 +- 0.071").split()
+    assert lines[2] == "b 0.300 0.000 0.500 30.0 2.0 2.0 0.900 1.000 1.000".split()
+    assert Image.open(tmp_path / "x.png").size == (1440, 810)
+    with_curve = np.asarray(Image.open(tmp_path / "x.png").convert("L")).astype(int)
+    for name in ("a_0", "a_1", "b"):
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 200}\n')
+    shown(capsys, tmp_path / "*", out=tmp_path / "x.png")
+    assert np.abs(np.asarray(Image.open(tmp_path / "x.png").convert("L")).astype(int) - with_curve).mean() > 1
 
 
 # the dip at the start

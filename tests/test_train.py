@@ -164,7 +164,8 @@ def test_a_poisoned_batch_leaves_the_weights_bit_equal_and_is_counted(centering,
     bit_equal(weights(clean), weights(poisoned))
     assert poisoned["progress"] == {"step": 5, "bad_steps": 2, "samples": 20, "images": 4}
     assert [r["bad_steps"] for r in rows(tmp_path / "poisoned")[1:]] == [0, 0, 0, 1, 2]
-    assert rows(tmp_path / "poisoned")[-1]["loss"] is None, "NaN is not JSON"
+    bad = rows(tmp_path / "poisoned")[-1]
+    assert bad["loss"] is bad["cls_rank"] is bad["cls_cosine"] is None, "NaN is not JSON"
     calls.clear()
     message = refused(monkeypatch, flags(**keys, max_steps=5, max_bad_steps=1, out_dir=tmp_path / "stopped"))
     assert "2 steps were not finite (max_bad_steps = 1)" in message
@@ -250,6 +251,10 @@ def test_the_rows_of_a_run(tiles, tmp_path, monkeypatch, capsys):
         assert x["loss"] == pytest.approx(x["dino"] + x["ibot"] + 0.05 * x["kde"], rel=1e-5)
         parts = [x[f"grad_norm_{k}"] for k in ("backbone", "dino_head", "ibot_head")]
         assert x["grad_norm"] == pytest.approx(np.linalg.norm(parts), rel=1e-5)
+        assert 1 <= x["cls_rank"] <= 2 * 4 - 1 and -1 / 7 <= x["cls_cosine"] <= 1
+    last = eval_bach.spread(run["out"][0]["cls"].detach())
+    assert {k: r[-1][k] for k in ("cls_rank", "cls_cosine")} == pytest.approx(
+        {"cls_rank": last["effective_rank"], "cls_cosine": last["mean_cosine"]}, rel=1e-5)
     assert sorted(os.listdir(tmp_path / "a/ckpt")) == ["4", "5"] and len(os.listdir(tmp_path / "a/teacher")) == 3
     assert "step 2/5: loss" in capsys.readouterr().out, "plain lines where there is no terminal"
     config = json.loads((tmp_path / "a/config.json").read_text())
@@ -274,6 +279,9 @@ def test_a_run_starts_from_the_weights_that_it_is_given(tiles, tmp_path, monkeyp
             assert torch.equal(state["blocks.2.attn.qkv.weight"], vit.blocks[2].attn.qkv.weight)
             assert torch.equal(state["pos_embed"], table) == (init == "resample")
     assert "another architecture" in refused(monkeypatch, flags(**keys, arch="dinov2_vits14", out_dir=tmp_path / "c"))
+    run = train(monkeypatch, flags(**keys, pos_embed_init="random", pos_interp="offset", out_dir=tmp_path / "d"))
+    c = run["teacher"]["backbone"].config  # and so the maps of local crops
+    assert (c.pos_antialias, c.pos_offset) == (False, 0.1) == (run["student"]["backbone"].config.pos_antialias, 0.1)
 
 
 def test_the_teacher_is_the_average_of_the_student(tiles, tmp_path, monkeypatch):

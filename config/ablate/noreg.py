@@ -1,5 +1,5 @@
 # question: no spreading term at all?   parent: any
 # run:      python train.py config/toy.py config/ablate/noreg.py
-# result:   not run yet
+# result:   not run
 out_dir = f"{out_dir}_noreg"
 kde = "none"

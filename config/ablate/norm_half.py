@@ -1,5 +1,5 @@
 # question: pixels normalised by 0.5 and 0.5, Midnight's, instead of ImageNet's statistics?   parent: any
 # run:      python train.py config/toy.py config/ablate/norm_half.py
-# result:   not run yet
+# result:   not run
 out_dir = f"{out_dir}_norm_half"
 norm = "half"

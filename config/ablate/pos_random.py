@@ -1,5 +1,5 @@
 # question: the position table drawn anew instead of resampled from the checkpoint's grid?   parent: any
 # run:      python train.py config/toy_continue.py config/ablate/pos_random.py
-# result:   not run yet
+# result:   not run
 out_dir = f"{out_dir}_pos_random"
 pos_embed_init = "random"

@@ -1,0 +1,20 @@
+# question: what does a ViT-S tell on one GPU of 24-80 GB within a day? Change one key of it and compare
+#           parent: config/vitg.py
+# run:      python train.py config/vits_1gpu.py
+# cost:     18.16 TFLOP a step and 3.959 again, 16.2 of 24 GB a GPU; 50,000 steps: 5.8 h at 0.42 s, 3.6 h at 0.26 s
+# result:   not run yet
+# OpenMidnight's ablation config, since deleted, with batches half and steps twice as many so that 24 GB hold it: 6.4 M
+# tiles, four local crops. Its cosines were 40 times as long as the run; here they end with it.
+from pathlib import Path
+
+exec(Path(__file__).with_name("vitg.py").read_text())
+out_dir = "out/vits_1gpu"
+arch = "dinov2_vits14_reg"
+weights = "data/weights/dinov2_vits14_reg4_pretrain.pth"
+activation_checkpointing = "full"  # "none" needs 30 GB
+gpu_memory_gb, gpu_tflops = 24.0, 125.0  # an A10's
+batch_size, local_crops = 128, 4
+max_steps = 50_000
+base_lr, warmup_steps, freeze_last_layer = 8e-4, 3000, 1000
+teacher_temp_warmup = 30_000
+drop_path = 0.1
