@@ -446,7 +446,8 @@ def score(c):
     start, view = time.time(), view_of(c)
     if c["dry_run"]:
         for file, norm in zip(files, norms, strict=True):
-            print(f"{file}: {view}, norm {norm or 'as the file states'}{'' if os.path.exists(file) else ', no such file'}")
+            found = "" if os.path.exists(file) else ", no such file"
+            print(f"{file}: {view}, norm {norm or 'as the file states'}{found}")
         return [], 0
     if missing := [file for file in files if not os.path.exists(file)]:
         raise ValueError(f"{', '.join(missing)}: no such weight file")

@@ -1,19 +1,22 @@
 """
-What the headers of config/ claim, computed: cost by train.py's dry run, results by the recorded toy runs.
+What config/ and the README claim of runs, computed: costs by train.py's dry run, results from the recorded toy runs.
 
-    python bench/configs.py                  # rewrites the lines "# cost:" and, in config/ablate, "# result:"
-    python bench/configs.py --check=true     # names the headers that no longer say what the code computes; tests do
+    python bench/configs.py                  # rewrites "# cost:", "# result:" lines, tables in README.md, docs/toy.md
+    python bench/configs.py --check=true     # names the files that no longer say what the code computes, as tests do
 
 Costs are those of a step's TFLOP and memory on the ranks of the header's launch line. Hours follow from two step times
 of ViT-g on eight H100s, 0.72 s (reported for OpenMidnight: 35 % MFU) and 0.45 s (what good code should reach: 56 %);
 other configs are given the same MFU of their gpu_tflops, so a step's time is proportional to its TFLOP. Nothing here is
-a measurement.
+a measurement. Results are those of docs/toy_runs, which bench/toy_ablations.py wrote.
 """
 import contextlib
+import functools
 import io
+import os
 import re
 import runpy
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,10 +25,14 @@ import curves
 from configurator import configure
 
 check = False
-record = "docs/toy_runs"
 
-STEP_SECONDS = 0.72, 0.45     # of config/vitg.py
-FOLDERS = {"toy": "scratch", "toy_continue": "continued"}  # parent's config -> its folder of `record`
+STEP_SECONDS = 0.72, 0.45            # of config/vitg.py
+FOLDERS = ("scratch", "continued")   # of docs/toy_runs, each with a parent called recipe
+PAGES = ("README.md", "docs/toy.md")
+COMMAND = r"(?m)^    python eval_bach.py --runs='docs/toy_runs/(\w+)/\*' --parent=recipe.*\n\n"
+
+
+# ---- costs ----------------------------------------------------------------------------------------------------------
 
 
 def dry_run(file, *flags):
@@ -47,60 +54,114 @@ def number(pattern, text):
     return float(re.search(pattern, text, re.M)[1].replace(",", ""))
 
 
-def cost(file, header):
-    """The text of a header's cost line."""
-    ranks = re.search(r"nproc_per_node=(\d+)", header)
+def cost(file, text):
+    """What the cost line of a config with this text should say."""
+    ranks = re.search(r"nproc_per_node=(\d+)", text)
     flags = [f"--world_size={ranks[1] if ranks else 1}"]
-    flags += [] if re.search(r"(?m)^gpu_memory_gb\b", header) else ["--gpu_memory_gb=80"]
-    said = dry_run(file, *flags)
-    tflop, steps = number(r"^compute: ([\d.]+)", said), number(r"; ([\d,]+) steps", said)
+    flags += [] if re.search(r"(?m)^gpu_memory_gb\b", text) else ["--gpu_memory_gb=80"]
+    said = dry_run(file, *flags, "--step_seconds=1")
+    tflop, steps, peak = (number(p, said) for p in (r"^compute: ([\d.]+)", r"; ([\d,]+) steps", r"([\d.]+) TFLOP/s"))
     total, limit = re.search(r"^total ([\d.]+) of ([\d.]+) GB", said, re.M).groups()
-    more = re.search(r"; ([\d.]+) more to compute", said)
-    vitg = number(r"^compute: ([\d.]+)", dry_run("config/vitg.py", "--world_size=8"))
-    peak = dry_run(file, *flags, "--step_seconds=1")
-    hours = []
+    more, hours = re.search(r"; ([\d.]+) more to compute", said), []
     for seconds in STEP_SECONDS:
-        seconds *= tflop / vitg * 989 / number(r" of ([\d.]+) TFLOP/s", peak)
-        text = dry_run(file, *flags, f"--step_seconds={seconds}")
-        hours.append(f"{number(r'images/s, ([0-9.]+) hours', text):.3g} h at {seconds:.2g} s")
+        seconds *= tflop / vitg_tflop() * 989 / peak
+        again = dry_run(file, *flags, f"--step_seconds={seconds}")
+        hours.append(f"{number(r'images/s, ([0-9.]+) hours', again):.3g} h at {seconds:.2g} s")
     return (f"{tflop:.4g} TFLOP a step{f' and {more[1]} again' if more else ''}, {total} of {limit} GB a GPU; "
             f"{steps:,.0f} steps: {', '.join(hours)}")
 
 
-def toy_result(name):
-    """The text of an ablation's result line: its last point against its parent's, of the recorded runs."""
-    found = []
-    for folder in FOLDERS.values():
-        runs = [curves.load_run(str(path)) for path in sorted((ROOT / record / folder).glob("*_[0-9]"))]
-        groups = {g.name: g for g in curves.group_runs(runs, "step")} if runs else {}
-        if name in groups and "recipe" in groups:
-            group, parent = groups[name], groups["recipe"]
-            found.append(f"{folder}: {curves.plus_minus(group.bach[:, -1])}, "
-                         f"{curves.against(group, parent, list(groups.values()))} of {len(group.used)} seeds")
-    return "; ".join(found) or "not run"
+@functools.cache
+def vitg_tflop():
+    return number(r"^compute: ([\d.]+)", dry_run("config/vitg.py", "--world_size=8"))
+
+
+# ---- results --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def groups(folder):
+    """{name: curves.Group} of a folder of docs/toy_runs."""
+    runs = [curves.load_run(str(path)) for path in sorted((ROOT / "docs/toy_runs" / folder).glob("*_[0-9]"))]
+    return {group.name: group for group in curves.group_runs(runs, "step")} if runs else {}
+
+
+def against(folder, name):
+    """An ablation's last point against its parent's, as text; "" if it was not run there."""
+    found = groups(folder)
+    return curves.against(found[name], found["recipe"], list(found.values())) if name in found else ""
+
+
+def result(name):
+    """What an ablation's result line should say."""
+    found = [(folder, groups(folder)[name]) for folder in FOLDERS if name in groups(folder)]
+    texts = [f"{folder}: {curves.plus_minus(group.bach[:, -1])}, {against(folder, name)} of {len(group.used)} seeds"
+             for folder, group in found]
+    return "; ".join(texts) or "not run: the toy shows nothing of it"
 
 
 def header(path):
-    """The file's text with its computed lines as they should be."""
+    """The text of a config with its computed lines as they should be."""
     text, file = path.read_text(), str(path.relative_to(ROOT))
     if "\n# cost:" in text:
         text = re.sub(r"(?m)^# cost: .*$", f"# cost:     {cost(file, text)}", text)
     if path.parent.name == "ablate":
-        text = re.sub(r"(?m)^# result: .*$", f"# result:   {toy_result(path.stem)}", text)
+        text = re.sub(r"(?m)^# result: .*$", f"# result:   {result(path.stem)}", text)
     return text
 
 
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+
+def runs_table():
+    """A row for each config but the toy's: question, memory and hours of its header, the toy twins' results."""
+    rows = ["| config | question | GB a GPU | hours | toy, from scratch | toy, continued |", "|---|---|---|---|---|---|"]
+    for path in sorted((ROOT / "config").glob("[!t]*.py")):
+        text = path.read_text()
+        lines = re.split(r"\n# run:", text)[0].removeprefix("# question:").replace("\n#", " ")
+        question = " ".join(lines.partition("   parent:")[0].split())
+        memory, hours = re.search(r", ([\d.]+) of \d+ GB", text), re.findall(r"([\d.]+) h at", text)
+        twins = [against(folder, path.stem.removeprefix("vitg_")) or "-" for folder in FOLDERS]
+        rows.append(f"| {path.name} | {question} | {memory[1] if memory else '-'} | {' / '.join(hours) or '-'} | "
+                    f"{' | '.join(twins)} |")
+    return "\n".join(rows) + "\n"
+
+
+@functools.cache
+def comparison(folder, picture):
+    """What eval_bach.py --runs prints of a folder, without the figure's path; the figure goes to `picture`."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        curves.show(f"docs/toy_runs/{folder}/*", "recipe", picture)
+    return text.getvalue().rpartition(f"{picture}")[0].rstrip()
+
+
+def page(name, pictures):
+    """README.md or docs/toy.md with its tables as they should be: there the second one of a comparison, here all."""
+    text = re.sub(r"(?m)^\| config \| question \|(.*\n)+?(?=\n)", lambda _: runs_table(), (ROOT / name).read_text())
+
+    def fill(match):
+        printed = comparison(match[1], f"{pictures}/toy_{match[1]}.png")
+        printed = printed.split("\n\n")[1] if name == "README.md" else printed
+        return match[0].partition("\n\n")[0] + "\n\n" + "".join(f"    {line}".rstrip() + "\n"
+                                                                 for line in printed.splitlines())
+    return re.sub(COMMAND + r"(?:(?:    .*)?\n)+?(?=\n*\S|\Z)", fill, text)
+
+
 def main():
+    os.chdir(ROOT)
     stale = []
-    for path in sorted((ROOT / "config").rglob("*.py")):
-        if (text := header(path)) != path.read_text():
-            stale.append(path.name)
-            if not check:
-                path.write_text(text)
-                print(f"{path.relative_to(ROOT)}: " + "; ".join(re.findall(r"(?m)^# (?:cost|result): *(.*)$", text)))
+    with tempfile.TemporaryDirectory() as pictures:
+        for path in [*sorted((ROOT / "config").rglob("*.py")), *(ROOT / name for name in PAGES)]:
+            known = path.suffix == ".py"
+            if (text := header(path) if known else page(str(path.relative_to(ROOT)), pictures if check else "docs")) \
+                    != path.read_text():
+                stale.append(str(path.relative_to(ROOT)))
+                if not check:
+                    path.write_text(text)
     if stale and check:
-        raise SystemExit(f"configs: {', '.join(stale)}: out of date; run python bench/configs.py")
-    print(f"{len(stale)} headers {'out of date' if check else 'rewritten'}")
+        raise SystemExit(f"configs: out of date, run python bench/configs.py: {', '.join(stale)}")
+    print("\n".join(stale) + f"\n{len(stale)} files rewritten")
 
 
 if __name__ == "__main__":

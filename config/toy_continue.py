@@ -1,4 +1,5 @@
-# question: what of the toy's answers holds when training continues from an encoder, as ours does from Meta's?   parent: config/toy.py
+# question: what of the toy's answers holds when training continues from an encoder, as ours does from Meta's?
+#           parent: config/toy.py
 # run:      python train.py config/toy_continue.py     (after config/toy_pretrain.py)
 from pathlib import Path
 

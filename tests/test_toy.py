@@ -1,4 +1,5 @@
 """The toy world: slides as OpenSlide sees them, equal pixels from equal seeds, and colour that tells nothing."""
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "prepare"))
 import toy  # noqa: E402
 
+import data  # noqa: E402
 import eval_bach  # noqa: E402
+import sources  # noqa: E402
+import wsi  # noqa: E402
 
 SLIDES = [  # format, um/px, level factors, mm
     ("svs", 0.5, (1, 4), 0.9, 0.7),
@@ -117,3 +121,28 @@ def test_loads_do_not_depend_on_the_kind():
         maps = [toy.tissue(np.random.default_rng([1, i]), kind, (288, 384), 2.0) for i in range(6)]
         assert np.mean(maps, (0, 2, 3)) == pytest.approx(1, abs=0.05), kind  # clipping at 0 adds a little
         assert np.std(maps, (2, 3)).mean(0) == pytest.approx([1.65, 0.425], rel=0.15), kind
+
+
+def test_a_list_by_levels_has_each_level_of_each_slide_and_trains(world, tmp_path):
+    """OpenMidnight's sampling: an equal share for every level, tissue by its rule, corners anywhere in the slide."""
+    def make(out, *flags):
+        command = [sys.executable, ROOT / "prepare/levels.py", f"--slides={world}/slides/*", f"--out={tmp_path / out}"]
+        return subprocess.run([*command, "--tile_px=64", "--passes=5", *flags], capture_output=True, text=True)
+
+    assert make("a").returncode == make("b").returncode == make("c", "--seed=1").returncode == 0
+    a, b, c = ((tmp_path / name).read_text() for name in "abc")
+    assert a == b != c, "a function of the seed"
+    rows = [line.rsplit(" ", 3) for line in a.splitlines()]
+    for path in sorted((world / "slides").iterdir()):
+        slide = wsi.Slide(str(path))
+        mine = [tuple(map(int, row[1:])) for row in rows if row[0] == str(path)]
+        counts = [sum(level == k for _, _, level in mine) for k in range(len(slide.level_mpp))]
+        assert counts[:2] == [5, 5] and all(n <= 5 for n in counts)
+        for x, y, level in mine:
+            assert 0 <= x <= slide.dimensions[0] - 64 and 0 <= y <= slide.dimensions[1] - 64
+            assert wsi.tissue_share(slide.read_level(x, y, 64, level)) > 0.6
+    source = sources.open_source({**data.train_keys(), "sample_list": str(tmp_path / "a"), "tile_px": 64})
+    assert source.read(3)[0].shape == (64, 64, 3)
+    again = make("a")
+    assert again.returncode == 1 and again.stderr.startswith("levels: give --slides=")
+    assert (tmp_path / "a").read_text() == a
