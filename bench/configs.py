@@ -19,10 +19,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import curves
 from configurator import configure
+
+ROOT = Path(__file__).resolve().parent.parent
 
 check = False
 
@@ -115,7 +116,7 @@ def header(path):
 
 def runs_table():
     """A row for each config but the toy's: question, memory and hours of its header, the toy twins' results."""
-    rows = ["| config | question | GB a GPU | hours | toy, from scratch | toy, continued |", "|---|---|---|---|---|---|"]
+    rows = ["| config | question | GB a GPU | hours | toy, from scratch | toy, continued |", "|---" * 6 + "|"]
     for path in sorted((ROOT / "config").glob("[!t]*.py")):
         text = path.read_text()
         lines = re.split(r"\n# run:", text)[0].removeprefix("# question:").replace("\n#", " ")

@@ -15,9 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import configure
+
+ROOT = Path(__file__).resolve().parent.parent
 
 seeds = 3
 jobs = 2                   # at a time, one thread each: small products gain little from a second
