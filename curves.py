@@ -99,7 +99,8 @@ def load_run(folder):
     speeds = [row["images_per_s"] for row in metrics if row.get("images_per_s")][1:]
     size = round(last["images"] / last["step"], 3) if last["step"] and last.get("images") else None
     age = time.time() - max(os.path.getmtime(path) for path in paths if os.path.isfile(path))
-    crowding = {row["step"]: (row["cls_rank"], row["cls_cosine"]) for row in metrics if row.get("cls_rank")}
+    signs = {row["step"]: (row.get("cls_rank"), row.get("cls_cosine")) for row in metrics}
+    crowding = {step: both for step, both in signs.items() if all(isinstance(x, (int, float)) for x in both)}
     return Run(folder, rows, config, setting, size, statistics.median(speeds or [math.nan]),
                max(row["step"] for row in [last, *metrics[-1:]]), max(age, 0), crowding)
 
@@ -259,27 +260,28 @@ def columns(rows):
     return ["  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) for row in rows]
 
 
-def crowding_table(groups):
+def crowding_table(groups, axis):
     """
-    Where curves begin and end, and how crowded class tokens are: a row a group, means over its runs +- deviation. BACH
-    at step 0, the depth of each run's dip and BACH at the end; then of BACH's 400 images in the teacher the effective
-    rank at step 0, at its least and at the end, the mean cosine at step 0, at its most and at the end. "" if rows lack
-    them.
+    Where curves begin and end, and how crowded class tokens are: a row a group, means over its runs +- deviation, at
+    the points of its curve. BACH at step 0, the depth of each run's own dip, BACH at the end; then of BACH's images in
+    the teacher effective rank and mean cosine: at the first point, least (most), at the end. "" if no row has these.
     """
     lines = [["run", "start         ", "dip           ", "end           ", "rank", "least", "end         ", "cosine",
               "most", "end           "]]
     for group in groups:
-        rows = [sorted(run.rows, key=lambda row: row["step"]) for run in group.used]
-        if any(row.get(key) is None for of_run in rows for row in of_run for key in ("effective_rank", "mean_cosine")):
-            continue
-        rank, cosine = ([[row[key] for row in of_run] for of_run in rows] for key in ("effective_rank", "mean_cosine"))
-        falls = [(dip([row["step"] for row in of_run], [row["bach"] for row in of_run]) or (0,))[0] for of_run in rows]
-        lines.append([
-            group.name, *map(plus_minus, (group.bach[:, 0], falls, group.bach[:, -1])),
-            f"{np.mean([r[0] for r in rank]):.1f}", f"{np.mean([min(r) for r in rank]):.1f}",
-            plus_minus([r[-1] for r in rank], 1), f"{np.mean([c[0] for c in cosine]):.3f}",
-            f"{np.mean([max(c) for c in cosine]):.3f}", plus_minus([c[-1] for c in cosine])])
-    return "\n".join(columns(lines)) if len(lines) > 1 else ""
+        rows = [{row[axis]: row for row in run.rows} for run in group.used]
+        rank, cosine = (np.array([[of_run[at].get(key) or math.nan for at in group.x] for of_run in rows], float)
+                        for key in ("effective_rank", "mean_cosine"))
+        falls = [(dip(group.x, values) or (0,))[0] for values in group.bach] if group.x[0] == 0 else [math.nan]
+        texts = [plus_minus(group.bach[:, 0] if group.x[0] == 0 else falls), plus_minus(falls),
+                 plus_minus(group.bach[:, -1]), f"{rank[:, 0].mean():.1f}", f"{rank.min(1).mean():.1f}",
+                 plus_minus(rank[:, -1], 1), f"{cosine[:, 0].mean():.3f}", f"{cosine.max(1).mean():.3f}",
+                 plus_minus(cosine[:, -1])]
+        lines.append([group.name, *("-" if "nan" in text else text for text in texts)])
+    if all(line[4] == "-" for line in lines[1:]):
+        return ""
+    return "\n".join([*columns(lines), "rank, cosine: of BACH's images in the teacher; in the figure of a training "
+                      "batch in the student"])
 
 
 def curve_table(rows):
@@ -313,8 +315,10 @@ def draw(axes, group, axis, color, style, each):
 
 
 def crowding(group, axis):
-    """[(x, mean effective rank), (x, mean cosine)] of a group's runs, at the points that all of them have."""
+    """[(x, mean effective rank), (x, mean cosine)] of a group's runs at the rows that all have; [] if none is."""
     steps = sorted(set.intersection(*(set(run.crowding) for run in group.used)))
+    if not steps:
+        return []
     x = [step * (group.used[0].size or 1) if axis == "images" else step for step in steps]
     return [(x, [statistics.mean(run.crowding[step][i] for run in group.used) for step in steps]) for i in (0, 1)]
 
@@ -326,7 +330,7 @@ def plot(groups, axis, title, path):
     """
     from matplotlib.figure import Figure
 
-    several, crowded = len(groups) > 1, len(groups) > 1 and all(run.crowding for g in groups for run in g.used)
+    several, crowded = len(groups) > 1, len(groups) > 1 and any(crowding(group, axis) for group in groups)
     figure = Figure(figsize=(9.6, 5.4) if several else (6.4, 4), dpi=150, layout="constrained")
     places = figure.subplot_mosaic("AAB;AAC" if crowded else "A")
     axes, side = places.pop("A"), list(places.values())
@@ -369,7 +373,7 @@ def report(runs, parent, out):
     if axis == "images":
         print("the runs differ in images a step: places and lengths are in images seen, not steps")
     print(compare_table(groups, parent, axis))
-    if len(runs) > 1 and (table := crowding_table(groups)):
+    if len(runs) > 1 and (table := crowding_table(groups, axis)):
         print(f"\n{table}")
     if len(runs) == 1:
         print(f"{runs[0].folder}\n{curve_table(runs[0].rows)}")

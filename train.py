@@ -205,7 +205,12 @@ for key, px in (("global_px", global_px), ("local_px", local_px)):
         stop(f"{key} = {px} is no multiple of {arch}'s patch of {patch}; nearest: {max(round(px / patch), 1) * patch}")
 grid = global_px // patch
 vit_config = model.replace(model.ARCHS[arch], pos_grid=grid, drop_path=drop_path, rope_rescale=rope_rescale,
-                           depth=depth or model.ARCHS[arch].depth, **model.POS_INTERP[pos_interp])
+                           depth=depth or model.ARCHS[arch].depth)
+file_config, vit_config = vit_config, model.replace(vit_config, **model.POS_INTERP[pos_interp])
+if model.ARCHS[arch].pos == "rope" and (pos_interp or pos_embed_init == "random"):
+    stop(f"pos_interp and pos_embed_init are of learned positions, and {arch} has rotary ones")
+if pos_embed_init == "random" and not weights:
+    stop("pos_embed_init = 'random' changes nothing without weights: positions are drawn anyway")
 world, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
 world = world_size if dry_run and world_size else world
 images = batch_size * world  # of all ranks in a step
@@ -296,7 +301,7 @@ if len(set(lists)) > 1:
     stop(f"ranks have found different data, is something still being written there? {'; '.join(sorted(set(lists)))}")
 mesh = init_device_mesh(dev, (world,))
 try:
-    start = model.first_weights(weights, vit_config, pos_embed_init) if weights else None
+    start = model.first_weights(weights, file_config, pos_embed_init) if weights else None
 except ValueError as e:
     stop(e)
 with torch.device("meta"):
@@ -481,7 +486,10 @@ def spreading(cls):
 
 
 def crowding(cls):
-    """Signs of collapse (eval_bach.spread) in the student's class tokens (2B, D) of this rank's masked global crops."""
+    """
+    Signs of collapse (eval_bach.spread) in the student's class tokens (2B, D) of this rank's global crops, half of them
+    masked. In bf16 the rank of tokens that all but coincide is that of their rounding: trust the cosine there.
+    """
     found = eval_bach.spread(cls.detach().float().cpu()) if cls.isfinite().all() else {}
     return {"cls_rank": found.get("effective_rank", math.nan), "cls_cosine": found.get("mean_cosine", math.nan)}
 

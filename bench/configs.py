@@ -30,6 +30,7 @@ check = False
 STEP_SECONDS = 0.72, 0.45            # of config/vitg.py
 FOLDERS = ("scratch", "continued")   # of docs/toy_runs, each with a parent called recipe
 PAGES = ("README.md", "docs/toy.md")
+TABLE = r"(?m)^\| config \| question \|(.*\n)+?(?=\n)"
 COMMAND = r"(?m)^    python eval_bach.py --runs='docs/toy_runs/(\w+)/\*' --parent=recipe.*\n\n"
 
 
@@ -56,25 +57,28 @@ def number(pattern, text):
 
 
 def cost(file, text):
-    """What the cost line of a config with this text should say."""
+    """What the cost lines of a config with this text should say."""
     ranks = re.search(r"nproc_per_node=(\d+)", text)
     flags = [f"--world_size={ranks[1] if ranks else 1}"]
     flags += [] if re.search(r"(?m)^gpu_memory_gb\b", text) else ["--gpu_memory_gb=80"]
     said = dry_run(file, *flags, "--step_seconds=1")
-    tflop, steps, peak = (number(p, said) for p in (r"^compute: ([\d.]+)", r"; ([\d,]+) steps", r"([\d.]+) TFLOP/s"))
+    tflop, steps, peak, lr, tiles, saved = (number(pattern, said) for pattern in (
+        r"^compute: ([\d.]+)", r"; ([\d,]+) steps", r"([\d.]+) TFLOP/s", r"^learning rate: (\S+)",
+        r"steps are ([\d,.]+) M", r"^checkpoint: (\S+)"))
     total, limit = re.search(r"^total ([\d.]+) of ([\d.]+) GB", said, re.M).groups()
     more, hours = re.search(r"; ([\d.]+) more to compute", said), []
     for seconds in STEP_SECONDS:
-        seconds *= tflop / vitg_tflop() * 989 / peak
+        seconds *= (tflop + float(more[1] if more else 0)) / vitg_tflop() * 989 / peak
         again = dry_run(file, *flags, f"--step_seconds={seconds}")
         hours.append(f"{number(r'images/s, ([0-9.]+) hours', again):.3g} h at {seconds:.2g} s")
     return (f"{tflop:.4g} TFLOP a step{f' and {more[1]} again' if more else ''}, {total} of {limit} GB a GPU; "
-            f"{steps:,.0f} steps: {', '.join(hours)}")
+            f"{steps:,.0f} steps: {', '.join(hours)}\n"
+            f"#           {tiles:.3g} M tiles, lr {lr:.4g} at its peak, a checkpoint of {saved:g} GB")
 
 
 @functools.cache
 def vitg_tflop():
-    return number(r"^compute: ([\d.]+)", dry_run("config/vitg.py", "--world_size=8"))
+    return number(r"^compute: ([\d.]+)", dry_run("config/vitg.py", "--world_size=8", "--gpu_memory_gb=80"))
 
 
 # ---- results --------------------------------------------------------------------------------------------------------
@@ -83,7 +87,7 @@ def vitg_tflop():
 @functools.cache
 def groups(folder):
     """{name: curves.Group} of a folder of docs/toy_runs."""
-    runs = [curves.load_run(str(path)) for path in sorted((ROOT / "docs/toy_runs" / folder).glob("*_[0-9]"))]
+    runs = [curves.load_run(str(path)) for path in sorted((ROOT / "docs/toy_runs" / folder).glob("*_*[0-9]"))]
     return {group.name: group for group in curves.group_runs(runs, "step")} if runs else {}
 
 
@@ -96,18 +100,18 @@ def against(folder, name):
 def result(name):
     """What an ablation's result line should say."""
     found = [(folder, groups(folder)[name]) for folder in FOLDERS if name in groups(folder)]
-    texts = [f"{folder}: {curves.plus_minus(group.bach[:, -1])}, {against(folder, name)} of {len(group.used)} seeds"
-             for folder, group in found]
-    return "; ".join(texts) or "not run: the toy shows nothing of it"
+    texts = [f"{folder}: {curves.plus_minus(group.bach[:, -1])}, {against(folder, name)}, {len(group.used)} seeds, "
+             f"commit {group.runs[0].setting['code']}" for folder, group in found]
+    return "\n#           ".join(texts) or "not run"
 
 
 def header(path):
     """The text of a config with its computed lines as they should be."""
     text, file = path.read_text(), str(path.relative_to(ROOT))
     if "\n# cost:" in text:
-        text = re.sub(r"(?m)^# cost: .*$", f"# cost:     {cost(file, text)}", text)
+        text = re.sub(r"(?m)^# cost: .*\n(#           .*\n)*", lambda _: f"# cost:     {cost(file, text)}\n", text)
     if path.parent.name == "ablate":
-        text = re.sub(r"(?m)^# result: .*$", f"# result:   {result(path.stem)}", text)
+        text = re.sub(r"(?m)^# result: .*\n(#           .*\n)*", lambda _: f"# result:   {result(path.stem)}\n", text)
     return text
 
 
@@ -117,7 +121,7 @@ def header(path):
 def runs_table():
     """A row for each config but the toy's: question, memory and hours of its header, the toy twins' results."""
     rows = ["| config | question | GB a GPU | hours | toy, from scratch | toy, continued |", "|---" * 6 + "|"]
-    for path in sorted((ROOT / "config").glob("[!t]*.py")):
+    for path in (p for p in sorted((ROOT / "config").glob("*.py")) if not p.stem.startswith("toy")):
         text = path.read_text()
         lines = re.split(r"\n# run:", text)[0].removeprefix("# question:").replace("\n#", " ")
         question = " ".join(lines.partition("   parent:")[0].split())
@@ -137,15 +141,13 @@ def comparison(folder, picture):
     return text.getvalue().rpartition(f"{picture}")[0].rstrip()
 
 
-def page(name, pictures):
-    """README.md or docs/toy.md with its tables as they should be: there the second one of a comparison, here all."""
-    text = re.sub(r"(?m)^\| config \| question \|(.*\n)+?(?=\n)", lambda _: runs_table(), (ROOT / name).read_text())
-
+def page(text, pictures, brief):
+    """The text of README.md (brief: a comparison's second table) or docs/toy.md with its tables as they should be."""
     def fill(match):
         printed = comparison(match[1], f"{pictures}/toy_{match[1]}.png")
-        printed = printed.split("\n\n")[1] if name == "README.md" else printed
-        return match[0].partition("\n\n")[0] + "\n\n" + "".join(f"    {line}".rstrip() + "\n"
-                                                                 for line in printed.splitlines())
+        lines = (printed.split("\n\n")[1] if brief else printed).splitlines()
+        return match[0].partition("\n\n")[0] + "\n\n" + "".join(f"    {line}".rstrip() + "\n" for line in lines)
+    text = re.sub(TABLE, lambda _: runs_table(), text)
     return re.sub(COMMAND + r"(?:(?:    .*)?\n)+?(?=\n*\S|\Z)", fill, text)
 
 
@@ -154,15 +156,16 @@ def main():
     stale = []
     with tempfile.TemporaryDirectory() as pictures:
         for path in [*sorted((ROOT / "config").rglob("*.py")), *(ROOT / name for name in PAGES)]:
-            known = path.suffix == ".py"
-            if (text := header(path) if known else page(str(path.relative_to(ROOT)), pictures if check else "docs")) \
-                    != path.read_text():
+            before = path.read_text()
+            after = header(path) if path.suffix == ".py" else page(
+                before, pictures if check else "docs", path.name == "README.md")
+            if after != before:
                 stale.append(str(path.relative_to(ROOT)))
                 if not check:
-                    path.write_text(text)
+                    path.write_text(after)
     if stale and check:
         raise SystemExit(f"configs: out of date, run python bench/configs.py: {', '.join(stale)}")
-    print("\n".join(stale) + f"\n{len(stale)} files rewritten")
+    print("\n".join([*stale, f"{len(stale)} files rewritten"]))
 
 
 if __name__ == "__main__":

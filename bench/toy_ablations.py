@@ -8,6 +8,7 @@ The toy's evidence: each of config/ablate on its parent with several seeds, from
 Runs go on where they stopped. What tables and figures are made of (no weights) is copied from each finished run to
 `record`, which the project keeps: its tests rebuild the README's table from there, and compute some steps again.
 """
+import json
 import os
 import shutil
 import subprocess
@@ -62,14 +63,17 @@ def start(folder, args):
     if not resume:
         shutil.rmtree(place, ignore_errors=True)
     os.makedirs(place.parent, exist_ok=True)
+    command = [sys.executable, "train.py", *args, "--device=cpu", f"--out_dir={out}/{folder}", *resume]
     with open(f"{place}.log", "a") as log:
-        return subprocess.Popen([sys.executable, "train.py", *args, f"--out_dir={out}/{folder}", *resume], cwd=ROOT,
-                                stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def finished(folder):
-    log = Path(f"{ROOT / out / folder}.log")
-    return log.exists() and "\ndone: " in log.read_text()
+    rows, config = ROOT / out / folder / "bach.jsonl", ROOT / out / folder / "config.json"
+    if not rows.exists() or not config.exists():
+        return False
+    steps = [json.loads(line)["step"] for line in rows.read_text().splitlines()]
+    return json.loads(config.read_text())["max_steps"] in steps
 
 
 def keep(folder):

@@ -2,7 +2,8 @@
 # run:      python eval_bach.py config/baselines.py
 # result:   not run yet; reported by others, not here: DINOv2 ViT-g 0.725, Midnight-12k 0.904, OpenMidnight 0.916
 # A file that is missing stops the run before any work. Meta's by prepare/weights.py; Midnight: hf download
-# kaiko-ai/midnight; OpenMidnight: teacher_epoch250000.pth. Each has the pixels that it was trained on.
+# kaiko-ai/midnight --local-dir data/weights/midnight; OpenMidnight: teacher_epoch250000.pth of its repository. Each has
+# the pixels that it was trained on. The 0.725 reported is of ViT-g without registers.
 bach_dir = "data/BACH"
 _FILES = {
     "dinov2_vits14_reg4_pretrain.pth": "imagenet",

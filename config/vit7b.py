@@ -1,11 +1,11 @@
 # question: does DINOv3's ViT-7B train on one node of eight 80 GB GPUs?   parent: config/vithplus.py
 # run:      torchrun --nproc_per_node=8 train.py config/vit7b.py
 # cost:     409.2 TFLOP a step, 50.2 of 80 GB a GPU; 50,000 steps: 16.4 h at 1.2 s, 10.3 h at 0.74 s
+#           6.4 M tiles, lr 7.071e-05 at its peak, a checkpoint of 112 GB
 # result:   not run yet
-# Meta's constants of the pretraining (lr 2e-4 x sqrt(images / 1024), decay and momentum constant, clip 30), at 16
-# images a GPU as theirs, for 6.4 M tiles; both warm-ups are 5,000 steps, where theirs are 100,000 of 1 M, and the
-# spreading term is this project's instead of KoLeo. Keeping products and attention only, and fp8, are theirs too; fp8
-# saves time, not memory. A checkpoint is 112 GB, a teacher 27 GB: fewer of them.
+# Meta's constants of the pretraining (decay and momentum constant, clip 30), at 16 images a GPU as theirs, for a
+# twentieth of its steps; warm-ups likewise, where theirs are 100,000 steps, and the spreading term is this project's
+# instead of KoLeo. Keeping products and attention only, and fp8, are theirs too; fp8 saves time, not memory.
 from pathlib import Path
 
 exec(Path(__file__).with_name("vithplus.py").read_text())

@@ -15,7 +15,7 @@ import data
 import model
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.append(str(ROOT / "bench"))  # behind the root, two of whose files have namesakes there
 import configs  # noqa: E402
 
 TRAIN = {p.stem: p for p in sorted((ROOT / "config").glob("*.py")) if p.stem != "baselines"}
@@ -79,7 +79,10 @@ def test_every_header_states_question_parent_launch_line_and_result():
         if name not in ("baselines", "toy"):
             stated = re.search(r"parent: (\S+)", text)[1]
             parent = parent_of(path)
-            assert stated == ("any" if path in ABLATE.values() else f"config/{parent.name}" if parent else "train.py")
+            assert stated == (f"config/{parent.name}" if parent else "train.py") or path in ABLATE.values()
+        if name in TRAIN and "cost" in labels:  # a number comes with when, what code and how many seeds
+            dated = r"\d{4}-\d\d-\d\d, [0-9a-f]{7,40}, \d+ seeds?\b"
+            assert re.search(rf"(?m)^# result:   (not run yet$|{dated})", text), name
 
 
 def test_every_config_fits_and_costs_what_its_header_says():
@@ -92,9 +95,10 @@ def test_every_config_fits_and_costs_what_its_header_says():
     assert "248.8 TFLOP a step" in text and "27.5 h at 0.72 s, 17.2 h at 0.45 s" in text  # 137,500 steps x s / 3600
 
 
-def test_baselines_are_named_before_a_file_or_an_image_is_read():
-    done = subprocess.run([sys.executable, "eval_bach.py", "config/baselines.py", "--dry_run=true"], cwd=ROOT,
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def test_baselines_are_named_before_a_file_or_an_image_is_read(tmp_path):
+    command = [sys.executable, ROOT / "eval_bach.py", ROOT / "config/baselines.py", "--dry_run=true"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     said = [line for line in done.stdout.splitlines() if line.startswith("data/weights/")]
     assert done.returncode == 0 and len(said) == 8 and "midnight: cls 224 px, norm half, no such file" in done.stdout
 
@@ -164,10 +168,80 @@ def test_peaks_and_ends_of_each_lineage(name, ranks, lr, at_stop):
     assert {k: end[k] for k in at_stop} == pytest.approx(at_stop, rel=2e-3)
 
 
-def test_dinov3_recipes_have_their_own_constants():
-    """dinov3's vit7b pretraining and path-fm-dinov3's vith16plus_8gpus_localsvs."""
-    plus, big, as_dinov2 = (resolve(TRAIN[n]) for n in ("vithplus", "vit7b", "vithplus_dinov2_recipe"))
-    assert (plus["layer_decay"], plus["drop_path"], plus["clip_grad"], plus["batch_size"]) == (0.98, 0.3, 3.0, 56)
-    assert (big["layer_decay"], big["drop_path"], big["clip_grad"], big["betas"]) == (0.98, 0.4, 30.0, (0.9, 0.99))
-    ours = resolve(TRAIN["vitg"])
-    assert {k for k in ours if as_dinov2[k] != ours[k]} == {"out_dir", "arch", "weights", "local_px"}
+OPENMIDNIGHT = dict(
+    arch="dinov2_vitg14_reg", batch_size=48, min_lr=1e-6, warmup_steps=12_500, freeze_last_layer=1250,
+    betas=(0.9, 0.999), weight_decay=0.04, weight_decay_end=0.2, momentum=0.994, momentum_end=1.0,
+    teacher_temp_start=0.04, teacher_temp=0.07, teacher_temp_warmup=37_500, student_temp=0.1, centering="sinkhorn", clip_grad=3.0, layer_decay=1.0,
+    patch_embed_lr=0.2, drop_path=0.4, global_px=224, local_px=98, local_crops=8, global_scale=(0.32, 1.0),
+    local_scale=(0.05, 0.32), mask_prob=0.5, head_weight_norm=True, dino_hidden=2048, dino_bottleneck=384,
+    dino_prototypes=131072, ibot_hidden=2048, ibot_bottleneck=256, ibot_prototypes=131072, kde_weight=0.05,
+    kde_kappa=5.0, hed_prob=0.5, hed_nats=0.69, jitter=(0.2, 0.2, 0.1, 0.05), jitter_prob=0.8, gray_prob=0.2,
+    blur_prob=(0.0, 0.9, 0.5), norm=None, tile_px=224, ibot_weight=1.0)
+DINOV3_HEADS = dict(head_weight_norm=False, dino_hidden=8192, dino_bottleneck=512, dino_prototypes=262144,
+                    ibot_hidden=4096, ibot_bottleneck=384, ibot_prototypes=98304, rope_rescale=2.0, layer_decay=0.98)
+PATH_FM = DINOV3_HEADS | dict(
+    arch="dinov3_vith16plus", batch_size=56, max_steps=250_000, schedule_steps=10_000_000, base_lr=8e-4, min_lr=1e-6,
+    warmup_steps=12_500, teacher_temp_warmup=12_500, freeze_last_layer=1250, weight_decay=0.04, weight_decay_end=0.4,
+    momentum=0.992, momentum_end=1.0, betas=(0.9, 0.999), clip_grad=3.0, patch_embed_lr=0.2, drop_path=0.3, local_px=96,
+    local_crops=8, mask_ratio=(0.1, 0.5), keep_checkpoints=3, keep_every=12_500, compile=True, kde_weight=0.05)
+DINOV3 = DINOV3_HEADS | dict(  # warm-ups and steps a twentieth
+    arch="dinov3_vit7b16", batch_size=16, max_steps=50_000, base_lr=2e-4, warmup_steps=5000, teacher_temp_warmup=5000,
+    freeze_last_layer=5000, weight_decay=0.04, weight_decay_end=0.04, momentum=0.994, momentum_end=0.994,
+    betas=(0.9, 0.99), clip_grad=30.0, drop_path=0.4, local_px=112, mask_ratio=(0.1, 0.5), fp8="on")
+ABLATION = dict(  # OpenMidnight's, at half its batch and twice its steps
+    arch="dinov2_vits14_reg", batch_size=128, local_crops=4, local_px=98, drop_path=0.1, base_lr=8e-4, max_steps=50_000,
+    warmup_steps=3000, freeze_last_layer=1000, teacher_temp_warmup=30_000, kde_weight=0.05, mask_ratio=(0.1, 0.45),
+    dino_bottleneck=384)
+
+
+@pytest.mark.parametrize("name, constants", [
+    ("vitg", OPENMIDNIGHT | dict(base_lr=3e-4, max_steps=137_500, mask_ratio=(0.1, 0.45), kde="uniformity", hed="od")),
+    ("vitg_openmidnight_head", OPENMIDNIGHT | dict(base_lr=3e-4, max_steps=137_500, mask_ratio=(0.1, 0.45))),
+    ("vitg_openmidnight", OPENMIDNIGHT | dict(base_lr=2e-4, max_steps=250_000, schedule_steps=8000 * 1250,
+                                              mask_ratio=(0.1, 0.5))),
+    ("vithplus", PATH_FM), ("vit7b", DINOV3), ("vits_1gpu", ABLATION),
+    ("vitg_norm_tcga", dict(norm=((0.7032, 0.5361, 0.6610), (0.2172, 0.2608, 0.2072))))])
+def test_constants_of_each_lineage(name, constants):
+    c = resolve(TRAIN[name])
+    assert {k: c[k] for k in constants} == constants
+
+
+def test_vith_plus_under_vitg_s_recipe_is_vitg_s_but_for_the_network():
+    ours, plus = resolve(TRAIN["vitg"]), resolve(TRAIN["vithplus_dinov2_recipe"])
+    assert {k for k in ours if plus[k] != ours[k]} == {"out_dir", "arch", "weights", "local_px"}
+
+
+COLUMNS = ("vitg_openmidnight", "vitg_openmidnight_head", "vitg", "vithplus", "vit7b")
+ROWS = {  # label of docs/recipe.md -> what its cell must hold of a config
+    "images a step": lambda c: [f"{c['batch_size']} x 8"],
+    "steps (M tiles)": lambda c: [f"{c['max_steps']:,} ({c['max_steps'] * c['batch_size'] * 8 / 1e6:.3g}"],
+    "lr x sqrt(images / 1024)": lambda c: [f"{c['base_lr']:.0e}".replace("e-0", "e-")],
+    "weight decay": lambda c: [f"{c['weight_decay']:g}", f"{c['weight_decay_end']:g}"],
+    "momentum": lambda c: [f"{c['momentum']:g}"],
+    "last layer frozen": lambda c: [f"{c['freeze_last_layer']:,}"],
+    "clip, each part alone": lambda c: [f"{c['clip_grad']:g}"],
+    "AdamW betas": lambda c: [f"{c['betas'][0]}, {c['betas'][1]}"],
+    "lr of block i of L": lambda c: [f"{c['layer_decay']:g}"],
+    "drop path, all blocks": lambda c: [f"{c['drop_path']:g}"],
+    "DINO head": lambda c: [f"{c['dino_hidden']}, {c['dino_bottleneck']}, {c['dino_prototypes']}",
+                            "weight norm" if c["head_weight_norm"] else "plain"],
+    "iBOT head": lambda c: [f"{c['ibot_hidden']}, {c['ibot_bottleneck']}, {c['ibot_prototypes']}"],
+    "masked share of half the globals": lambda c: [f"{c['mask_ratio'][0]}-{c['mask_ratio'][1]}"],
+    "crops": lambda c: [f"x {c['global_px']}", f"{c['local_crops']} x {c['local_px']}"],
+    "spreading term, 0.05": lambda c: ["gathers" if c["kde"] == "openmidnight" else "spreads"],
+}
+
+
+def test_the_recipe_page_states_the_configs_constants():
+    table = re.findall(r"^\| (.*) \|$", (ROOT / "docs/recipe.md").read_text().split("## Constants")[1], re.M)
+    table = {cells[0]: cells[1:] for cells in (line.split(" | ") for line in table) if cells[0] in ROWS}
+    assert table.keys() == ROWS.keys()
+    for label, cells in table.items():
+        for i, name in enumerate(COLUMNS):
+            while cells[i].startswith(("same", "as now", "as released")):
+                cells[i] = cells[i - 1]
+            for text in ROWS[label](resolve(TRAIN[name])):
+                assert text in cells[i], (label, name)
+    lr = (ROOT / "docs/recipe.md").read_text()
+    for name in ("vitg_openmidnight", "vitg"):
+        assert f"{peak(resolve(TRAIN[name])):.4e}".replace("e-0", "e-") in lr

@@ -259,6 +259,12 @@ def test_how_crowded_class_tokens_are_stands_in_a_table_and_a_figure_of_its_own(
                         "0.900 0.960 0.550 +- 0.071").split()
     assert lines[2] == "b 0.300 0.000 0.500 30.0 2.0 2.0 0.900 1.000 1.000".split()
     assert Image.open(tmp_path / "x.png").size == (1440, 810)
+    (tmp_path / "b/metrics.jsonl").write_text('{"step": 100, "cls_rank": 3}\n{"step": 200, "cls_cosine": null}\n')
+    rows = [json.loads(line) for line in (tmp_path / "b/bach.jsonl").open()]
+    rows[1].pop("mean_cosine")
+    (tmp_path / "b/bach.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = shown(capsys, tmp_path / "*", out=tmp_path / "x.png")[1]  # what is not there is a dash, and not drawn
+    assert "b 0.300 0.000 0.500 30.0 2.0 2.0 0.900 - 1.000".split() in [line.split() for line in text.splitlines()]
     with_curve = np.asarray(Image.open(tmp_path / "x.png").convert("L")).astype(int)
     for name in ("a_0", "a_1", "b"):
         (tmp_path / name / "metrics.jsonl").write_text('{"step": 200}\n')

@@ -279,8 +279,13 @@ def test_a_run_starts_from_the_weights_that_it_is_given(tiles, tmp_path, monkeyp
             assert torch.equal(state["blocks.2.attn.qkv.weight"], vit.blocks[2].attn.qkv.weight)
             assert torch.equal(state["pos_embed"], table) == (init == "resample")
     assert "another architecture" in refused(monkeypatch, flags(**keys, arch="dinov2_vits14", out_dir=tmp_path / "c"))
-    run = train(monkeypatch, flags(**keys, pos_embed_init="random", pos_interp="offset", out_dir=tmp_path / "d"))
-    c = run["teacher"]["backbone"].config  # and so the maps of local crops
+    assert "changes nothing" in refused(monkeypatch, flags(**{**keys, "weights": ""}, pos_embed_init="random"))
+    rope = dict(arch="dinov3_vits16", global_px=64, local_px=32, pos_interp="offset")
+    assert "rotary" in refused(monkeypatch, flags(**{**keys, **rope}))
+    run = train(monkeypatch, flags(**keys, pos_interp="offset", out_dir=tmp_path / "e"))
+    loaded = run["student"]["backbone"].pos_embed.full_tensor()
+    assert torch.equal(loaded, table), "a file's table meets the grid as Meta's model does"
+    c = run["teacher"]["backbone"].config  # only maps of local crops are of the other kind
     assert (c.pos_antialias, c.pos_offset) == (False, 0.1) == (run["student"]["backbone"].config.pos_antialias, 0.1)
 
 

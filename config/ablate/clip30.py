@@ -1,4 +1,5 @@
-# question: gradient clipping at 30, which is none at this size, instead of 3?   parent: any
+# question: gradient clipping at 30, which is none at this size, instead of 3?
+#           parent: config/toy.py or config/toy_continue.py
 # run:      python train.py config/toy.py config/ablate/clip30.py
 # result:   not run
 out_dir = f"{out_dir}_clip30"

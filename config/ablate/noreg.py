@@ -1,4 +1,5 @@
-# question: no spreading term at all?   parent: any
+# question: no spreading term at all?
+#           parent: config/toy.py or config/toy_continue.py
 # run:      python train.py config/toy.py config/ablate/noreg.py
 # result:   not run
 out_dir = f"{out_dir}_noreg"

@@ -1,4 +1,5 @@
-# question: pixels normalised by 0.5 and 0.5, Midnight's, instead of ImageNet's statistics?   parent: any
+# question: pixels normalised by 0.5 and 0.5, Midnight's, instead of ImageNet's statistics?
+#           parent: config/toy.py or config/toy_continue.py
 # run:      python train.py config/toy.py config/ablate/norm_half.py
 # result:   not run
 out_dir = f"{out_dir}_norm_half"

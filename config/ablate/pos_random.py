@@ -1,4 +1,5 @@
-# question: the position table drawn anew instead of resampled from the checkpoint's grid?   parent: any
+# question: the position table drawn anew instead of resampled from the checkpoint's grid?
+#           parent: config/toy_continue.py
 # run:      python train.py config/toy_continue.py config/ablate/pos_random.py
 # result:   not run
 out_dir = f"{out_dir}_pos_random"
