@@ -1,5 +1,5 @@
 """
-Training steps on one GPU, as train.py makes them: the README's table of speed and memory, a row a case.
+Training steps on one GPU, as train.py makes them: docs/memory.md's table of speed and memory, a row a case.
 
     python bench/step.py                     # all cases; each is a run of train.py on random tiles
     python bench/step.py --case=vitg        # one of them

@@ -171,8 +171,9 @@ def test_peaks_and_ends_of_each_lineage(name, ranks, lr, at_stop):
 OPENMIDNIGHT = dict(
     arch="dinov2_vitg14_reg", batch_size=48, min_lr=1e-6, warmup_steps=12_500, freeze_last_layer=1250,
     betas=(0.9, 0.999), weight_decay=0.04, weight_decay_end=0.2, momentum=0.994, momentum_end=1.0,
-    teacher_temp_start=0.04, teacher_temp=0.07, teacher_temp_warmup=37_500, student_temp=0.1, centering="sinkhorn", clip_grad=3.0, layer_decay=1.0,
-    patch_embed_lr=0.2, drop_path=0.4, global_px=224, local_px=98, local_crops=8, global_scale=(0.32, 1.0),
+    teacher_temp_start=0.04, teacher_temp=0.07, teacher_temp_warmup=37_500, student_temp=0.1,
+    centering="sinkhorn", clip_grad=3.0, layer_decay=1.0, patch_embed_lr=0.2, drop_path=0.4,
+    global_px=224, local_px=98, local_crops=8, global_scale=(0.32, 1.0),
     local_scale=(0.05, 0.32), mask_prob=0.5, head_weight_norm=True, dino_hidden=2048, dino_bottleneck=384,
     dino_prototypes=131072, ibot_hidden=2048, ibot_bottleneck=256, ibot_prototypes=131072, kde_weight=0.05,
     kde_kappa=5.0, hed_prob=0.5, hed_nats=0.69, jitter=(0.2, 0.2, 0.1, 0.05), jitter_prob=0.8, gray_prob=0.2,

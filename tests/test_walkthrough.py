@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow  # make test-slow
 def commands():
     """The lines of the first block of the data section, as lists of arguments."""
     section = (ROOT / "README.md").read_text().split("## Data\n")[1]
-    lines = re.findall(r"^    python (.*)$", section.split("**report**")[0], re.M)
+    lines = re.findall(r"^    python (.*)$", section.split("\n## ")[0], re.M)
     assert len(lines) == 5, lines
     return [shlex.split(line) for line in lines]
 
