@@ -37,10 +37,14 @@ KEPT = ("config.json", "source.diff", "bach.jsonl", "metrics.jsonl")
 
 
 def commands():
-    """{folder of a run: arguments of train.py}."""
+    """
+    {folder of a run: arguments of train.py}. Continued runs begin at seed 1: the pretraining's, 0, would draw the very
+    heads and positions that the encoder began with, and so make random positions look harmless.
+    """
     found = {}
     for folder, parent, names in ABLATIONS:
-        for seed, name in ((seed, name) for seed in range(seeds) for name in names):
+        first = int(folder == "continued")
+        for seed, name in ((seed, name) for seed in range(first, first + seeds) for name in names):
             files = [f"config/{parent}.py"] + [f"config/ablate/{name}.py"] * (name != "recipe")
             found[f"{folder}/{name}_{seed}"] = files + [f"--seed={seed}"]
     return {folder: args for folder, args in found.items() if only in folder}

@@ -74,7 +74,7 @@ def worlds(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", [f for f in RUNS if f.endswith("_0") and not f.startswith("continued")])
+@pytest.mark.parametrize("folder", [f for f in RUNS if f.endswith("_0")])
 def test_the_code_still_computes_what_was_recorded(folder, worlds):
     """
     The first steps of a run anew, from slides to losses; BACH at step 0 for the recipe. Continued runs need weights
