@@ -148,7 +148,7 @@ def page(text, pictures, brief):
         lines = (printed.split("\n\n")[1] if brief else printed).splitlines()
         return match[0].partition("\n\n")[0] + "\n\n" + "".join(f"    {line}".rstrip() + "\n" for line in lines)
     text = re.sub(TABLE, lambda _: runs_table(), text)
-    return re.sub(COMMAND + r"(?:(?:    .*)?\n)+?(?=\n*\S|\Z)", fill, text)
+    return re.sub(COMMAND + r"(?:(?:    .*)?\n)+?(?=\n*(?:\S|    python )|\Z)", fill, text)
 
 
 def main():

@@ -38,11 +38,13 @@ if __name__ == "__main__":
     trained = state["pos_embed"].clone()
     print(f"table: class token's slot {trained[:, 0].std():.3f}, patches {trained[:, 1:].std():.3f}")
     print(f"resampled               BACH {score(vit, trained, pixels):.3f}")
-    for name, slots in (("class token drawn", slice(0, 1)), ("patches drawn", slice(1, None)), ("all drawn", slice(None))):
+    parts = {"class token drawn": slice(0, 1), "patches drawn": slice(1, None), "all drawn": slice(None)}
+    for name, slots in parts.items():
         found = []
         for draw in range(draws):
             table = trained.clone()
             generator = torch.Generator().manual_seed(1000 + draw)
-            table[:, slots] = torch.nn.init.trunc_normal_(torch.empty_like(table[:, slots]), std=0.02, generator=generator)
+            drawn = torch.nn.init.trunc_normal_(torch.empty_like(table), std=0.02, generator=generator)
+            table[:, slots] = drawn[:, slots]
             found.append(score(vit, table, pixels))
         print(f"{name:23} BACH {sum(found) / draws:.3f}, " + " ".join(f"{x:.3f}" for x in found), flush=True)

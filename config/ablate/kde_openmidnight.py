@@ -1,6 +1,7 @@
 # question: does the released sign of the spreading term gather the class tokens?
 #           parent: config/toy.py or config/toy_continue.py
 # run:      python train.py config/toy.py config/ablate/kde_openmidnight.py
-# result:   not run
+# result:   scratch: 0.313 +- 0.009, -0.355 beyond 0.052, 3 seeds, commit 145bc0d
+#           continued: 0.399 +- 0.000, -0.319 beyond 0.020, 2 seeds, commit 145bc0d
 out_dir = f"{out_dir}_kde_openmidnight"
 kde = "openmidnight"
