@@ -266,8 +266,8 @@ def crowding_table(groups, axis):
     the points of its curve. BACH at step 0, the depth of each run's own dip, BACH at the end; then of BACH's images in
     the teacher effective rank and mean cosine: at the first point, least (most), at the end. "" if no row has these.
     """
-    lines = [["run", "start         ", "dip           ", "end           ", "rank", "least", "end         ", "cosine",
-              "most", "end           "]]
+    lines = [["run", "start         ", "own dip       ", "end           ", "rank 0", "least", "end         ",
+              "cosine 0", "most", "end           "]]
     for group in groups:
         rows = [{row[axis]: row for row in run.rows} for run in group.used]
         rank, cosine = (np.array([[of_run[at].get(key) or math.nan for at in group.x] for of_run in rows], float)
@@ -280,8 +280,8 @@ def crowding_table(groups, axis):
         lines.append([group.name, *("-" if "nan" in text else text for text in texts)])
     if all(line[4] == "-" for line in lines[1:]):
         return ""
-    return "\n".join([*columns(lines), "rank, cosine: of BACH's images in the teacher; in the figure of a training "
-                      "batch in the student"])
+    return "\n".join([*columns(lines), "rank, cosine: the teacher's, of BACH's images; the figure has the student's, of "
+                      "training batches"])
 
 
 def curve_table(rows):
@@ -345,6 +345,8 @@ def plot(groups, axis, title, path):
         panel.set_title(text, fontsize=9)
         panel.grid(alpha=0.25)
         panel.xaxis.set_major_formatter("{x:,.0f}")
+    if side:
+        side[-1].set_xlabel(axes.get_xlabel())
     if any(len(group.used) > 1 for group in groups):
         axes.fill_between([], [], color="gray", alpha=0.3, lw=0, label="band: +- std over seeds")
     if any(len(group.used) == 1 for group in groups):

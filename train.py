@@ -641,6 +641,7 @@ for step in range(progress["step"], max_steps):
 
 # ---- finish ---------------------------------------------------------------------------------------------------------
 bar.close()
+del batches  # its workers end now, not by the kill above
 if progress["step"] == max_steps:
     say(f"done: {max_steps} steps, {out_dir}")
 dist.destroy_process_group()

@@ -170,4 +170,7 @@ def main():
 
 if __name__ == "__main__":
     configure(globals())
-    main()
+    try:
+        main()
+    except ValueError as e:
+        raise SystemExit(f"configs: {e}")

@@ -5,7 +5,8 @@
 # result:   not run yet
 # Meta's constants of the pretraining (decay and momentum constant, clip 30), at 16 images a GPU as theirs, for a
 # twentieth of its steps; warm-ups likewise, where theirs are 100,000 steps, and the spreading term is this project's
-# instead of KoLeo. Keeping products and attention only, and fp8, are theirs too; fp8 saves time, not memory.
+# instead of KoLeo; tiles, clip and learning rate are not vithplus.py's, so rows of the two do not compare. Keeping
+# products and attention only, and fp8, are theirs too; fp8 saves time, not memory.
 from pathlib import Path
 
 exec(Path(__file__).with_name("vithplus.py").read_text())

@@ -2,7 +2,7 @@
 A sample list as OpenMidnight's: from each pyramid level of each slide a random tile with tissue, again and again.
 
     python prepare/levels.py --slides='data/TCGA/**/*.svs' --out=data/levels.txt --passes=1000
-    python prepare/levels.py --slides='data/toy/slides/*' --out=data/toy/levels.txt --tile_px=128     # the toy's twin
+    python prepare/levels.py --slides='data/toy/slides/*' --out=data/toy/levels.txt --tile_px=128 --passes=350
 
 Lines `path x y level`: the path as the glob gives it; the corner in level-0 pixels, uniform over the slide, from which
 tile_px pixels are read at the level. Of `draws` places the first is taken of which `tissue_share` passes Midnight's HSV

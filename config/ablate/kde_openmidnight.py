@@ -1,4 +1,4 @@
-# question: does the released sign of the spreading term gather the class tokens?
+# question: the spreading term as released: its sign, over one rank, each image with itself?
 #           parent: config/toy.py or config/toy_continue.py
 # run:      python train.py config/toy.py config/ablate/kde_openmidnight.py
 # result:   scratch: 0.313 +- 0.009, -0.355 beyond 0.052, 3 seeds, commit 145bc0d
