@@ -280,8 +280,8 @@ def crowding_table(groups, axis):
         lines.append([group.name, *("-" if "nan" in text else text for text in texts)])
     if all(line[4] == "-" for line in lines[1:]):
         return ""
-    return "\n".join([*columns(lines), "rank, cosine: the teacher's, of BACH's images; the figure has the student's, of "
-                      "training batches"])
+    return "\n".join([*columns(lines), "rank, cosine: the teacher's, of BACH's images; the figure has the student's, "
+                      "of training batches"])
 
 
 def curve_table(rows):
