@@ -564,7 +564,7 @@ def command(*flags):
 
 
 KEYS = {"weights": "", "bach_dir": "", "image_dir": "", "norm": None, "views": "resize", "mpp": 0.5, "input_px": 224,
-        "concat": False, "arch": "", "device": "cpu"}
+        "concat": False, "arch": "", "device": "cpu", "dry_run": False}
 
 
 def save_teacher(path, config, seed=0):
