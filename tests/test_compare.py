@@ -158,6 +158,7 @@ def run(*arguments):
     return subprocess.run([sys.executable, ROOT / "data.py", *arguments], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_tasks_take_train_pys_keys_and_configs_and_say_what_is_missing(tmp_path):
     keys = data.train_keys()
     assert keys["batch_size"] == 48 and keys["norm"] is None and "rank" not in keys and keys["mpps"][0] == 0.25

@@ -622,6 +622,7 @@ def test_a_file_whose_network_fails_is_named_and_the_others_are_scored(tmp_path,
     assert failed == 1 and len(rows) == 1 and error.startswith(f"eval_bach: {files[0]}: ") and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_table_of_several_weight_files(bach_template, tmp_path):
     files = [save_teacher(tmp_path / f"{step}.pth", {}, seed=step) for step in (1, 2)]
     (tmp_path / "bad.pth").write_bytes(b"not weights")

@@ -493,6 +493,7 @@ def one_of_two_ranks(argv, ports, out):
         poison(setattr)
 
 
+@pytest.mark.slow
 def test_two_ranks_stay_in_step_when_an_evaluation_fails_on_one(tiles, tmp_path):
     sockets = [socket.create_server(("localhost", 0)) for _ in range(2)]
     ports = [str(s.getsockname()[1]) for s in sockets]
