@@ -4,7 +4,7 @@ The BACH probe: how well does a frozen tile encoder tell four kinds of breast ti
     python eval_bach.py --weights=out/run/teacher/5000.pth --bach_dir=data/bach   # last line: one JSON object
     python eval_bach.py --weights=a.pth,b.pth,midnight/ --norm=imagenet,imagenet,half --bach_dir=data/bach   # a table
     python eval_bach.py --weights=... --bach_dir=... --views=tiles --mpp=0.5      # or --input_px=392, --concat=true
-    python eval_bach.py --weights=... --image_dir=DIR     # other labelled tiles, a subfolder a class: eval_folder.py
+    python eval_bach.py --weights=... --image_dir=DIR     # other labelled tiles, a subfolder a class: eval_slides.py
     python eval_bach.py config/baselines.py               # checkpoints before any training of ours
     python eval_bach.py --runs='out/*'                    # compare training runs, a table and a PNG: curves.py
 
@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 import model
-import weight_files
 from configurator import configure
 
 # ---- the protocol: changing any of these invalidates every earlier row; all but the ranges show in `protocol` ----
@@ -214,7 +213,7 @@ def embed(backbone, pixels, mean, std, device, view=View(), batch_size=64):
     return features.cpu()
 
 
-def spread(features):
+def collapse_metrics(features):
     """
     Two signs of collapse in features (n, D): {"effective_rank", "mean_cosine"}. ValueError if a feature is not finite.
 
@@ -387,7 +386,7 @@ def second_opinions(features):
 
 def bach_row(features, view=View()):
     """One row of bach.jsonl but for its step, from BACH's features (400, D). ValueError if they are not finite."""
-    row = spread(features)
+    row = collapse_metrics(features)
     return probe(features, LABELS, TRAIN_INDEX, VAL_INDEX, view=view) | second_opinions(features) | row
 
 
@@ -416,16 +415,16 @@ def score_file(file, norm, c, data):
     """The row of one weight file; data are the images."""
     start, view = time.time(), view_of(c)
     backbone = model.load_backbone(file, c["arch"] or None).to(c["device"])
-    if view.px % backbone.config.patch_size or backbone.config.in_channels != 3:
-        raise ValueError(f"{file}: takes {backbone.config.in_channels} channels in patches of "
-                         f"{backbone.config.patch_size} px, not RGB at input_px = {view.px}")
+    if view.px % backbone.arch.patch_size or backbone.arch.in_channels != 3:
+        raise ValueError(f"{file}: takes {backbone.arch.in_channels} channels in patches of "
+                         f"{backbone.arch.patch_size} px, not RGB at input_px = {view.px}")
     mean, std = model.stored_norm(file) if norm is None else model.norm_values(norm)
     if c["image_dir"]:
-        import eval_folder
-        row = eval_folder.score(c, data, backbone, mean, std)
+        import eval_slides
+        row = eval_slides.score(c, data, backbone, mean, std)
     else:
         row = bach_row(embed(backbone, data, mean, std, c["device"], view), view)
-    stored = {} if weight_files.is_hugging_face(file) else weight_files.read_pth(file)
+    stored = model.read_header(file)
     return {**row, "norm": (mean, std), "weights": file, "arch": c["arch"] or stored.get("arch"),
             "step": stored.get("step"), "seconds": round(time.time() - start, 1)}
 
@@ -452,8 +451,8 @@ def score(c):
     if missing := [file for file in files if not os.path.exists(file)]:
         raise ValueError(f"{', '.join(missing)}: no such weight file")
     if c["image_dir"]:
-        import eval_folder
-        data = eval_folder.load(c)
+        import eval_slides
+        data = eval_slides.load(c)
     else:
         data = load_pixels(c["bach_dir"], view, c["image_mpp"])
     print(f"read the images in {time.time() - start:.0f} s", flush=True)

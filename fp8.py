@@ -92,7 +92,7 @@ def to_fp8(backbone, force=False):
     optimizer groups are the same objects under the same names. Patch embedding and heads stay as they are. ValueError
     for a ViT narrower than MIN_WIDTH, unless forced, and naming a layer whose sizes CUDA's product does not take.
     """
-    width = backbone.config.embed_dim
+    width = backbone.arch.embed_dim
     if width < MIN_WIDTH and not force:
         raise ValueError(f"fp8 = 'on': below width {MIN_WIDTH} fp8 saves no time, and this backbone's is {width}; "
                          "fp8 = 'off', or 'force' to run it anyway")

@@ -264,7 +264,7 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        c = self.config = config
+        c = self.arch = config
         assert c.embed_dim % c.num_heads == 0, (c.embed_dim, c.num_heads)
         self.registers_name = "register_tokens" if c.pos == "learned" else "storage_tokens"
         self.patch_embed = PatchEmbed(c)
@@ -292,7 +292,7 @@ class ViT(nn.Module):
         Give the parameter or buffer `name` its first values, in place. Linears and positions: normal, std 0.02; tokens:
         1e-6 (DINOv2) or 0.02 (DINOv3); patches as torch's convolutions.
         """
-        c = self.config
+        c = self.arch
         if name.endswith("gamma"):
             t.fill_(c.layerscale)
         elif "norm" in name:
@@ -320,7 +320,7 @@ class ViT(nn.Module):
         """
         if torch.is_tensor(x):
             return self.forward([x], [mask])[0]
-        c, masks = self.config, mask or [None] * len(x)
+        c, masks = self.arch, mask or [None] * len(x)
         grids = [(i.shape[2] // c.patch_size, i.shape[3] // c.patch_size) for i in x]
         tokens = [self.embed(images, m, grid) for images, m, grid in zip(x, masks, grids)]
         shapes = [tuple(t.shape[:2]) for t in tokens]
@@ -341,7 +341,7 @@ class ViT(nn.Module):
 
     def embed(self, images, mask, grid):
         """(B, C, H, W) -> (B, 1 + R + N, D): class token, registers, patches in rows."""
-        c, (B, _, H, W) = self.config, images.shape
+        c, (B, _, H, W) = self.arch, images.shape
         assert H % c.patch_size == W % c.patch_size == 0, f"{H} x {W} px is no multiple of the patch, {c.patch_size}"
         x = self.patch_embed(images).flatten(2).transpose(1, 2)
         if mask is not None:
@@ -357,9 +357,9 @@ class ViT(nn.Module):
         return x
 
     def finish(self, x, local):
-        R = 1 + self.config.registers
+        R = 1 + self.arch.registers
         head, patches = x.split([R, x.shape[1] - R], dim=1)
-        own = self.config.local_cls_norm and self.training and local
+        own = self.arch.local_cls_norm and self.training and local
         head = (self.local_cls_norm if own else self.norm)(head)
         return {"cls": head[:, 0].contiguous(), "registers": head[:, 1:].contiguous(), "patches": self.norm(patches)}
 
@@ -429,7 +429,7 @@ class DINOHead(nn.Module):
 # ---- teacher targets and losses, in fp32 whatever the logits' type --------------------------------------------------
 
 
-def _all_reduce(x, op=dist.ReduceOp.SUM):
+def all_reduce(x, op=dist.ReduceOp.SUM):
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(x, op)
     return x
@@ -444,7 +444,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = _all_reduce(grad.contiguous())
+        grad = all_reduce(grad.contiguous())
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
@@ -466,14 +466,14 @@ def sinkhorn(logits, temp, iterations=3):
     the result. 256 x 32768 on one EPYC core: 2.1 times as fast (bench/losses.py).
     """
     q = torch.empty_like(logits, dtype=torch.float32)
-    top = _all_reduce(logits.max().float()[None] / temp, dist.ReduceOp.MAX)  # global: a row's own would not cancel
+    top = all_reduce(logits.max().float()[None] / temp, dist.ReduceOp.MAX)  # global: a row's own would not cancel
     sums, tiny = q.new_zeros(q.shape[1]), torch.finfo(q.dtype).tiny
     for x, e in _chunks(logits, q):
         torch.add(-top, x, alpha=1 / temp, out=e).exp_()  # top has a dimension: bf16 logits are promoted
         sums.addmv_(e.T, e.new_ones(len(e)))
     for left in reversed(range(iterations)):
         # a prototype or row that underflowed gets nothing, not NaN
-        columns, sums = 1 / _all_reduce(sums).clamp(min=tiny), torch.zeros_like(sums)
+        columns, sums = 1 / all_reduce(sums).clamp(min=tiny), torch.zeros_like(sums)
         for (e,) in _chunks(q):
             rows = 1 / (e @ columns).clamp(min=tiny)
             if left:
@@ -493,7 +493,7 @@ def softmax_center(logits, center, temp):
 def update_center(center, logits, momentum=0.9):
     """The next center: momentum * center (1, K) + (1 - momentum) * mean of logits (B, K) over all ranks."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    mean = _all_reduce(logits.float().mean(0, keepdim=True)) / world
+    mean = all_reduce(logits.float().mean(0, keepdim=True)) / world
     return center.lerp(mean, 1 - momentum)
 
 
@@ -585,36 +585,7 @@ def kde_loss_openmidnight(x, kappa=5.0):
     return -((kappa * z @ z.T).exp().sum(1) + 1e-9).log().mean()
 
 
-# ---- optimisation: teacher average, parameter groups, schedules -----------------------------------------------------
-
-
-@torch.no_grad()
-def update_ema(teacher, student, momentum, wanted=None):
-    """
-    teacher = momentum * teacher + (1 - momentum) * student, parameter by parameter, on this rank's shards. Where
-    `wanted`, a bool on the device, is False, the teacher stays: a skipped step needs no look at the device. (With it,
-    CUDA averages tensor by tensor, some hundred launches; the bits are the same.)
-    """
-    pairs = zip(teacher.parameters(), student.parameters(), strict=True)
-    t, s = zip(*((getattr(a, "_local_tensor", a), getattr(b, "_local_tensor", b)) for a, b in pairs))
-    assert all(a.shape == b.shape for a, b in zip(t, s)), "teacher and student are not sharded alike"
-    share = 1 - momentum
-    torch._foreach_lerp_(t, s, share if wanted is None else [torch.where(wanted, share, 0.0)] * len(t))
-
-
-@torch.no_grad()
-def clip_gradients(student, max_norm):
-    """
-    Clip every part of a ModuleDict to a gradient norm of max_norm (0 = leave them), in place, each on its own as
-    DINOv2. Norms are over all ranks' shards. Returns the norms before clipping (parts,), the same on every rank.
-    """
-    grads = [[getattr(p.grad, "_local_tensor", p.grad) for p in part.parameters() if p.grad is not None]
-             for part in student.values()]
-    norms = _all_reduce(torch.stack([torch.stack(torch._foreach_norm(g)).square().sum() for g in grads])).sqrt()
-    for g, norm in zip(grads, norms):
-        if max_norm:
-            torch._foreach_mul_(g, (max_norm / (norm + 1e-6)).clamp(max=1))
-    return norms
+# ---- optimisation: parameter groups, schedules ----------------------------------------------------------------------
 
 
 def param_groups(student, layer_decay=1.0, patch_embed_lr=0.2):
@@ -766,25 +737,7 @@ def first_weights(path, c, pos_embed_init="resample"):
     return state
 
 
-# ---- cost of a step -------------------------------------------------------------------------------------------------
-
-
-def forward_tflop(c, crops, px, drop_path=0.0):
-    """TFLOP of a forward of `crops` crops of side px as executed under drop path; 2 a multiply-add, GEMMs only."""
-    n = (px // c.patch_size) ** 2
-    N, D, kept = n + 1 + c.registers, c.embed_dim, max(int(crops * (1 - drop_path)), 1)
-    block = N * (8 * D * D + (6 if c.ffn == "swiglu" else 4) * D * c.ffn_hidden + 4 * N * D)
-    return (c.depth * kept * block + crops * n * 2 * c.in_channels * c.patch_size**2 * D) / 1e12
-
-
-def step_tflop(c, images, global_px, local_px, local_crops, drop_path, heads, masked):
-    """
-    TFLOP of a step with `images` images and `masked` masked patches: {"student", "teacher", "heads"}. Backward = 2 x
-    forward; recomputation and elementwise work are not counted. `heads` = {"dino": (hidden, bottleneck, prototypes),
-    "ibot": ...}.
-    """
-    student = forward_tflop(c, 2 * images, global_px, drop_path)
-    student += forward_tflop(c, local_crops * images, local_px, drop_path) if local_crops else 0
-    row = {k: 2 * (c.embed_dim * h + h * h + h * b + b * p) / 1e12 for k, (h, b, p) in heads.items()}
-    head = (3 * (2 + local_crops) + 2) * images * row["dino"] + (3 + 1) * masked * row["ibot"]
-    return {"student": 3 * student, "teacher": forward_tflop(c, 2 * images, global_px), "heads": head}
+def read_header(path):
+    """What this project's teacher file states about itself: {"arch", "step", "config"}; {} for any other file."""
+    stored = {} if weight_files.is_hugging_face(path) else weight_files.read_pth(path)
+    return {k: stored[k] for k in ("arch", "step", "config") if k in stored} if "teacher" in stored else {}

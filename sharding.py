@@ -22,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import weight_files
-from model import named_tensors
+from model import all_reduce, named_tensors
 
 CHECKPOINTING = ("none", "selective", "full")
 aten = torch.ops.aten
@@ -143,3 +143,35 @@ def gathered(module):
         host = whole.detach().to("cpu", copy=True) if dist.get_rank() == 0 else None
         del whole  # before the next one comes
         yield name, host
+
+
+# ---- a step's arithmetic over shards: clipping, teacher average ------------------------------------------------------
+
+
+@torch.no_grad()
+def update_ema(teacher, student, momentum, wanted=None):
+    """
+    teacher = momentum * teacher + (1 - momentum) * student, parameter by parameter, on this rank's shards. Where
+    `wanted`, a bool on the device, is False, the teacher stays: a skipped step needs no look at the device. (With it,
+    CUDA averages tensor by tensor, some hundred launches; the bits are the same.)
+    """
+    pairs = zip(teacher.parameters(), student.parameters(), strict=True)
+    t, s = zip(*((getattr(a, "_local_tensor", a), getattr(b, "_local_tensor", b)) for a, b in pairs))
+    assert all(a.shape == b.shape for a, b in zip(t, s)), "teacher and student are not sharded alike"
+    share = 1 - momentum
+    torch._foreach_lerp_(t, s, share if wanted is None else [torch.where(wanted, share, 0.0)] * len(t))
+
+
+@torch.no_grad()
+def clip_gradients(student, max_norm):
+    """
+    Clip every part of a ModuleDict to a gradient norm of max_norm (0 = leave them), in place, each on its own as
+    DINOv2. Norms are over all ranks' shards. Returns the norms before clipping (parts,), the same on every rank.
+    """
+    grads = [[getattr(p.grad, "_local_tensor", p.grad) for p in part.parameters() if p.grad is not None]
+             for part in student.values()]
+    norms = all_reduce(torch.stack([torch.stack(torch._foreach_norm(g)).square().sum() for g in grads])).sqrt()
+    for g, norm in zip(grads, norms):
+        if max_norm:
+            torch._foreach_mul_(g, (max_norm / (norm + 1e-6)).clamp(max=1))
+    return norms

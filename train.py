@@ -34,13 +34,13 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
-import budget
 import checkpoint
 import data
 import eval_bach
 import model
 import sharding
 import sources
+from bench import budget
 from configurator import configure
 from fp8 import to_fp8, without_fp8
 
@@ -490,7 +490,7 @@ def crowding(cls):
     Signs of collapse (eval_bach.spread) in the student's class tokens (2B, D) of this rank's global crops, half of them
     masked. In bf16 the rank of tokens that all but coincide is that of their rounding: trust the cosine there.
     """
-    found = eval_bach.spread(cls.detach().float().cpu()) if cls.isfinite().all() else {}
+    found = eval_bach.collapse_metrics(cls.detach().float().cpu()) if cls.isfinite().all() else {}
     return {"cls_rank": found.get("effective_rank", math.nan), "cls_cosine": found.get("mean_cosine", math.nan)}
 
 
@@ -585,14 +585,14 @@ for step in range(progress["step"], max_steps):
     del logits, on_global, on_local, on_masked, dino_targets, ibot_targets  # their gradient is made; 3 GB in ViT-g
     loss.backward()
     # clip, finite check, step, average
-    norms = model.clip_gradients(student, clip_grad)  # of backbone and heads, before clipping, over all ranks
+    norms = sharding.clip_gradients(student, clip_grad)  # of backbone and heads, before clipping, over all ranks
     terms = torch.stack([loss, dino, ibot, spread]).detach()
     dist.all_reduce(terms)
     finite = torch.isfinite(torch.cat([terms, norms])).all()  # on all ranks alike; read at log points only
     optimizer.found_inf = (~finite).float()  # by which fused AdamW leaves weights and moments as they were
     optimizer.step()
     centers.update({head: torch.where(finite, center, centers[head]) for head, center in next_centers.items()})
-    model.update_ema(teacher, student, now["momentum"], finite)
+    sharding.update_ema(teacher, student, now["momentum"], finite)
     bad_steps += ~finite
     optimizer.zero_grad()
     bad_messages += batch["bad"]

@@ -40,7 +40,7 @@ def encode(slide, xy, size, mpp, c, encoder, claim):
     loader = torch.utils.data.DataLoader(slide.regions(xy, size, mpp, c["region_mb"]), batch_size=None,
                                          num_workers=c["workers"],
                                          collate_fn=functools.partial(read_region, slide, xy, size, mpp))
-    features = torch.zeros(len(xy), vit.config.embed_dim, dtype=torch.float16, device=device)
+    features = torch.zeros(len(xy), vit.arch.embed_dim, dtype=torch.float16, device=device)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
         for more_rows, more_tiles, errors in itertools.chain(loader, [(None, None, {})]):
             os.utime(claim)
@@ -91,13 +91,13 @@ def features(c):
         raise ValueError(f"device={c['device']}: cuda or cpu; cuda needs a GPU that torch sees")
     if c["batch_size"] < 1:
         raise ValueError(f"batch_size={c['batch_size']}: at least 1")
-    if c["tile_px"] % vit.config.patch_size:
-        raise ValueError(f"tile_px={c['tile_px']}: not a multiple of the patch of {vit.config.patch_size} px")
+    if c["tile_px"] % vit.arch.patch_size:
+        raise ValueError(f"tile_px={c['tile_px']}: not a multiple of the patch of {vit.arch.patch_size} px")
     with open(c["weights"], "rb") as f:
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     mean, std = model.stored_norm(c["weights"]) if c["norm"] is None else model.norm_values(c["norm"])
     more = {"weights_sha256": sha256, "norm": [mean, std]}
-    about = {"encoder": c["arch"] or Path(c["weights"]).stem, "patch_size": vit.config.patch_size,
+    about = {"encoder": c["arch"] or Path(c["weights"]).stem, "patch_size": vit.arch.patch_size,
              "weights": os.path.basename(c["weights"]), "weights_sha256": sha256}
     device = torch.device(c["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
     mean, std = (torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1) for v in (mean, std))

@@ -12,9 +12,10 @@ import torch
 from test_train import ROOT, TINY, flags, tiles, train  # noqa: F401 (tiles is a fixture)
 from torch.profiler import ProfilerActivity, profile
 
-import budget
 import data
 import model
+import sharding
+from bench import budget
 
 V2 = model.ViTConfig(14, 96, 6, 3, "mlp", 384, 4, layerscale=1.0)
 V3 = model.ViTConfig(16, 96, 6, 3, "swiglu", 256, 4, "rope", qkv_bias=False, local_cls_norm=True, layerscale=1.0)
@@ -28,17 +29,17 @@ class Enough(Exception):
 
 def measured(monkeypatch, tmp_path, **keys):
     """Peak bytes of the second step, by the events of PyTorch's allocator."""
-    steps, average = [], model.update_ema
+    steps, average = [], sharding.update_ema
 
     def after_a_step(*args):
         average(*args)
         steps.append(0)
         if len(steps) == 2:
             raise Enough
-    monkeypatch.setattr(model, "update_ema", after_a_step)
+    monkeypatch.setattr(sharding, "update_ema", after_a_step)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, pytest.raises(Enough):
         train(monkeypatch, flags(**keys, out_dir=tmp_path / "run", max_steps=10))
-    monkeypatch.setattr(model, "update_ema", average)
+    monkeypatch.setattr(sharding, "update_ema", average)
     events = sorted((e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]")
     held = torch.tensor([size for _, size in events]).cumsum(0)
     bach = 400 * 3 * 224 * 224  # the probe's pixels, which lie on the host

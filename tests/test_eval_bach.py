@@ -216,17 +216,17 @@ def test_embed_on_two_ranks_equals_one(tmp_path):
 def test_spread():
     g = torch.Generator().manual_seed(0)
     isotropic = torch.randn(400, 16, generator=g)
-    r = eval_bach.spread(isotropic)
+    r = eval_bach.collapse_metrics(isotropic)
     assert 15.5 < r["effective_rank"] <= 16 and abs(r["mean_cosine"]) < 0.02
-    shifted = eval_bach.spread(isotropic + 100)  # a common direction: all dimensions still in use
+    shifted = eval_bach.collapse_metrics(isotropic + 100)  # a common direction: all dimensions still in use
     assert shifted["effective_rank"] == pytest.approx(r["effective_rank"], rel=1e-5) and shifted["mean_cosine"] > 0.99
-    line = eval_bach.spread(torch.randn(400, 1, generator=g) * torch.randn(1, 16, generator=g))
+    line = eval_bach.collapse_metrics(torch.randn(400, 1, generator=g) * torch.randn(1, 16, generator=g))
     assert line["effective_rank"] == pytest.approx(1, abs=1e-3) and abs(line["mean_cosine"]) < 0.1
     point = torch.randn(1, 16, generator=g) * (1 + 1e-7 * torch.randn(400, 16, generator=g))
     for collapsed in (point, torch.ones(400, 16)):
-        assert eval_bach.spread(collapsed) == {"effective_rank": 1.0, "mean_cosine": pytest.approx(1)}
+        assert eval_bach.collapse_metrics(collapsed) == {"effective_rank": 1.0, "mean_cosine": pytest.approx(1)}
     small = torch.tensor([[1.0, 0], [0, 2], [-3, 0]])  # cosines 0, -1, 0
-    assert eval_bach.spread(small)["mean_cosine"] == pytest.approx(-1 / 3)
+    assert eval_bach.collapse_metrics(small)["mean_cosine"] == pytest.approx(-1 / 3)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -234,7 +234,7 @@ def test_features_that_are_not_finite(bad):
     features = torch.randn(10, 4)
     features[[2, 5]] = bad
     with pytest.raises(ValueError, match="features of 2 of 10 images are not finite") as e:
-        eval_bach.spread(features)
+        eval_bach.collapse_metrics(features)
     assert "\n" not in str(e.value)
 
 

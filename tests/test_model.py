@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import model
+import sharding
 import weight_files
+from bench import budget
 from model import ARCHS, DINOHead, ViT, ViTConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -99,7 +101,7 @@ def test_drop_path_computes_only_the_kept_crops_and_keeps_the_expectation(name):
     hook = vit.blocks[0].mlp.register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
     torch.manual_seed(0)
     vit.train()(x)
-    tokens = [vit.embed(i, None, (i.shape[2] // vit.config.patch_size, i.shape[3] // vit.config.patch_size)) for i in x]
+    tokens = [vit.embed(i, None, (i.shape[2] // vit.arch.patch_size, i.shape[3] // vit.arch.patch_size)) for i in x]
     assert rows == [6 * tokens[0].shape[1] + 7 * tokens[1].shape[1]]  # int(11 * 0.6) and int(12 * 0.6) crops
     hook.remove()
     flat, shapes = torch.cat([t.flatten(0, 1) for t in tokens]), [t.shape[:2] for t in tokens]
@@ -180,7 +182,8 @@ def test_arch_names_of_the_design():
 
 def test_step_cost_agrees_with_the_published_accounting():
     c, B = ARCHS["dinov2_vitg14_reg"], 48
-    cost = model.step_tflop(c, B, 224, 98, 8, 0.4, {"dino": (2048, 384, 131072), "ibot": (2048, 256, 131072)}, 70.4 * B)
+    heads = {"dino": (2048, 384, 131072), "ibot": (2048, 256, 131072)}
+    cost = budget.step_tflop(c, B, 224, 98, 8, 0.4, heads, 70.4 * B)
     assert abs(sum(cost.values()) - 248.8) < 0.3, cost
     assert abs(cost["student"] / 3 / B - 1.313) < 0.001 and abs(cost["teacher"] / B - 1.217) < 0.001
 
@@ -345,7 +348,7 @@ def student(arch=None):
 def test_ema():
     t, s = student(), student()
     want = [0.9 * a.detach() + 0.1 * b.detach() for a, b in zip(t.parameters(), s.parameters())]
-    model.update_ema(t, s, 0.9)
+    sharding.update_ema(t, s, 0.9)
     for a, b in zip(t.parameters(), want):
         close(a, b)
 
@@ -400,7 +403,7 @@ def test_released_files_load_and_reproduce_their_outputs(name, tmp_path):
     if "blocks.0.attn.qkv.bias_mask" in state:  # released below 7B: both are zero
         state |= {k: torch.zeros_like(v) for k, v in state.items() if k.endswith(("qkv.bias", "bias_mask"))}
     path, x = save(tmp_path, state), pixels(z["in0/x_uint8"])
-    loaded = model.load_backbone(path, vit.config)  # heads of 16 channels: shapes alone would say 64
+    loaded = model.load_backbone(path, vit.arch)  # heads of 16 channels: shapes alone would say 64
     vit.load_state_dict(state)
     close(loaded.eval()(x)["cls"], vit(x)["cls"])
     assert list(loaded.state_dict()) == list(vit.state_dict())
@@ -410,17 +413,17 @@ def test_released_files_load_and_reproduce_their_outputs(name, tmp_path):
 def test_the_configuration_is_read_off_the_tensors(arch, tmp_path):
     vit = ViT(replace(ARCHS[arch], depth=2))
     state = {k: torch.zeros_like(v) if k.endswith("qkv.bias") else v for k, v in vit.state_dict().items()}
-    got = model.load_backbone(save(tmp_path, state)).config
+    got = model.load_backbone(save(tmp_path, state)).arch
     ignore = dict(num_heads=0, pos_grid=0, layerscale=0) if arch == "toy" else dict(pos_grid=0, layerscale=0)
-    assert replace(got, **ignore) == replace(vit.config, **ignore)
+    assert replace(got, **ignore) == replace(vit.arch, **ignore)
 
 
 def test_own_and_openmidnight_teacher_files_load(tmp_path):
     vit = ViT(ARCHS["toy"])
     own = save(tmp_path, {"teacher": vit.state_dict(), "arch": "toy", "step": 3, "config": {"lr": 1.0}})
-    assert model.load_backbone(own).config == vit.config
+    assert model.load_backbone(own).arch == vit.arch
     released = save(tmp_path, {"teacher": vit.state_dict(), "arch": "toy", "config": {"pos_interp": "offset"}})
-    assert model.load_backbone(released).config == replace(vit.config, **model.POS_INTERP["offset"])
+    assert model.load_backbone(released).arch == replace(vit.arch, **model.POS_INTERP["offset"])
     chunked = {"backbone." + (k if not k.startswith("blocks.") else f"blocks.{int(k.split('.')[1]) // 2}.{k[7:]}"): v
                for k, v in vit.state_dict().items()}
     assert "backbone.blocks.1.3.norm1.weight" in chunked
@@ -460,7 +463,7 @@ def test_weight_files_that_do_not_fit_are_refused_by_name(tmp_path):
 
 def start(vit, path, pos_embed_init="resample"):
     """What training starts from, without ranks; what is not given stays as drawn."""
-    given = model.first_weights(path, vit.config, pos_embed_init)
+    given = model.first_weights(path, vit.arch, pos_embed_init)
     vit.load_state_dict(vit.state_dict() | {k: weight_files.rows(v) for k, v in given.items()})
 
 
@@ -468,11 +471,11 @@ def test_a_518_px_table_gives_the_reference_features_at_224_px(tmp_path):
     """The bug to catch: positions assigned to the wrong object, so that training starts from random ones."""
     vit, _ = build("vit_dinov2_reg4_swiglu")
     path, x = save(tmp_path, vit.state_dict()), torch.randn(2, 3, 224, 224)
-    at_16 = ViT(replace(vit.config, pos_grid=16))
+    at_16 = ViT(replace(vit.arch, pos_grid=16))
     start(at_16, path)
     assert at_16.pos_embed.shape == (1, 257, 64)
     close(at_16.eval()(x)["cls"], vit(x)["cls"])
-    random = ViT(replace(vit.config, pos_grid=16))
+    random = ViT(replace(vit.arch, pos_grid=16))
     before = random.pos_embed.detach().clone()
     start(random, path, "random")
     close(random.pos_embed.detach(), before, atol=0, rtol=0)

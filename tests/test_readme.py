@@ -17,7 +17,7 @@ def test_files_and_keys_that_the_readme_names_exist():
     for path in re.findall(r"(?:config|prepare|bench|docs|tests)/[\w/]+\.(?:py|png)", TEXT):
         assert (ROOT / path).exists(), path
     scripts = ("train.py", "eval_bach.py", "data.py", "wsi.py", "prepare/toy.py", "prepare/tcga.py",
-               "prepare/weights.py", "bench/toy_baselines.py", "eval_folder.py", "curves.py")
+               "prepare/weights.py", "bench/toy_baselines.py", "eval_slides.py", "curves.py")
     train = "".join((ROOT / f).read_text() for f in scripts)
     for key in set(re.findall(r"--(\w+)=", TEXT)) - {"nproc_per_node"}:
         assert re.search(rf"^ *(\w+ = )*{key} = ", train, re.M), key

@@ -106,12 +106,12 @@ def test_the_teacher_starts_as_the_student(given, tiles, tmp_path, monkeypatch):
 
 def test_an_infinite_gradient_under_a_finite_loss_changes_nothing(tiles, tmp_path, monkeypatch):  # noqa: F811
     start = weights(train(monkeypatch, flags(tiles=tiles, max_steps=0, out_dir=tmp_path / "start")))
-    clip = model.clip_gradients
+    clip = sharding.clip_gradients
 
     def spoil(student, max_norm):
         sharding.local(student["dino_head"].mlp[0].weight.grad)[0, 0] = float("inf")
         return clip(student, max_norm)
-    monkeypatch.setattr(model, "clip_gradients", spoil)
+    monkeypatch.setattr(sharding, "clip_gradients", spoil)
     run = train(monkeypatch, flags(tiles=tiles, max_steps=1, out_dir=tmp_path / "spoilt"))
     bit_equal(start, weights(run))
     assert run["progress"]["bad_steps"] == 1 and torch.isfinite(torch.tensor(rows(tmp_path / "spoilt")[-1]["loss"]))
@@ -236,12 +236,12 @@ def test_compiled_blocks_do_not_recompile_after_the_first_step(tiles, tmp_path, 
     import torch._dynamo.utils as dynamo
     keys = dict(tiles=tiles, schedule_steps=5, activation_checkpointing="selective")
     train(monkeypatch, flags(**keys, max_steps=5, out_dir=tmp_path / "eager"))
-    graphs, average = [], model.update_ema
+    graphs, average = [], sharding.update_ema
 
     def after_a_step(*args):
         graphs.append(dynamo.counters["stats"]["unique_graphs"])
         return average(*args)
-    monkeypatch.setattr(model, "update_ema", after_a_step)
+    monkeypatch.setattr(sharding, "update_ema", after_a_step)
     torch._dynamo.reset()
     dynamo.counters.clear()
     train(monkeypatch, flags(**keys, max_steps=5, compile="true", out_dir=tmp_path / "compiled"))

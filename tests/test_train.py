@@ -21,6 +21,7 @@ from PIL import Image
 import data
 import eval_bach
 import model
+import sharding
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -209,7 +210,7 @@ def test_a_step_follows_the_recipe(tiles, tmp_path, monkeypatch):
 
     spy(torch.optim.AdamW, "step", "groups", lambda self: [
         (g["lr"], g["weight_decay"], g["lr_scale"], g["wd_scale"], g["last_layer"]) for g in self.param_groups])
-    spy(model, "update_ema", "momentum", lambda teacher, student, m, wanted: m)
+    spy(sharding, "update_ema", "momentum", lambda teacher, student, m, wanted: m)
     spy(model, "sinkhorn", "temp", lambda logits, temp: (temp, len(logits)))
     spy(model, "dino_loss", "dino", lambda g, local, targets, temp: (len(g), len(local), temp))
     spy(model, "ibot_loss", "ibot", lambda logits, targets, w, crops, temp: (crops, temp, round(w.sum().item(), 4)))
@@ -252,7 +253,7 @@ def test_the_rows_of_a_run(tiles, tmp_path, monkeypatch, capsys):
         parts = [x[f"grad_norm_{k}"] for k in ("backbone", "dino_head", "ibot_head")]
         assert x["grad_norm"] == pytest.approx(np.linalg.norm(parts), rel=1e-5)
         assert 1 <= x["cls_rank"] <= 2 * 4 - 1 and -1 / 7 <= x["cls_cosine"] <= 1
-    last = eval_bach.spread(run["out"][0]["cls"].detach())
+    last = eval_bach.collapse_metrics(run["out"][0]["cls"].detach())
     assert {k: r[-1][k] for k in ("cls_rank", "cls_cosine")} == pytest.approx(
         {"cls_rank": last["effective_rank"], "cls_cosine": last["mean_cosine"]}, rel=1e-5)
     assert sorted(os.listdir(tmp_path / "a/ckpt")) == ["4", "5"] and len(os.listdir(tmp_path / "a/teacher")) == 3
@@ -285,8 +286,8 @@ def test_a_run_starts_from_the_weights_that_it_is_given(tiles, tmp_path, monkeyp
     run = train(monkeypatch, flags(**keys, pos_interp="offset", out_dir=tmp_path / "e"))
     loaded = run["student"]["backbone"].pos_embed.full_tensor()
     assert torch.equal(loaded, table), "a file's table meets the grid as Meta's model does"
-    c = run["teacher"]["backbone"].config  # only maps of local crops are of the other kind
-    assert (c.pos_antialias, c.pos_offset) == (False, 0.1) == (run["student"]["backbone"].config.pos_antialias, 0.1)
+    c = run["teacher"]["backbone"].arch  # only maps of local crops are of the other kind
+    assert (c.pos_antialias, c.pos_offset) == (False, 0.1) == (run["student"]["backbone"].arch.pos_antialias, 0.1)
 
 
 def test_the_teacher_is_the_average_of_the_student(tiles, tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def save(path, data):
 
 
 def same(a, b, px=(70, 56), atol=1e-6):
-    x = torch.randn(2, 3, *(px if a.config.patch_size == 14 else (80, 64)))
+    x = torch.randn(2, 3, *(px if a.arch.patch_size == 14 else (80, 64)))
     with torch.no_grad():
         for k, v in b(x).items():
             torch.testing.assert_close(a.eval()(x)[k], v, atol=atol, rtol=1e-5)
@@ -72,7 +72,7 @@ def test_metas_files_load_without_being_told_the_architecture(name, tmp_path):
     vit = released(RELEASED[name])
     path = save(tmp_path / "w.pth", vit.state_dict())
     loaded = model.load_backbone(path)
-    assert replace(loaded.config, pos_grid=0) == replace(vit.config, pos_grid=0)
+    assert replace(loaded.arch, pos_grid=0) == replace(vit.arch, pos_grid=0)
     same(loaded, vit)
     assert model.stored_norm(path) == model.NORMS["imagenet"]
 
@@ -97,7 +97,7 @@ def test_a_teacher_of_this_project_brings_its_architecture_and_normalisation(tmp
         path = save(tmp_path / "5.pth", {"teacher": vit.state_dict(), "arch": "toy", "step": 5, "config": config})
         assert model.stored_norm(path) == norm
     loaded = model.load_backbone(path)
-    assert loaded.config == vit.config
+    assert loaded.arch == vit.arch
     same(loaded, vit)
     with pytest.raises(ValueError, match="5.pth.*of pixels from 0 to 1"):
         model.stored_norm(save(tmp_path / "5.pth", {"teacher": {}, "config": {"norm": "imagnet"}}))
@@ -111,7 +111,7 @@ def test_openmidnights_teacher_loads_with_chunked_blocks_and_16x16_positions(tmp
     heads = {f"{h}_head.last_layer.weight_v": torch.zeros(2, 2) for h in ("dino", "ibot")}
     path = save(tmp_path / "w.pth", {"teacher": {f"backbone.{k}": v for k, v in state.items()} | heads})
     loaded = model.load_backbone(path)
-    assert loaded.config == vit.config and loaded.pos_embed.shape == (1, 257, 128)
+    assert loaded.arch == vit.arch and loaded.pos_embed.shape == (1, 257, 128)
     same(loaded, vit, (224, 224))
     assert model.stored_norm(path) == model.NORMS["imagenet"]
 
@@ -139,7 +139,7 @@ def equal_to(net, vit, px, rounded=True):
     x, out = torch.randn(2, 3, *px), None
     with torch.no_grad():
         hidden, out = net(x).last_hidden_state, vit.eval()(x)
-    skip = 1 + vit.config.registers
+    skip = 1 + vit.arch.registers
     assert hidden.shape[1] == skip + out["patches"].shape[1] and out["patches"].std() > 0.3
     return max((out["cls"] - hidden[:, 0]).abs().max(), (out["patches"] - hidden[:, skip:]).abs().max()).item()
 
@@ -149,8 +149,8 @@ def equal_to(net, vit, px, rounded=True):
 def test_features_equal_those_of_transformers_at_the_native_grid_and_others(name, new_layout, tmp_path):
     net = theirs(name, tmp_path, new_layout)
     vit = model.load_backbone(tmp_path)
-    p, native = vit.config.patch_size, net.config.image_size
-    assert vit.config.num_heads == net.config.num_attention_heads
+    p, native = vit.arch.patch_size, net.config.image_size
+    assert vit.arch.num_heads == net.config.num_attention_heads
     for px in ((native, native), (6 * p, 6 * p), (3 * p, 5 * p)):
         assert equal_to(net, vit, px) < 1e-5, px
 
@@ -202,7 +202,7 @@ V3_KEYS = [(r"^patch_embed\.proj", "embeddings.patch_embeddings"), (r"^storage_t
 
 def in_their_names(vit):
     """The tensors of a ViT as transformers 4.5x stores them: what the hub holds."""
-    rope, out = vit.config.pos == "rope", {}
+    rope, out = vit.arch.pos == "rope", {}
     names = ("q_proj", "k_proj", "v_proj") if rope else ("attention.query", "attention.key", "attention.value")
     for key, v in vit.state_dict().items():
         if key.endswith("bias_mask") or key.startswith(("rope_embed", "local_cls_norm")):
@@ -222,7 +222,7 @@ def write(folder, vit, **files):
     """A folder as from the hub: model.safetensors, config.json and what else is given."""
     st = pytest.importorskip("safetensors.torch")
     st.save_file(in_their_names(vit), folder / "model.safetensors")
-    c = vit.config
+    c = vit.arch
     kind = "dinov3_vit" if c.pos == "rope" else "dinov2_with_registers" if c.registers else "dinov2"
     config = dict(model_type=kind, num_attention_heads=c.num_heads, layer_norm_eps=c.norm_eps, hidden_size=c.embed_dim,
                   num_hidden_layers=c.depth, hidden_act="silu" if kind == "dinov3_vit" and c.ffn != "mlp" else "gelu",
@@ -267,13 +267,13 @@ def test_a_model_without_mask_token_or_registers_loads():
 def test_training_starts_from_hugging_faces_files(name, tmp_path):
     vit = released(RELEASED[name])
     write(tmp_path, vit)
-    student = ViT(replace(vit.config, pos_grid=4, drop_path=0.1))
-    given = model.first_weights(tmp_path, student.config)
+    student = ViT(replace(vit.arch, pos_grid=4, drop_path=0.1))
+    given = model.first_weights(tmp_path, student.arch)
     student.load_state_dict({k: weight_files.rows(v) for k, v in given.items()})
     same(student, vit)
-    if vit.config.local_cls_norm:  # not in their files: it starts as the norm, and is a tensor of its own
+    if vit.arch.local_cls_norm:  # not in their files: it starts as the norm, and is a tensor of its own
         assert torch.equal(student.local_cls_norm.weight, vit.norm.weight)
-        loaded = model.load_backbone(tmp_path, vit.config)
+        loaded = model.load_backbone(tmp_path, vit.arch)
         assert loaded.local_cls_norm.weight.data_ptr() != loaded.norm.weight.data_ptr()
     with pytest.raises(ValueError, match="weights of another architecture: .* in dinov2_vits14"):
         model.load_backbone(tmp_path, "dinov2_vits14")
@@ -283,10 +283,10 @@ def test_files_without_a_config_load_where_shapes_tell_and_ask_where_they_do_not
     for name in ("dinov2_s_reg", "dinov3_s"):
         write(tmp_path, vit := released(RELEASED[name]))
         (tmp_path / "config.json").unlink()
-        if vit.config.pos == "rope":
+        if vit.arch.pos == "rope":
             with pytest.raises(ValueError, match="no config.json beside it, .* arch="):
                 model.load_backbone(tmp_path)
-        same(model.load_backbone(tmp_path / "model.safetensors", vit.config), vit)
+        same(model.load_backbone(tmp_path / "model.safetensors", vit.arch), vit)
     with pytest.raises(ValueError, match="weights of another architecture"):
         model.load_backbone(tmp_path, V2)
 

@@ -30,7 +30,7 @@ def test_losses_are_near_those_of_the_cpu(tiles, tmp_path, monkeypatch):  # noqa
                                   dict(activation_checkpointing="selective", fp8="force", compile="true")])
 def test_a_step_waits_for_no_result(keys, tiles, tmp_path, monkeypatch):  # noqa: F811
     """CUDA's alarm is on from step 3's batch to its average; compiling, which waits, is over by then."""
-    batch, average = data.Batches.__getitem__, model.update_ema
+    batch, average = data.Batches.__getitem__, sharding.update_ema
 
     def made(self, step):
         out = batch(self, step)
@@ -41,7 +41,7 @@ def test_a_step_waits_for_no_result(keys, tiles, tmp_path, monkeypatch):  # noqa
         average(*args)
         torch.cuda.set_sync_debug_mode("default")
     monkeypatch.setattr(data.Batches, "__getitem__", made)
-    monkeypatch.setattr(model, "update_ema", averaged)
+    monkeypatch.setattr(sharding, "update_ema", averaged)
     try:
         keys = dict(keys, tiles=tiles, device="cuda", max_steps=5, log_interval=100, out_dir=tmp_path / "a")
         train(monkeypatch, flags(**keys))

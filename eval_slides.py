@@ -242,7 +242,7 @@ def score(c, data, backbone, mean, std):
     """
     view = eval_bach.view_of(c)
     features = eval_bach.embed(backbone, data.pixels, mean, std, c["device"], view)
-    spread = eval_bach.spread(features)
+    spread = eval_bach.collapse_metrics(features)
     row = probe(features, data.labels, data.groups, data.folds)
     if row["shots"] < SHOTS:
         print(f"{c['image_dir']}: shot16 has {row['shots']} shots, the images that a class has outside some fold")

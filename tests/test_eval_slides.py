@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import eval_bach
-import eval_folder
+import eval_slides
 import model
 
 ROOT = Path(__file__).parent.parent
@@ -25,9 +25,9 @@ HALF = (0.5,) * 3, (0.5,) * 3
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Heads of 200 steps at a larger rate, and few support sets: the protocol's own take seconds a fold."""
-    monkeypatch.setattr(eval_folder, "MAX_STEPS", 200)
+    monkeypatch.setattr(eval_slides, "MAX_STEPS", 200)
     monkeypatch.setattr(eval_bach, "LR", 0.01)
-    monkeypatch.setattr(eval_folder, "SUPPORT_SETS", 50)
+    monkeypatch.setattr(eval_slides, "SUPPORT_SETS", 50)
 
 
 def keys(image_dir, **changes):
@@ -67,7 +67,7 @@ def tiles(tmp_path):
 def data_of(labels, groups):
     """Folds of labels and groups, made."""
     pytest.importorskip("sklearn")
-    return eval_folder.find_folds("x", labels, [str(i) for i in range(int(labels.max()) + 1)], groups, None)
+    return eval_slides.find_folds("x", labels, [str(i) for i in range(int(labels.max()) + 1)], groups, None)
 
 
 # folds
@@ -82,7 +82,7 @@ def test_folds_keep_groups_whole_and_classes_in_proportion():
     assert all(len(folds[groups == i].unique()) == 1 for i in range(60))
     counts = torch.stack([folds[labels == c].bincount() for c in range(2)]).double()
     assert (counts / counts.mean(1, keepdim=True) - 1).abs().max() < 0.15
-    for f, (train, selection, test) in enumerate(eval_folder.splits(folds)):
+    for f, (train, selection, test) in enumerate(eval_slides.splits(folds)):
         assert sorted([*train.tolist(), *selection.tolist(), *test.tolist()]) == list(range(600))
         assert folds[test].unique().tolist() == [f] and folds[selection].unique().tolist() == [(f + 1) % 5]
 
@@ -106,11 +106,11 @@ def leaky(groups_seen):
 
 def test_no_image_is_scored_by_heads_neighbours_or_supports_that_saw_its_group(monkeypatch):
     features, labels, groups, folds = leaky(groups_seen=True)
-    fit, knn, shot, calls = eval_bach.fit_heads, eval_bach.knn, eval_folder.simple_shot, []
+    fit, knn, shot, calls = eval_bach.fit_heads, eval_bach.knn, eval_slides.simple_shot, []
     monkeypatch.setattr(eval_bach, "fit_heads", lambda *a: calls.append((a[2], a[3])) or fit(*a))
     monkeypatch.setattr(eval_bach, "knn", lambda *a: calls.append(a[2:4]) or knn(*a))
-    monkeypatch.setattr(eval_folder, "simple_shot", lambda *a: calls.append(a[1]) or shot(*a))
-    row = eval_folder.probe(features, labels, groups, folds)
+    monkeypatch.setattr(eval_slides, "simple_shot", lambda *a: calls.append(a[1]) or shot(*a))
+    row = eval_slides.probe(features, labels, groups, folds)
     assert all(0.35 < row[k] < 0.65 for k in ("balanced", "knn", "shot16")), row  # chance
     for f in range(5):
         (train, selection), (outside, test) = calls[2 * f], calls[2 * f + 1]
@@ -122,7 +122,7 @@ def test_no_image_is_scored_by_heads_neighbours_or_supports_that_saw_its_group(m
         assert not (folds[support] == i // 3).any() and support.shape[1:] == (2, 16)
         assert all((labels[support[:, c]] == c).all() for c in range(2))
         assert all(len(s.unique()) == 32 for s in support)
-    leak = eval_folder.probe(*leaky(groups_seen=False))
+    leak = eval_slides.probe(*leaky(groups_seen=False))
     assert leak["balanced"] > 0.95 and leak["knn"] > 0.95  # what the groups are there for
 
 
@@ -131,7 +131,7 @@ def test_scores_are_of_pooled_predictions(monkeypatch):
     labels, folds = torch.arange(12) % 2, torch.arange(12) // 4
     wrong = (labels + (folds == 0)) % 2
     monkeypatch.setattr(eval_bach, "fit_heads", lambda *a: (None, None, torch.stack([wrong] * 4 + [labels])))
-    row = eval_folder.probe(torch.randn(12, 4), labels, torch.arange(12), folds)
+    row = eval_slides.probe(torch.randn(12, 4), labels, torch.arange(12), folds)
     assert row["seeds"] == pytest.approx([2 / 3] * 4 + [1]) and row["balanced"] == pytest.approx(11 / 15)
     assert row["std"] == pytest.approx(np.std([2 / 3] * 4 + [1], ddof=1)) and row["folds"] == pytest.approx([0.2, 1, 1])
     assert row["recall"] == pytest.approx([11 / 15] * 2) and row["confusion"] == [[22, 8], [8, 22]]
@@ -146,15 +146,15 @@ def test_standard_error_equals_a_straight_jackknife_and_the_binomial_without_gro
     predicted = torch.where(torch.rand(5, 300, generator=g) < 0.7, labels, (labels + 1) % 3)
     s = [eval_bach.balanced_accuracy(predicted[:, groups != i], labels[groups != i]).mean().item() for i in range(40)]
     expected = np.sqrt(39 / 40 * np.square(s - np.mean(s)).sum())
-    assert eval_folder.standard_error(predicted, labels, groups) == pytest.approx(expected, rel=1e-4)
+    assert eval_slides.standard_error(predicted, labels, groups) == pytest.approx(expected, rel=1e-4)
     one = predicted[:1]
     p = eval_bach.recalls(one, labels)[0].double()
     binomial = (p * (1 - p) / 100).sum().sqrt().item() / 3
-    alone = eval_folder.standard_error(one, labels, torch.arange(300))
+    alone = eval_slides.standard_error(one, labels, torch.arange(300))
     assert alone == pytest.approx(binomial, rel=0.01)
     copies = one.repeat_interleave(4, 1), labels.repeat_interleave(4)  # four tiles a patient that agree are no news
-    assert eval_folder.standard_error(*copies, torch.arange(1200) // 4) == pytest.approx(alone)
-    assert eval_folder.standard_error(*copies, torch.arange(1200)) == pytest.approx(alone / 2, rel=0.01)
+    assert eval_slides.standard_error(*copies, torch.arange(1200) // 4) == pytest.approx(alone)
+    assert eval_slides.standard_error(*copies, torch.arange(1200)) == pytest.approx(alone / 2, rel=0.01)
 
 
 # 16-shot
@@ -172,7 +172,7 @@ def test_simple_shot_equals_a_straight_loop(dtype, offset):
     g = torch.Generator().manual_seed(0)
     x, query = (torch.randn(n, 6, generator=g, dtype=dtype) + offset for n in (30, 25))
     support = torch.stack([torch.randperm(30, generator=g)[:12].view(3, 4) for _ in range(7)])
-    predicted = eval_folder.simple_shot(x, support, query)
+    predicted = eval_slides.simple_shot(x, support, query)
     assert predicted.tolist() == [straight_shot(x, s, query) for s in support]
     assert 0.5 < F.one_hot(predicted).double().mean((0, 1)).mul(3).min()  # all classes occur
 
@@ -182,17 +182,17 @@ def test_few_shot_survives_a_common_direction_and_repeats_itself():
     labels, folds = torch.arange(90) % 3, torch.arange(90) // 30
     x = torch.randn(90, 8, generator=g) + torch.eye(3, 8)[labels]
     state = torch.get_rng_state()
-    near, far = (eval_folder.few_shot(x + shift, labels, folds, 5) for shift in (0, 1e4))
+    near, far = (eval_slides.few_shot(x + shift, labels, folds, 5) for shift in (0, 1e4))
     assert near.shape == (50,) and near.mean() > 0.5 and near.std() > 0
     assert (near - far).abs().mean() < 0.002  # 0.02 if the digits are lost
-    assert torch.equal(near, eval_folder.few_shot(x, labels, folds, 5)) and torch.equal(state, torch.get_rng_state())
+    assert torch.equal(near, eval_slides.few_shot(x, labels, folds, 5)) and torch.equal(state, torch.get_rng_state())
 
 
 # folders
 
 
 def test_folder_is_read_in_order_and_scored(tiles, capsys):
-    data = eval_folder.load(keys(tiles))
+    data = eval_slides.load(keys(tiles))
     names = sorted(str(i) for i in range(12))
     assert data.files == [f"{c}/{i}.png" for c in ("green", "red") for i in names] and data.classes == ["green", "red"]
     assert data.labels.tolist() == [0] * 12 + [1] * 12
@@ -201,10 +201,10 @@ def test_folder_is_read_in_order_and_scored(tiles, capsys):
     with Image.open(tiles / "red" / "3.png") as image:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     assert torch.equal(data.pixels[data.files.index("red/3.png")], eval_bach.shrink(pixels, 16))
-    row = eval_folder.score(keys(tiles), data, Colours(), *HALF)
+    row = eval_slides.score(keys(tiles), data, Colours(), *HALF)
     out = capsys.readouterr().out
     assert f"{tiles}: shot16 has 8 shots" in out and "no groups.csv" not in out
-    assert row == json.loads(json.dumps(row)) == eval_folder.score(keys(tiles), data, Colours(), *HALF)
+    assert row == json.loads(json.dumps(row)) == eval_slides.score(keys(tiles), data, Colours(), *HALF)
     assert (row["images"], row["classes"], row["groups"], row["shots"]) == (24, ["green", "red"], 6, 8)
     assert len(row["seeds"]) == 5 and len(row["folds"]) == 3 and len(row["recall"]) == 2
     assert {"image_dir", "std", "se_groups", "knn", "shot16_std", "effective_rank", "mean_cosine"} < row.keys()
@@ -214,12 +214,12 @@ def test_folder_is_read_in_order_and_scored(tiles, capsys):
 def test_a_folder_without_a_table_is_split_by_image_with_a_warning(tiles, capsys):
     pytest.importorskip("sklearn")
     (tiles / "groups.csv").rename(tiles.parent / "mine.csv")
-    data = eval_folder.load(keys(tiles))
+    data = eval_slides.load(keys(tiles))
     assert data.groups.tolist() == list(range(24)) and len(data.folds.unique()) == 5
     assert "images of one patient may be on both sides" in capsys.readouterr().out
     bare = [line.rsplit(",", 1)[0] for line in ROWS]
     groups_csv(tiles.parent / "mine.csv", bare, "file,patient")
-    data = eval_folder.load(keys(tiles, groups=str(tiles.parent / "mine.csv")))
+    data = eval_slides.load(keys(tiles, groups=str(tiles.parent / "mine.csv")))
     assert int(data.groups.max()) == 5 and all(len(data.folds[data.groups == i].unique()) == 1 for i in range(6))
     assert capsys.readouterr().out == ""
 
@@ -228,18 +228,18 @@ def test_a_bare_name_and_what_spreadsheets_write_are_understood(tiles):
     (tiles / "red" / "3.png").rename(tiles / "red" / "last.TIFF")
     rows = [line.replace("red/3.png", "last.TIFF").replace("green/", "green\\") for line in reversed(ROWS)]
     (tiles / "groups.csv").write_text("\ufefffile, patient, fold,note\r\n" + "\r\n".join(f"./{r}," for r in rows))
-    data = eval_folder.load(keys(tiles))
+    data = eval_slides.load(keys(tiles))
     assert len(data.files) == 24 and "red/last.TIFF" in data.files and len(data.groups.unique()) == 6
 
 
 def test_tiles_at_a_scale(tiles):
     c = keys(tiles, views="tiles", mpp=0.5, image_mpp=0.4, concat=True)
-    data = eval_folder.load(c)
+    data = eval_slides.load(c)
     assert data.pixels[0].shape == (3, 19, 16)
-    row = eval_folder.score(c, data, Colours(), *HALF)
+    row = eval_slides.score(c, data, Colours(), *HALF)
     assert "at 0.5 um/px from 0.4, 24 images" in row["protocol"]
     with pytest.raises(ValueError, match=r"views=tiles needs its images' um/px; give --image_mpp="):
-        eval_folder.load(c | {"image_mpp": 0.0})
+        eval_slides.load(c | {"image_mpp": 0.0})
 
 
 def test_whatever_changes_the_number_shows_in_the_protocol(tiles, monkeypatch):
@@ -247,10 +247,10 @@ def test_whatever_changes_the_number_shows_in_the_protocol(tiles, monkeypatch):
 
     def protocol(**changes):
         c = keys(tiles, **changes)
-        return eval_folder.score(c, eval_folder.load(c), Colours(), *HALF)["protocol"]
+        return eval_slides.score(c, eval_slides.load(c), Colours(), *HALF)["protocol"]
     seen = [protocol(), protocol(input_px=8), protocol(concat=True)]
-    for module, name, value in ((eval_folder, "MAX_STEPS", 100), (eval_folder, "SEED", 1), (eval_folder, "RUNS", 2),
-                                (eval_folder, "SHOTS", 3), (eval_folder, "SUPPORT_SETS", 7), (eval_bach, "LR", 1e-3),
+    for module, name, value in ((eval_slides, "MAX_STEPS", 100), (eval_slides, "SEED", 1), (eval_slides, "RUNS", 2),
+                                (eval_slides, "SHOTS", 3), (eval_slides, "SUPPORT_SETS", 7), (eval_bach, "LR", 1e-3),
                                 (eval_bach, "WEIGHT_DECAY", 0.0), (eval_bach, "WARM_EPOCHS", 0),
                                 (eval_bach, "WARM_FACTOR", 0.5), (eval_bach, "BATCH", 8), (eval_bach, "PATIENCE", 9),
                                 (eval_bach, "NEIGHBOURS", 5), (eval_bach, "KNN_TEMP", 1.0)):
@@ -333,32 +333,32 @@ def broken(tiles, what):
 def test_bad_folders_and_tables_are_refused_in_one_line(tiles, what, message):
     broken(tiles, what)
     with pytest.raises(ValueError) as e:
-        eval_folder.load(keys(tiles))
+        eval_slides.load(keys(tiles))
     assert message in str(e.value) and "\n" not in str(e.value)
 
 
 def test_folders_and_tables_that_are_not_there(tmp_path, tiles):
     with pytest.raises(ValueError, match="nowhere: no such folder"):
-        eval_folder.load(keys(tmp_path / "nowhere"))
+        eval_slides.load(keys(tmp_path / "nowhere"))
     (tmp_path / "flat").mkdir()
     with pytest.raises(ValueError, match="flat: nothing as class folders"):
-        eval_folder.load(keys(tmp_path / "flat"))
+        eval_slides.load(keys(tmp_path / "flat"))
     with pytest.raises(ValueError, match="nowhere.csv: not a readable csv"):
-        eval_folder.load(keys(tiles, groups=str(tmp_path / "nowhere.csv")))
+        eval_slides.load(keys(tiles, groups=str(tmp_path / "nowhere.csv")))
 
 
 def test_scikit_learn_is_needed_for_made_folds_alone(tiles, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.model_selection", None)
-    eval_folder.load(keys(tiles))
+    eval_slides.load(keys(tiles))
     (tiles / "groups.csv").unlink()
     with pytest.raises(ValueError, match="pip install scikit-learn, or give groups.csv a column fold"):
-        eval_folder.load(keys(tiles))
+        eval_slides.load(keys(tiles))
 
 
 def test_features_that_are_not_finite(tiles):
-    data = eval_folder.load(keys(tiles))
+    data = eval_slides.load(keys(tiles))
     with pytest.raises(ValueError, match="features of 24 of 24 images are not finite"):
-        eval_folder.score(keys(tiles), data, Colours(), (float("nan"),) * 3, HALF[1])
+        eval_slides.score(keys(tiles), data, Colours(), (float("nan"),) * 3, HALF[1])
 
 
 # real tiles
@@ -387,14 +387,14 @@ def test_osteosarcoma_tiles(tmp_path, monkeypatch, capsys):
     toy = model.ViT(replace(model.ARCHS["toy"], layerscale=1.0))
     cases = osteosarcoma(tmp_path / "three", two_classes=False, by_case=True)
     with pytest.raises(ValueError, match=r"groups \(patients\) of class Non-Viable-Tumor: 2; 3 are needed"):
-        eval_folder.load(keys(cases))
+        eval_slides.load(keys(cases))
     for folder, groups, folds in ((osteosarcoma(tmp_path / "two", True, True), 4, 3),
                                   (osteosarcoma(tmp_path / "blocks", False, False), 26, 5)):
         c = keys(folder, input_px=224)
-        data = eval_folder.load(c)
+        data = eval_slides.load(c)
         for backbone in (toy, Colours()):
             start = time.time()
-            row = eval_folder.score(c, data, backbone, *model.NORMS["imagenet"])
+            row = eval_slides.score(c, data, backbone, *model.NORMS["imagenet"])
             print({k: v for k, v in row.items() if k != "image_dir"}, f"{time.time() - start:.1f} s")
             assert (row["images"], row["groups"], len(row["folds"])) == (60, groups, folds)
             assert len(row["classes"]) == (2 if folds == 3 else 3) and 0 < row["balanced"] < 1

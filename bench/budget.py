@@ -10,7 +10,6 @@ counted: what torch.compile saves, the allocator's fragments, work spaces of lib
 import math
 
 import data
-import model
 
 CONTEXT = 2e9          # CUDA's context, libraries and NCCL's buffers; an estimate
 HOST_COPY = 25e9       # bytes a second from a GPU to pinned host memory, PCIe 4; pageable memory takes up to four times
@@ -131,12 +130,12 @@ def remedy(k, c, net, world, e, limit, tflop):
 def report(k, c, net, world, e, limit, peak_lr, heads, masked):
     """
     (text, remedy or None). k, c, net, world: see moments; e: bytes of a computed number, 2 on a GPU, 4 on a CPU; limit:
-    bytes of a GPU, 0 = any; heads, masked: as model.step_tflop takes them.
+    bytes of a GPU, 0 = any; heads, masked: as step_tflop takes them.
     """
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in net.items()}
     backbone, all_parts, B = parts["backbone"], sum(parts.values()), k["batch_size"]
     seen, images = crops(k, c), B * world
-    cost = model.step_tflop(c, B, k["global_px"], k["local_px"], k["local_crops"], k["drop_path"], heads, masked)
+    cost = step_tflop(c, B, k["global_px"], k["local_px"], k["local_crops"], k["drop_path"], heads, masked)
     tflop, again = sum(cost.values()), cost["student"] / 3
     moment, held = fullest(k, c, net, world, e)
     modes = "   ".join(f"{mode} {total(k, c, net, world, e, mode) / 1e9:.3g}" for mode in MODES)
@@ -162,3 +161,27 @@ def report(k, c, net, world, e, limit, peak_lr, heads, masked):
               f"checkpoint: {16e-9 * all_parts:.3g} GB, {16e-9 * all_parts / world:.3g} a rank, whose copy to the host "
               f"takes {16 * all_parts / world / HOST_COPY:.2g} s or more; a teacher is {4e-9 * backbone:.3g} GB"]
     return "\n".join(lines), remedy(k, c, net, world, e, limit, again)
+
+
+# ---- cost of a step -------------------------------------------------------------------------------------------------
+
+
+def forward_tflop(c, crops, px, drop_path=0.0):
+    """TFLOP of a forward of `crops` crops of side px as executed under drop path; 2 a multiply-add, GEMMs only."""
+    n = (px // c.patch_size) ** 2
+    N, D, kept = n + 1 + c.registers, c.embed_dim, max(int(crops * (1 - drop_path)), 1)
+    block = N * (8 * D * D + (6 if c.ffn == "swiglu" else 4) * D * c.ffn_hidden + 4 * N * D)
+    return (c.depth * kept * block + crops * n * 2 * c.in_channels * c.patch_size**2 * D) / 1e12
+
+
+def step_tflop(c, images, global_px, local_px, local_crops, drop_path, heads, masked):
+    """
+    TFLOP of a step with `images` images and `masked` masked patches: {"student", "teacher", "heads"}. Backward = 2 x
+    forward; recomputation and elementwise work are not counted. `heads` = {"dino": (hidden, bottleneck, prototypes),
+    "ibot": ...}.
+    """
+    student = forward_tflop(c, 2 * images, global_px, drop_path)
+    student += forward_tflop(c, local_crops * images, local_px, drop_path) if local_crops else 0
+    row = {k: 2 * (c.embed_dim * h + h * h + h * b + b * p) / 1e12 for k, (h, b, p) in heads.items()}
+    head = (3 * (2 + local_crops) + 2) * images * row["dino"] + (3 + 1) * masked * row["ibot"]
+    return {"student": 3 * student, "teacher": forward_tflop(c, 2 * images, global_px), "heads": head}
