@@ -1,15 +1,19 @@
 """
-The network, its heads, losses, schedules and weight files. Importing touches no device, file or network.
+The network, its heads, losses, schedules and weight files. Importing this module touches no device, file or network.
 
 One ViT serves DINOv2 (learned positions, patch 14) and DINOv3 (axial RoPE, patch 16). Parameter names follow the
-released file of the family that `config.pos` selects, so Meta's weights load strictly and our exports load in other
+released files of the family that `arch.pos` selects. So Meta's weights load strictly, and our exports load in other
 people's code:
     "learned" -> DINOv2: pos_embed, register_tokens, mlp.w12    "rope" -> DINOv3: rope_embed, storage_tokens, mlp.w1, w2
 
-Vocabulary: B images or crops, N tokens a crop, T tokens of a whole batch, D width, K prototypes, G global and L local
-crops. Batches are crop-major: crop 0 of every image, then crop 1 of every image.
+Vocabulary: B images or crops, N tokens per crop, T tokens of a whole batch, M masked patches, D width, K prototypes,
+L local crops per image. Batches are crop-major: crop 0 of every image, then crop 1 of every image.
 """
 import math
+import os
+import pickle
+import re
+import zipfile
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,8 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-
-import weight_files
 
 # ---- architectures --------------------------------------------------------------------------------------------------
 
@@ -33,41 +35,40 @@ class ViTConfig:
     ffn_hidden: int = 1536
     registers: int = 0
     pos: str = "learned"  # "learned" (DINOv2) or "rope" (DINOv3)
-    pos_grid: int = 37  # side of the learned table: 518 px / 14
-    pos_antialias: bool = True  # when resampled to another grid; off in Meta's models without registers
-    pos_offset: float = 0.0  # 0.1 in those models: a guard against rounding that shifts the map
+    pos_grid: int = 37  # side of the learned position table; Meta's is for 518 px
+    pos_antialias: bool = True  # filter when the table is resampled to another grid; Meta's first models do not
+    pos_offset: float = 0.0  # added to the side of the grid in those models, against rounding; it shifts the map
     rope_base: float = 100.0
     qkv_bias: bool = True
-    mask_k_bias: bool = False  # DINOv3: the key's bias is masked out
+    mask_k_bias: bool = False  # DINOv3 masks the key's bias out
     norm_eps: float = 1e-6
-    local_cls_norm: bool = False  # DINOv3 7B: in training, local crops' class and registers have their own norm
-    layerscale: float = 1e-5  # initial value; at 1e-5 an untrained network's class token sees next to nothing
-    drop_path: float = 0.0  # share of the batch that skips a residual branch in training; uniform over depth
+    local_cls_norm: bool = False  # DINOv3 7B: in training, local crops have their own norm of class and registers
+    layerscale: float = 1e-5  # first value; at 1e-5 the class token of an untrained network sees next to nothing
+    drop_path: float = 0.0  # share of the crops that skip a residual branch in training; uniform over depth
     in_channels: int = 3
-    rope_rescale: float = 0.0  # training: patch coordinates times a log-uniform factor in [1/r, r]; 0 = off
+    rope_rescale: float = 0.0  # in training, positions are multiplied by a log-uniform factor from [1/r, r]; 0 = off
 
 
-def _dinov2(width, depth, heads, registers=0, ffn="mlp", hidden=None):
-    old = registers == 0  # Meta trained these before the antialiased resampling
-    hidden = hidden or 4 * width
-    return ViTConfig(14, width, depth, heads, ffn, hidden, registers, pos_antialias=not old, pos_offset=0.1 * old)
+# patch size; then width, depth, heads, kind of MLP and its hidden width
+_dinov2 = partial(ViTConfig, 14, pos_antialias=False, pos_offset=0.1)
+_dinov3 = partial(ViTConfig, 16, registers=4, pos="rope", mask_k_bias=True, norm_eps=1e-5)
+ARCHS = {
+    "dinov2_vits14": _dinov2(384, 12, 6, "mlp", 1536),
+    "dinov2_vitb14": _dinov2(768, 12, 12, "mlp", 3072),
+    "dinov2_vitl14": _dinov2(1024, 24, 16, "mlp", 4096),
+    "dinov2_vitg14": _dinov2(1536, 40, 24, "swiglu", 4096),
+    "dinov3_vits16": _dinov3(384, 12, 6, "mlp", 1536),
+    "dinov3_vitb16": _dinov3(768, 12, 12, "mlp", 3072),
+    "dinov3_vitl16": _dinov3(1024, 24, 16, "mlp", 4096),
+    "dinov3_vith16plus": _dinov3(1280, 32, 20, "swiglu", 5120),
+    "dinov3_vit7b16": _dinov3(4096, 40, 32, "swiglu", 8192, qkv_bias=False, local_cls_norm=True),
+    "toy": ViTConfig(14, 128, 4, 2, "mlp", 512, registers=4, pos_grid=16, layerscale=1.0),  # minutes on two cores
+}
+_later = {"registers": 4, "pos_antialias": True, "pos_offset": 0.0}  # Meta's second series of DINOv2
+ARCHS |= {f"{name}_reg": replace(arch, **_later) for name, arch in ARCHS.items() if name.startswith("dinov2")}
 
-
-def _dinov3(width, depth, heads, ffn="mlp", hidden=None, **big):
-    hidden = hidden or 4 * width
-    return ViTConfig(16, width, depth, heads, ffn, hidden, 4, "rope", mask_k_bias=True, norm_eps=1e-5, **big)
-
-
-_SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
-ARCHS = {f"dinov2_vit{s}14": _dinov2(*size) for s, size in _SIZES.items()}
-ARCHS |= {"dinov2_vitg14": _dinov2(1536, 40, 24, ffn="swiglu", hidden=4096)}
-ARCHS |= {f"{name}_reg": replace(c, registers=4, pos_antialias=True, pos_offset=0.0) for name, c in ARCHS.items()}
-ARCHS |= {f"dinov3_vit{s}16": _dinov3(*size) for s, size in _SIZES.items()}
-ARCHS["dinov3_vith16plus"] = _dinov3(1280, 32, 20, "swiglu", 5120)
-ARCHS["dinov3_vit7b16"] = _dinov3(4096, 40, 32, "swiglu", 8192, qkv_bias=False, local_cls_norm=True)
-ARCHS["toy"] = ViTConfig(14, 128, 4, 2, "mlp", 512, registers=4, pos_grid=16, layerscale=1.0)  # minutes on two cores
-
-POS_INTERP = {"": {}, "offset": weight_files.OFFSET}  # train.py's key
+# train.py's key pos_interp: how positions are resampled to local crops; "offset" is OpenMidnight's release
+POS_INTERP = {"": {}, "offset": {"pos_antialias": False, "pos_offset": 0.1}}
 
 # ---- normalisation of the input -------------------------------------------------------------------------------------
 
@@ -75,39 +76,35 @@ NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # mean and
          "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}  # Midnight, Kaiko
 
 
-def norm_values(norm):
-    """(mean, std), three numbers each, of a name in NORMS, of None (imagenet) or of (mean, std) itself."""
-    values = NORMS["imagenet"] if norm is None else NORMS.get(norm) if isinstance(norm, str) else norm
+def norm_values(norm, name="norm"):
+    """
+    (mean, std) of RGB in 0-1, three numbers each. `norm` is a name in NORMS, (mean, std) itself, or None for imagenet.
+    Raises ValueError, which calls the value `name`, for anything else.
+    """
+    values = NORMS.get(norm) if isinstance(norm, str) else NORMS["imagenet"] if norm is None else norm
     try:
-        mean, std = ((float(r), float(g), float(b)) for r, g, b in values)
-        if all(0 <= m <= 1 for m in mean) and all(0 < s <= 1 for s in std):
-            return mean, std
-    except (TypeError, ValueError):
+        numbers = torch.tensor(values, dtype=torch.float64)
+        if numbers.shape == (2, 3) and numbers.min() >= 0 and numbers.max() <= 1 and numbers[1].min() > 0:
+            mean, std = numbers.tolist()
+            return tuple(mean), tuple(std)
+    except (TypeError, ValueError, RuntimeError):
         pass
-    raise ValueError(f"norm = {norm!r}: give {', '.join(map(repr, NORMS))}, or (mean, std) of three numbers each, "
+    raise ValueError(f"{name} = {norm!r}: give {', '.join(map(repr, NORMS))}, or (mean, std) of three numbers each, "
                      "of pixels from 0 to 1")
 
 
-def stored_norm(path):
-    """
-    (mean, std) that a weight file states: this project's teachers, preprocessor_config.json beside Hugging Face's
-    (ValueError without). ImageNet's for any other .pth; DINOv3's satellite models differ: state theirs as `norm`.
-    """
-    norm = weight_files.norm(path)
-    try:
-        return norm_values(norm)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# blocks. tokens of all resolutions travel as one flat (T, D) tensor: norms and linear layers see all of them at once,
-# which halves the sharded all-gathers of two separate calls; attention runs once per resolution, on (B, N) in
-# `shapes`.
+# ---- blocks ---------------------------------------------------------------------------------------------------------
+# tokens of all resolutions travel as one flat (T, D) tensor; `shapes` lists (B, N) per resolution. norms and linear
+# layers see all tokens at once, which halves the all-gathers of sharded weights; attention runs once per resolution.
 
 
 def named_tensors(module):
     return [*module.named_parameters(), *module.named_buffers()]
+
+
+def split(flat, shapes):
+    """(T, D) -> one (B * N, D) per resolution."""
+    return flat.split([B * N for B, N in shapes])
 
 
 class LayerScale(nn.Module):
@@ -120,7 +117,7 @@ class LayerScale(nn.Module):
 
 
 class MaskedBiasLinear(nn.Linear):
-    """DINOv3's qkv projection: a fixed mask switches the key's bias off (released: all zero below 7B)."""
+    """DINOv3's qkv projection: a fixed mask switches the key's bias off. In the released files below 7B it is zero."""
 
     def __init__(self, dim, out):
         super().__init__(dim, out)
@@ -131,17 +128,17 @@ class MaskedBiasLinear(nn.Linear):
 
 
 class Attention(nn.Module):
-    def __init__(self, c):
+    def __init__(self, arch):
         super().__init__()
-        self.heads = c.num_heads
-        masked = c.qkv_bias and c.mask_k_bias
-        self.qkv = (MaskedBiasLinear(c.embed_dim, 3 * c.embed_dim) if masked
-                    else nn.Linear(c.embed_dim, 3 * c.embed_dim, bias=c.qkv_bias))
-        self.proj = nn.Linear(c.embed_dim, c.embed_dim)
+        self.heads = arch.num_heads
+        D = arch.embed_dim
+        masked = arch.qkv_bias and arch.mask_k_bias
+        self.qkv = MaskedBiasLinear(D, 3 * D) if masked else nn.Linear(D, 3 * D, bias=arch.qkv_bias)
+        self.proj = nn.Linear(D, D)
 
     def forward(self, x, shapes, ropes):
         out = []
-        for qkv, (B, N), rope in zip(self.qkv(x).split([B * N for B, N in shapes]), shapes, ropes):
+        for qkv, (B, N), rope in zip(split(self.qkv(x), shapes), shapes, ropes):
             q, k, v = qkv.view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
             if rope is not None:
                 q, k = rotate(q, *rope), rotate(k, *rope)
@@ -150,27 +147,28 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, c):
+    def __init__(self, arch):
         super().__init__()
-        self.fc1 = nn.Linear(c.embed_dim, c.ffn_hidden)
-        self.fc2 = nn.Linear(c.ffn_hidden, c.embed_dim)
+        self.fc1 = nn.Linear(arch.embed_dim, arch.ffn_hidden)
+        self.fc2 = nn.Linear(arch.ffn_hidden, arch.embed_dim)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * value; DINOv2 stores gate and value as one matrix w12, DINOv3 as w1 and w2."""
+    """silu(gate) * value. DINOv2 stores gate and value as one matrix w12, DINOv3 as w1 and w2."""
 
-    def __init__(self, c):
+    def __init__(self, arch):
         super().__init__()
-        self.fused = c.pos == "learned"
+        D, hidden = arch.embed_dim, arch.ffn_hidden
+        self.fused = arch.pos == "learned"
         if self.fused:
-            self.w12 = nn.Linear(c.embed_dim, 2 * c.ffn_hidden)
+            self.w12 = nn.Linear(D, 2 * hidden)
         else:
-            self.w1 = nn.Linear(c.embed_dim, c.ffn_hidden)
-            self.w2 = nn.Linear(c.embed_dim, c.ffn_hidden)
-        self.w3 = nn.Linear(c.ffn_hidden, c.embed_dim)
+            self.w1 = nn.Linear(D, hidden)
+            self.w2 = nn.Linear(D, hidden)
+        self.w3 = nn.Linear(hidden, D)
 
     def forward(self, x):
         gate, value = self.w12(x).chunk(2, dim=-1) if self.fused else (self.w1(x), self.w2(x))
@@ -178,108 +176,119 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, arch):
         super().__init__()
-        self.norm1 = nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
-        self.attn = Attention(c)
-        self.ls1 = LayerScale(c.embed_dim)
-        self.norm2 = nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
-        self.mlp = SwiGLU(c) if c.ffn == "swiglu" else Mlp(c)
-        self.ls2 = LayerScale(c.embed_dim)
+        self.norm1 = nn.LayerNorm(arch.embed_dim, eps=arch.norm_eps)
+        self.attn = Attention(arch)
+        self.ls1 = LayerScale(arch.embed_dim)
+        self.norm2 = nn.LayerNorm(arch.embed_dim, eps=arch.norm_eps)
+        self.mlp = SwiGLU(arch) if arch.ffn == "swiglu" else Mlp(arch)
+        self.ls2 = LayerScale(arch.embed_dim)
 
     def forward(self, x, shapes, ropes, kept=(None, None)):
-        """x (T, D); `kept`: draw_kept's crops that take part in each branch, None for all. Draws no random number."""
+        """x (T, D) -> (T, D). `kept` holds draw_kept's crops per branch, None for all. No random number is drawn."""
         x = residual(x, shapes, kept[0], lambda x, shapes: self.ls1(self.attn(self.norm1(x), shapes, ropes)))
         return residual(x, shapes, kept[1], lambda x, shapes: self.ls2(self.mlp(self.norm2(x))))
 
 
 def draw_kept(shapes, drop, device):
     """
-    Drop path over the batch: (rows of the flat tokens that a branch sees, their [(crops, N)] by resolution).
+    Draw the crops that take part in one residual branch: drop path over the batch (DINOv2, section 5).
 
-    Instead of zeroing the branch of the dropped crops, it is computed on a random subset of exactly max(int(B * (1 -
-    drop)), 1) crops per resolution and added back times B / kept (DINOv2, section 5). The expectation is the same; at
-    0.4 a ViT-g step costs a third less. Off: drop_path = 0.
+    The usual form computes the branch for all crops and zeroes it for some. Here it is computed for a random subset of
+    exactly max(int(B * (1 - drop)), 1) crops per resolution, and added to them times B / kept. The expectation is the
+    same. At 0.4 a ViT-g step costs a third less. drop_path = 0 switches it off.
+
+    Returns (rows, kept_shapes): the kept crops' rows of the flat tokens, and (kept crops, N) per resolution.
     """
-    rows, kept, start = [], [], 0
+    rows, kept_shapes, start = [], [], 0
     for B, N in shapes:
         keep = max(int(B * (1 - drop)), 1)
         crops = torch.randperm(B, device=device)[:keep]
         rows.append((start + crops[:, None] * N + torch.arange(N, device=device)).flatten())
-        kept.append((keep, N))
+        kept_shapes.append((keep, N))
         start += B * N
-    return torch.cat(rows), kept
+    return torch.cat(rows), kept_shapes
 
 
 def residual(x, shapes, kept, branch):
-    """x + branch(x); of the kept crops only, weighted, where `kept` is given."""
+    """x + branch(x) for x (T, D); with `kept` from draw_kept, only for those crops, and weighted."""
     if kept is None:
         return x + branch(x, shapes)
-    rows, kept = kept
-    subset, sizes = x[rows], [B * N for B, N in kept]
-    parts = zip(subset.split(sizes), branch(subset, kept).split(sizes), shapes, kept)
-    parts = [s.add(o, alpha=B / keep) for s, o, (B, _), (keep, _) in parts]
-    return x.index_put((rows,), torch.cat(parts))  # index_add_ would keep the branch's output: 8 % of activations
+    rows, kept_shapes = kept
+    subset = x[rows]
+    change = split(branch(subset, kept_shapes), kept_shapes)
+    sums = list(split(subset, kept_shapes))
+    for i, (keep, _) in enumerate(kept_shapes):
+        sums[i] = sums[i].add(change[i], alpha=shapes[i][0] / keep)
+    return x.index_put((rows,), torch.cat(sums))  # index_add_ would keep the branch's output: 8 % of activations
 
 
 class Rope(nn.Module):
-    """Axial rotary positions of DINOv3: patch centres in (-1, 1) per axis at every resolution."""
+    """Axial rotary positions of DINOv3: patch centres lie in (-1, 1) per axis at every resolution."""
 
-    def __init__(self, c):
+    def __init__(self, arch):
         super().__init__()
-        self.register_buffer("periods", torch.empty(c.embed_dim // c.num_heads // 4))
+        self.register_buffer("periods", torch.empty(arch.embed_dim // arch.num_heads // 4))
 
-    def forward(self, h, w, rescale=None):
-        """sin and cos, each (h * w, head_dim): first half of the channels is [y | x], the second half repeats it."""
+    def forward(self, h, w, rescale=0.0):
+        """
+        sin and cos, each (h * w, head_dim): the first half of the channels is [y | x], the second half repeats it.
+        `rescale` = r > 0 multiplies the positions by one log-uniform random factor from [1/r, r].
+        """
         y, x = ((torch.arange(n, device=self.periods.device) + 0.5) / n * 2 - 1 for n in (h, w))
         coords = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).view(h * w, 2, 1)
-        coords = coords if rescale is None else coords * rescale
+        if rescale:
+            limit = math.log(rescale)
+            coords = coords * coords.new_empty(1).uniform_(-limit, limit).exp()
         angles = (2 * math.pi * coords / self.periods.float()).flatten(1).tile(2)
         return angles.sin(), angles.cos()
 
 
 def rotate(x, sin, cos):
-    """Rotate the patches of x (B, heads, N, head_dim) in fp32; class and registers in front stay."""
-    prefix, patches = x.split([x.shape[2] - sin.shape[0], sin.shape[0]], dim=2)
-    p = patches.float()
-    a, b = p.chunk(2, dim=-1)
-    return torch.cat([prefix, (p * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)], dim=2)
+    """Rotate the patches of x (B, heads, N, head_dim) in fp32. Class token and registers in front stay."""
+    patches = len(sin)
+    prefix, x = x.split([x.shape[2] - patches, patches], dim=2)
+    a, b = x.float().chunk(2, dim=-1)
+    turned = x.float() * cos + torch.cat([-b, a], -1) * sin
+    return torch.cat([prefix, turned.to(x.dtype)], dim=2)
 
 
-def rope_periods(c):
-    """The released files hold them rounded to bf16; all later arithmetic is fp32."""
-    d = c.embed_dim // c.num_heads // 4
-    return (c.rope_base ** (torch.arange(d) / d)).bfloat16().float()
+def rope_periods(arch):
+    """Rounded to bf16, as the released files hold them. All later arithmetic is in fp32."""
+    d = arch.embed_dim // arch.num_heads // 4
+    return (arch.rope_base ** (torch.arange(d) / d)).bfloat16().float()
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, c):
+    def __init__(self, arch):
         super().__init__()
-        self.proj = nn.Conv2d(c.in_channels, c.embed_dim, c.patch_size, stride=c.patch_size)
+        self.proj = nn.Conv2d(arch.in_channels, arch.embed_dim, arch.patch_size, stride=arch.patch_size)
 
     def forward(self, x):
         return self.proj(x)
 
 
 class ViT(nn.Module):
-    def __init__(self, config):
+    def __init__(self, arch):
         super().__init__()
-        c = self.arch = config
-        assert c.embed_dim % c.num_heads == 0, (c.embed_dim, c.num_heads)
-        self.registers_name = "register_tokens" if c.pos == "learned" else "storage_tokens"
-        self.patch_embed = PatchEmbed(c)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, c.embed_dim))
-        self.mask_token = nn.Parameter(torch.empty(1, c.embed_dim))
-        if c.registers:
-            setattr(self, self.registers_name, nn.Parameter(torch.empty(1, c.registers, c.embed_dim)))
-        if c.pos == "learned":
-            self.pos_embed = nn.Parameter(torch.empty(1, 1 + c.pos_grid**2, c.embed_dim))
+        self.arch = arch
+        D = arch.embed_dim
+        assert D % arch.num_heads == 0, (D, arch.num_heads)
+        self.registers_name = "register_tokens" if arch.pos == "learned" else "storage_tokens"
+        self.patch_embed = PatchEmbed(arch)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        self.mask_token = nn.Parameter(torch.empty(1, D))
+        if arch.registers:
+            setattr(self, self.registers_name, nn.Parameter(torch.empty(1, arch.registers, D)))
+        if arch.pos == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(1, 1 + arch.pos_grid**2, D))
         else:
-            self.rope_embed = Rope(c)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
-        self.norm = nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
-        if c.local_cls_norm:
-            self.local_cls_norm = nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
+            self.rope_embed = Rope(arch)
+        self.blocks = nn.ModuleList(Block(arch) for _ in range(arch.depth))
+        self.norm = nn.LayerNorm(D, eps=arch.norm_eps)
+        if arch.local_cls_norm:
+            self.local_cls_norm = nn.LayerNorm(D, eps=arch.norm_eps)
         self.init_weights()
 
     def init_weights(self):
@@ -289,21 +298,21 @@ class ViT(nn.Module):
     @torch.no_grad()
     def init_tensor(self, name, t, generator=None):
         """
-        Give the parameter or buffer `name` its first values, in place. Linears and positions: normal, std 0.02; tokens:
-        1e-6 (DINOv2) or 0.02 (DINOv3); patches as torch's convolutions.
+        Give the parameter or buffer `name` its first values, in place. Linear layers and positions are normal with std
+        0.02, tokens with 1e-6 (DINOv2) or 0.02 (DINOv3); the patch embedding is uniform as torch's convolutions.
         """
-        c = self.arch
+        arch = self.arch
         if name.endswith("gamma"):
-            t.fill_(c.layerscale)
+            t.fill_(arch.layerscale)
         elif "norm" in name:
             t.fill_(name.endswith("weight"))
         elif name in ("cls_token", self.registers_name):
-            t.normal_(std=1e-6 if c.pos == "learned" else 0.02, generator=generator)
+            t.normal_(std=1e-6 if arch.pos == "learned" else 0.02, generator=generator)
         elif name.startswith("patch_embed."):
-            bound = (c.in_channels * c.patch_size**2) ** -0.5
+            bound = (arch.in_channels * arch.patch_size**2) ** -0.5
             t.uniform_(-bound, bound, generator=generator)
         elif name == "rope_embed.periods":
-            t.copy_(rope_periods(c))
+            t.copy_(rope_periods(arch))
         elif name.endswith("bias_mask"):
             t.view(3, -1).copy_(torch.tensor([[1.0], [0.0], [1.0]]))  # queries, keys, values
         elif name == "mask_token" or name.endswith(".bias"):
@@ -315,69 +324,66 @@ class ViT(nn.Module):
     def forward(self, x, mask=None):
         """
         x (B, C, H, W) and mask (B, N) bool or None -> {"cls": (B, D), "registers": (B, R, D), "patches": (B, N, D)}
-        after the final norm. A list of batches (global crops, local crops) with a list of masks -> a list of such
-        dicts. H and W may be any multiple of the patch size. Masked patches enter as the mask token.
+        after the final norm. H and W may be any multiple of the patch size. Masked patches enter as the mask token.
+        A list of batches (global crops, local crops) with a list of masks gives a list of such dicts.
         """
         if torch.is_tensor(x):
             return self.forward([x], [mask])[0]
-        c, masks = self.arch, mask or [None] * len(x)
-        grids = [(i.shape[2] // c.patch_size, i.shape[3] // c.patch_size) for i in x]
-        tokens = [self.embed(images, m, grid) for images, m, grid in zip(x, masks, grids)]
+        arch, masks = self.arch, mask or [None] * len(x)
+        grids = [(images.shape[2] // arch.patch_size, images.shape[3] // arch.patch_size) for images in x]
+        tokens = [self.embed(*crops) for crops in zip(x, masks, grids)]
         shapes = [tuple(t.shape[:2]) for t in tokens]
-        flat, ropes = torch.cat([t.flatten(0, 1) for t in tokens]), [None] * len(x)
-        rescale, drop = (c.rope_rescale, c.drop_path) if self.training else (0, 0)
+        flat = torch.cat([t.flatten(0, 1) for t in tokens])
+        ropes = [None] * len(x)
+        drop, rescale = (arch.drop_path, arch.rope_rescale) if self.training else (0, 0)
         for i, block in enumerate(self.blocks):
-            if c.pos == "rope" and (i == 0 or rescale):  # DINOv3 draws a new rescaling per block and resolution
-                ropes = [self.rope_embed(*grid, self.draw_rescale(rescale)) for grid in grids]
+            if arch.pos == "rope" and (i == 0 or rescale):  # DINOv3 draws a new factor per block and resolution
+                ropes = [self.rope_embed(*grid, rescale) for grid in grids]
             kept = [draw_kept(shapes, drop, flat.device) if drop else None for _ in range(2)]
             flat = block(flat, shapes, ropes, kept)
-        parts = flat.split([B * N for B, N in shapes])
-        return [self.finish(p.view(*shape, -1), local=i == 1) for i, (p, shape) in enumerate(zip(parts, shapes))]
-
-    def draw_rescale(self, r):
-        if not r:
-            return None
-        return torch.empty(1, device=self.rope_embed.periods.device).uniform_(-math.log(r), math.log(r)).exp()
+        crops = [t.view(*shape, -1) for t, shape in zip(split(flat, shapes), shapes)]
+        return [self.finish(t, local=i == 1) for i, t in enumerate(crops)]
 
     def embed(self, images, mask, grid):
-        """(B, C, H, W) -> (B, 1 + R + N, D): class token, registers, patches in rows."""
-        c, (B, _, H, W) = self.arch, images.shape
-        assert H % c.patch_size == W % c.patch_size == 0, f"{H} x {W} px is no multiple of the patch, {c.patch_size}"
+        """(B, C, H, W) -> (B, 1 + R + N, D): class token, registers, patches row by row."""
+        arch, (B, _, H, W) = self.arch, images.shape
+        assert H % arch.patch_size == W % arch.patch_size == 0, f"{H} x {W} px do not divide by {arch.patch_size}"
         x = self.patch_embed(images).flatten(2).transpose(1, 2)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token, x)
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)
-        if c.pos == "learned":
+        if arch.pos == "learned":
             table = self.pos_embed
-            if grid != (c.pos_grid, c.pos_grid):
-                table = resample_pos_embed(table, grid, c.pos_antialias, c.pos_offset)
+            if grid != (arch.pos_grid, arch.pos_grid):
+                table = resample_pos_embed(table, grid, arch.pos_antialias, arch.pos_offset)
             x = x + table
-        if c.registers:  # after the positions: registers have none
-            x = torch.cat([x[:, :1], getattr(self, self.registers_name).expand(B, -1, -1), x[:, 1:]], dim=1)
+        if arch.registers:  # they come after the positions, because they have none
+            registers = getattr(self, self.registers_name).expand(B, -1, -1)
+            x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
         return x
 
     def finish(self, x, local):
-        R = 1 + self.arch.registers
-        head, patches = x.split([R, x.shape[1] - R], dim=1)
-        own = self.arch.local_cls_norm and self.training and local
-        head = (self.local_cls_norm if own else self.norm)(head)
+        """The dict of forward, after the final norm, from x (B, 1 + R + N, D)."""
+        prefix = 1 + self.arch.registers
+        head, patches = x.split([prefix, x.shape[1] - prefix], dim=1)
+        own_norm = self.arch.local_cls_norm and self.training and local
+        head = self.local_cls_norm(head) if own_norm else self.norm(head)
         return {"cls": head[:, 0].contiguous(), "registers": head[:, 1:].contiguous(), "patches": self.norm(patches)}
 
 
 def resample_pos_embed(pos_embed, grid, antialias=True, offset=0.0):
     """
-    Bicubic resampling of a learned position table (1, 1 + g*g, D) to `grid` (side, or (h, w)): (1, 1 + h*w, D).
+    Resample a learned position table (1, 1 + g*g, D) to `grid`, a side or (h, w): (1, 1 + h*w, D), bicubic, in fp32.
 
-    The class token's slot is kept. offset = 0.1 without antialias is what DINOv2's first models did: the map is
-    scaled by (side + 0.1) / g, which is not the same as resampling to `side`. Computed in fp32 (DINOv2,
-    interpolate_pos_encoding).
+    The class token's entry is kept. DINOv2's first models take offset = 0.1 and no antialias: they scale the map by
+    (side + 0.1) / g, which is not the same as resampling it to `side` (DINOv2, interpolate_pos_encoding).
     """
     h, w = (grid, grid) if isinstance(grid, int) else grid
     cls, table = pos_embed.float().split([1, pos_embed.shape[1] - 1], dim=1)
     g = math.isqrt(table.shape[1])
     assert g * g == table.shape[1], f"position table of {table.shape[1]} entries is not square"
     table = table.view(1, g, g, -1).permute(0, 3, 1, 2)
-    size = dict(scale_factor=((h + offset) / g, (w + offset) / g)) if offset else dict(size=(h, w))
+    size = {"scale_factor": ((h + offset) / g, (w + offset) / g)} if offset else {"size": (h, w)}
     table = F.interpolate(table, mode="bicubic", antialias=antialias, **size)
     assert table.shape[2:] == (h, w), (table.shape, h, w)
     return torch.cat([cls, table.permute(0, 2, 3, 1).flatten(1, 2)], dim=1).to(pos_embed.dtype)
@@ -399,13 +405,15 @@ class WeightNormLinear(nn.Module):
 class DINOHead(nn.Module):
     """
     (..., in_dim) -> (..., prototypes) logits: MLP, L2 normalisation of the bottleneck, prototypes (DINO, section 3).
-    weight_norm = True is DINOv2's last layer (logits are cosines while weight_g stays 1), False is DINOv3's plain one.
+    weight_norm = True is DINOv2's last layer, whose logits are cosines while weight_g is 1. False is DINOv3's.
     """
 
     def __init__(self, in_dim, prototypes, hidden=2048, bottleneck=256, layers=3, weight_norm=True):
         super().__init__()
-        dims = [in_dim] + [hidden] * (layers - 1) + [bottleneck]
-        stack = [m for a, b in zip(dims, dims[1:]) for m in (nn.Linear(a, b), nn.GELU())]
+        widths = [in_dim] + [hidden] * (layers - 1) + [bottleneck]
+        stack = []
+        for a, b in zip(widths, widths[1:]):
+            stack += [nn.Linear(a, b), nn.GELU()]
         self.mlp = nn.Sequential(*stack[:-1])
         last = WeightNormLinear if weight_norm else partial(nn.Linear, bias=False)
         self.last_layer = last(bottleneck, prototypes)
@@ -414,9 +422,10 @@ class DINOHead(nn.Module):
 
     @torch.no_grad()
     def init_tensor(self, name, t, generator=None):
-        """As ViT.init_tensor: normal, std 0.02; the rows of a normalised last layer as torch's linears."""
+        """As ViT.init_tensor: normal with std 0.02; a normalised last layer is uniform as torch's linear layers."""
         if name.endswith("weight_v"):
-            t.uniform_(-(t.shape[1] ** -0.5), t.shape[1] ** -0.5, generator=generator)
+            bound = t.shape[1] ** -0.5
+            t.uniform_(-bound, bound, generator=generator)
         elif name.endswith(("weight_g", "bias")):
             t.fill_(name.endswith("weight_g"))
         else:
@@ -436,6 +445,8 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
 
 
 class _AllGather(torch.autograd.Function):
+    """x (n, D) of every rank -> (ranks * n, D). The gradient is summed over ranks."""
+
     @staticmethod
     def forward(ctx, x):
         out = x.new_empty(dist.get_world_size() * x.shape[0], *x.shape[1:])
@@ -449,21 +460,24 @@ class _AllGather(torch.autograd.Function):
 
 
 def _chunks(*tensors):
-    """Views of (..., M, K) along M; what is made of one, 4 MB in fp32 (a GPU: 32, launches cost), stays in cache."""
+    """Views of (..., M, K) along M. One takes 4 MB in fp32 and stays in cache; on a GPU 32, because launches cost."""
     x = tensors[0]
-    rows = max((1 << (23 if x.is_cuda else 20)) * x.shape[-2] // max(x.numel(), 1), 1)
+    numbers = 1 << (23 if x.is_cuda else 20)
+    rows = max(numbers * x.shape[-2] // max(x.numel(), 1), 1)
     return zip(*(t.split(rows, dim=-2) for t in tensors))
 
 
 @torch.no_grad()
 def sinkhorn(logits, temp, iterations=3):
     """
-    Teacher logits (M, K) -> fp32 target probabilities (M, K): every prototype gets an equal share of the batch of all
-    ranks, then every row sums to 1, alternately (SwAV, algorithm 1). The usual form rescales the matrix, here E =
-    exp(logits / temp) stays fixed (in fp32; bf16 is off by 2e-3) and only its two scaling vectors change; constants
-    cancel. A chunk of E serves its rows and the next iteration's prototype sums, and only these K sums cross ranks.
-    3379 x 131072 of bf16: 10.6 GB moved (logits read twice, E read three times, written twice) for 72, none held but
-    the result. 256 x 32768 on one EPYC core: 2.1 times as fast (bench/losses.py).
+    Teacher logits (M, K) -> fp32 target probabilities (M, K). In turns, every prototype gets an equal share of the
+    batch of all ranks, and every row is made to sum to 1 (SwAV, algorithm 1).
+
+    The usual form rescales the matrix in place, 2 * iterations times. But E = exp(logits / temp) can stay as it is:
+    only a scaling vector over prototypes and one over rows change, and constants cancel. So one pass over E per
+    iteration gives the rows' scales and the next sums over prototypes, and only these K sums cross ranks. E must be in
+    fp32; bf16 is off by 2e-3. Nothing is held except the result. 3379 x 131072 bf16 logits move 10.6 GB instead of 72
+    (counted); 256 x 32768 on one EPYC core is 2.1 times as fast (bench/losses.py). Off: centering = "softmax".
     """
     q = torch.empty_like(logits, dtype=torch.float32)
     top = all_reduce(logits.max().float()[None] / temp, dist.ReduceOp.MAX)  # global: a row's own would not cancel
@@ -472,7 +486,7 @@ def sinkhorn(logits, temp, iterations=3):
         torch.add(-top, x, alpha=1 / temp, out=e).exp_()  # top has a dimension: bf16 logits are promoted
         sums.addmv_(e.T, e.new_ones(len(e)))
     for left in reversed(range(iterations)):
-        # a prototype or row that underflowed gets nothing, not NaN
+        # with the clamps, a prototype or row that underflowed gets nothing rather than NaN
         columns, sums = 1 / all_reduce(sums).clamp(min=tiny), torch.zeros_like(sums)
         for (e,) in _chunks(q):
             rows = 1 / (e @ columns).clamp(min=tiny)
@@ -485,13 +499,13 @@ def sinkhorn(logits, temp, iterations=3):
 
 @torch.no_grad()
 def softmax_center(logits, center, temp):
-    """Teacher logits (B, K) -> target probabilities by centring and sharpening (DINO, section 3.1)."""
+    """Teacher logits (M, K) -> target probabilities by centring and sharpening (DINO, section 3.1)."""
     return F.softmax((logits.float() - center) / temp, dim=-1)
 
 
 @torch.no_grad()
 def update_center(center, logits, momentum=0.9):
-    """The next center: momentum * center (1, K) + (1 - momentum) * mean of logits (B, K) over all ranks."""
+    """The next center (1, K): momentum * center + (1 - momentum) * mean of the logits (M, K) over all ranks."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     mean = all_reduce(logits.float().mean(0, keepdim=True)) / world
     return center.lerp(mean, 1 - momentum)
@@ -501,10 +515,12 @@ class _CrossEntropy(torch.autograd.Function):
     """
     -sum_k targets log softmax(logits / temp): logits (..., M, K), targets (M, K) whose rows sum to 1 -> (..., M).
 
-    Autograd keeps the fp32 log-softmax and makes more in the backward. But the gradient is (softmax - targets) / temp
-    times that of the row's loss, all at hand while the loss is computed: it is made there, in the logits' type, and is
-    all that is kept (logits and targets may be freed); the backward scales it in place, and a second one is refused.
-    3379 x 131072 of bf16: 5.3 GB moved for 34, 3.6 held at most (targets 1.8) for 6.2. With sinkhorn 1.5 times as fast.
+    Under autograd, log_softmax keeps a copy of the logits in fp32, and its backward makes more. But the gradient of a
+    row is (softmax - targets) / temp times the gradient of the row's loss, and all of it is known in the forward. So
+    the forward makes the gradient, in the logits' type, and keeps nothing else: logits and targets may be freed. The
+    backward scales it in place; a second backward is refused. The numbers are autograd's up to rounding.
+    3379 x 131072 in bf16: 5.3 GB are moved instead of 34, and 3.6 GB are held instead of 6.2, targets included
+    (counted); with sinkhorn 1.5 times as fast on one EPYC core (bench/losses.py).
     Off: -(targets * log_softmax(logits.float() / temp, -1)).sum(-1)
     """
 
@@ -532,30 +548,32 @@ cross_entropy = _CrossEntropy.apply  # (logits, targets, temp)
 
 def dino_loss(global_logits, local_logits, targets, temp=0.1):
     """
-    Student logits of the global (2B, K) and local (L*B, K) crops against teacher targets (2B, K) -> two scalars to be
-    added.
+    Student logits of global (2B, K) and local (L*B, K) crops, teacher targets (2B, K) -> two scalars to be added.
 
-    Each global crop is predicted from the other one and from every local crop: terms are means over images, summed, and
-    divided by their number, 2 + 2L (DINOv2; the global pair counts 2).
+    Each global crop is predicted from the other one and from every local crop. Terms are means over images; they are
+    summed and divided by their number, 2 + 2L (DINOv2; the pair of global crops counts 2).
     """
-    B, terms = len(targets) // 2, 2 + 2 * (2 * len(local_logits) // len(targets))
+    B = len(targets) // 2
+    terms = 2 + 2 * (len(local_logits) // B)
     swapped = targets.roll(B, 0)
     loss_global = cross_entropy(global_logits, swapped, temp).mean() * 2 / terms
-    both = (targets[:B] + targets[B:]) / 2  # a local crop meets both targets, and cross-entropy is linear in the target
+    both = (targets[:B] + targets[B:]) / 2  # a local crop meets both targets, and the loss is linear in the target
     local = cross_entropy(local_logits.view(-1, B, local_logits.shape[-1]), both, temp)
     return loss_global, local.mean(1).sum() * 2 / terms
 
 
 def ibot_loss(logits, targets, weights, crops, temp=0.1):
     """
-    Student and teacher at the masked patches (M, K) -> scalar: sum of cross-entropies times weights (M), 1 / (masked
-    patches of that crop), over the number of global crops, unmasked ones included (iBOT, equation 2; DINOv2).
+    Student logits and teacher targets (M, K) at the masked patches -> scalar (iBOT, equation 2; DINOv2).
+
+    Cross-entropies are weighted by `weights` (M), 1 / masked patches of the crop, and their sum is divided by the
+    number of global crops, unmasked ones included.
     """
     return (cross_entropy(logits, targets, temp) * weights).sum() / crops
 
 
 def koleo_loss(x):
-    """-mean log distance of x (n, D) to its nearest neighbour on the sphere, in the rank (Sablayrolles 2019)."""
+    """-mean log distance of x (n, D) to its nearest neighbour on the sphere, within the rank (Sablayrolles 2019)."""
     z = F.normalize(x.float(), dim=-1, eps=1e-8)
     with torch.no_grad():
         nearest = (z @ z.T).fill_diagonal_(-1).argmax(1)
@@ -564,11 +582,11 @@ def koleo_loss(x):
 
 def kde_loss(x, kappa=5.0):
     """
-    mean_i [logsumexp_{j != i} kappa z_i.z_j - log(n - 1)] over x (n, D) of all ranks: the log of a von Mises-Fisher
-    density estimate at each point, lowest when points spread over the sphere (Wang and Isola 2020, uniformity); n > 1.
+    mean_i [logsumexp_{j != i} kappa z_i.z_j - log(n - 1)] over x (n, D) of all ranks, n > 1: the log of a von
+    Mises-Fisher density estimate at each point. It falls when points spread (Wang and Isola 2020, uniformity).
     """
-    z, first = F.normalize(x.float(), dim=-1), 0
-    everyone = z
+    z = everyone = F.normalize(x.float(), dim=-1)
+    first = 0
     if dist.is_initialized() and dist.get_world_size() > 1:
         everyone, first = _AllGather.apply(z), dist.get_rank() * len(z)
     own = torch.eye(len(z), len(everyone), dtype=torch.bool, device=z.device).roll(first, 1)
@@ -579,7 +597,7 @@ def kde_loss(x, kappa=5.0):
 def kde_loss_openmidnight(x, kappa=5.0):
     """
     -mean_i log sum_j exp(kappa z_i.z_j) over x (n, D) of this rank, j = i included: OpenMidnight's released code. Its
-    sign rewards collapse (lowest when all points coincide); kept to reproduce that run, but in fp32.
+    sign rewards collapse, as it is lowest when all points coincide. We keep it to reproduce that run, but in fp32.
     """
     z = F.normalize(x.float(), dim=-1)
     return -((kappa * z @ z.T).exp().sum(1) + 1e-9).log().mean()
@@ -590,28 +608,29 @@ def kde_loss_openmidnight(x, kappa=5.0):
 
 def param_groups(student, layer_decay=1.0, patch_embed_lr=0.2):
     """
-    AdamW groups of a ModuleDict {backbone, *_head}: {"params", "lr_scale", "wd_scale", "last_layer"}.
+    AdamW groups of a ModuleDict {backbone, *_head}: a list of {"params", "lr_scale", "wd_scale", "last_layer"}.
 
-    DINOv2's rules: no weight decay for biases, norms and layer-scale (tokens, positions and the prototypes do decay);
-    the patch embedding learns at 0.2 x; block i of L at layer_decay^(L - i), tokens and patches at layer_decay^(L +
-    1).
+    These are DINOv2's rules. Biases, norms and layer-scale have no weight decay; tokens, positions and prototypes do.
+    Block i of L learns at layer_decay^(L - i), tokens and patches at layer_decay^(L + 1), and the patch embedding at
+    patch_embed_lr times that. "last_layer" marks the prototypes.
     """
-    depth, groups, seen = len(student["backbone"].blocks), {}, set()
+    depth, groups = len(student["backbone"].blocks), {}
     for name, p in student.named_parameters():
         if not p.requires_grad:
             continue
-        module, _, local = name.partition(".")
-        layer = int(local.split(".")[1]) if local.startswith("blocks.") else depth if "norm" in local else -1
-        lr = layer_decay ** (depth - layer) if module == "backbone" else 1.0
+        part, _, local = name.partition(".")
+        layer = -1
+        if local.startswith("blocks."):
+            layer = int(local.split(".")[1])
+        elif "norm" in local:
+            layer = depth
+        lr = layer_decay ** (depth - layer) if part == "backbone" else 1.0
         lr *= patch_embed_lr if "patch_embed" in local else 1.0
         wd = 0.0 if local.endswith("bias") or "norm" in local or "gamma" in local else 1.0
-        key = (lr, wd, "last_layer" in local)
-        groups.setdefault(key, []).append(p)
-        assert id(p) not in seen, f"{name} is in two groups"
-        seen.add(id(p))
-    trainable = {id(p) for p in student.parameters() if p.requires_grad}
-    assert seen == trainable, f"{len(seen)} of {len(trainable)} trainable parameters are in a group"
-    return [{"params": p, "lr_scale": lr, "wd_scale": wd, "last_layer": last} for (lr, wd, last), p in groups.items()]
+        last = "last_layer" in local
+        group = dict(params=[], lr_scale=lr, wd_scale=wd, last_layer=last)
+        groups.setdefault((lr, wd, last), group)["params"].append(p)
+    return list(groups.values())
 
 
 def cosine_schedule(step, base, final, total, warmup=0, start=0.0):
@@ -623,18 +642,19 @@ def cosine_schedule(step, base, final, total, warmup=0, start=0.0):
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def schedules(step, c, peak_lr):
+def schedules(step, config, peak_lr):
     """
-    What changes with the step, by train.py's keys `c`: {"lr", "last_layer_lr" (of the heads' prototypes), "wd",
-    "momentum", "teacher_temp"}, DINOv2's rules; golden/schedules.npz holds them for OpenMidnight's current recipe.
+    What changes with the step, from train.py's keys: {"lr", "last_layer_lr" (of the prototypes), "wd", "momentum" (of
+    the teacher), "teacher_temp"}. golden/schedules.npz holds the values of OpenMidnight's current recipe.
     """
-    total, temp = c["schedule_steps"] or c["max_steps"], c["teacher_temp"]
-    lr = cosine_schedule(step, peak_lr, c["min_lr"], total, c["warmup_steps"])
-    warm = c["teacher_temp_warmup"]
-    return {"lr": lr, "last_layer_lr": 0.0 if step < c["freeze_last_layer"] else lr,
-            "wd": cosine_schedule(step, c["weight_decay"], c["weight_decay_end"], total),
-            "momentum": cosine_schedule(step, c["momentum"], c["momentum_end"], total),
-            "teacher_temp": cosine_schedule(step, temp, temp, warm, warm, c["teacher_temp_start"])}
+    total, temp = config["schedule_steps"] or config["max_steps"], config["teacher_temp"]
+    lr = cosine_schedule(step, peak_lr, config["min_lr"], total, config["warmup_steps"])
+    warm = config["teacher_temp_warmup"]
+    return {"lr": lr,
+            "last_layer_lr": 0.0 if step < config["freeze_last_layer"] else lr,
+            "wd": cosine_schedule(step, config["weight_decay"], config["weight_decay_end"], total),
+            "momentum": cosine_schedule(step, config["momentum"], config["momentum_end"], total),
+            "teacher_temp": cosine_schedule(step, temp, temp, warm, warm, config["teacher_temp_start"])}
 
 
 # ---- weight files ---------------------------------------------------------------------------------------------------
@@ -642,102 +662,140 @@ def schedules(step, c, peak_lr):
 
 def load_backbone(path, arch=None):
     """
-    Read a tile encoder: a released DINOv2 or DINOv3 .pth, this project's {"teacher": ...}, OpenMidnight's {"teacher":
-    {"backbone.*"}} with chunked block names, or a Hugging Face folder or .safetensors file (weight_files.py). Returns a
-    ViT on the CPU in fp32, its configuration read off the tensors and a config.json beside them.
+    Read a tile encoder and return it as a ViT on the CPU in fp32.
 
-    `arch` (a name in ARCHS or a ViTConfig) is only needed where these do not tell (a head width other than 64) or as a
-    check. Raises ValueError naming the file when it is missing, not such a file, or of another architecture.
+    A .pth may be a released DINOv2 or DINOv3, this project's {"teacher": ...} or OpenMidnight's {"teacher":
+    {"backbone.*"}}. A Hugging Face folder or .safetensors file is read by prepare/convert.py. The architecture is
+    inferred from the tensors. `arch`, a name in ARCHS or a ViTConfig, is a check, and needed only where tensors do not
+    tell it (heads whose width is not 64). Raises ValueError, naming the file, if it is missing or does not fit.
     """
-    state, config = open_weights(path, arch)
+    state, arch = open_weights(path, arch)
     with torch.device("meta"):
-        vit = ViT(config)
-    whole = {k: weight_files.rows(v).float() for k, v in state.items()}
-    vit.load_state_dict(whole, strict=True, assign=True)
+        vit = ViT(arch)
+    vit.load_state_dict({name: t.float() for name, t in state.items()}, strict=True, assign=True)
     return vit
 
 
-def open_weights(path, arch=None):
+def first_weights(path, arch, pos_embed_init="resample"):
     """
-    ({name: tensor}, ViTConfig) of a weight file, with all the names and shapes of that ViT; see load_backbone. Nothing
-    is read yet: weight_files.rows takes what it needs from the mapped file, in the file's type.
+    {name: tensor} from which a ViT of that ViTConfig starts training. Tensors stay in the mapped file until rows are
+    taken from them. A learned position table is resampled to the grid of `arch`. With pos_embed_init = "random"
+    (OpenMidnight's released run) it is left out, so that it is drawn.
     """
-    state, stored_arch, told = read_weights(path)
-    try:
-        config = infer_config(path, state, arch or stored_arch, told)
-    except (AttributeError, IndexError, KeyError, ValueError) as e:  # shapes or names as no backbone has them
-        raise ValueError(str(e) if str(path) in str(e) else f"{path}: of no known layout ({e}); state arch=...")
-    if told is not None and config.pos == "rope":  # transformers leaves these two out of its files
-        state["rope_embed.periods"] = rope_periods(config)
-        if config.local_cls_norm:  # for training only; it starts as the norm that it stands in for
-            state |= {f"local_cls_{k}": v.clone() for k, v in state.items() if k.startswith("norm.")}
-    with torch.device("meta"):
-        ours = ViT(config).state_dict()
-    wrong = [k for k in ours.keys() & state.keys() if ours[k].shape != weight_files.shape(state[k])]
-    missing, unknown = sorted(ours.keys() - state.keys()), sorted(state.keys() - ours.keys())
-    if missing or unknown or wrong:
-        lists = [f"{what} {len(k)} ({', '.join(k[:4])})"
-                 for what, k in (("missing", missing), ("unknown", unknown), ("other shape", sorted(wrong))) if k]
-        raise ValueError(f"{path}: keys do not fit the architecture ({'; '.join(lists)}); state another with arch=...")
-    return state, config
-
-
-def read_weights(path):
-    """weight_files.read's (state dict under released names, arch stored in the file or None, told); ValueError."""
-    state, arch, told = weight_files.read(path)
-    needed = ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight")
-    if missing := [k for k in needed if k not in state]:
-        raise ValueError(f"{path}: no DINOv2 or DINOv3 backbone in this file: it has no {' or '.join(missing)}")
-    return state, arch, told
-
-
-def infer_config(path, state, arch=None, told=None):
-    """The ViTConfig that shapes imply; what they cannot tell comes from `told`, `arch` or the family's defaults."""
-    if isinstance(arch, str) and arch not in ARCHS:
-        raise ValueError(f"unknown arch '{arch}'; known: {', '.join(ARCHS)}")
-    D, C, p, _ = state["patch_embed.proj.weight"].shape
-    rope = "rope_embed.periods" in state or "storage_tokens" in state or (told or {}).get("pos") == "rope"
-    tokens = state.get("storage_tokens" if rope else "register_tokens")
-    swiglu = "blocks.0.mlp.w3.weight" in state
-    hidden = state["blocks.0.mlp.w3.weight"].shape[1] if swiglu else len(state.get("blocks.0.mlp.fc1.weight", ()))
-    found = dict(patch_size=p, embed_dim=D, in_channels=C, pos="rope" if rope else "learned", ffn_hidden=hidden,
-                 depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-                 ffn="swiglu" if swiglu else "mlp", registers=0 if tokens is None else tokens.shape[1],
-                 qkv_bias=any(k.endswith("attn.qkv.bias") for k in state))
-    if "rope_embed.periods" in state:
-        found["num_heads"] = D // (4 * len(state["rope_embed.periods"]))
-    if told is None:
-        told = dict(local_cls_norm="local_cls_norm.weight" in state)
-    elif rope and arch is None and "num_heads" not in told:
-        raise ValueError(f"{path}: no config.json beside it, which tells the heads; put it there or state arch=...")
-    found |= told
-    old = not rope and not found["registers"]
-    guess = ViTConfig(num_heads=max(D // 64, 1), norm_eps=1e-5 if rope else 1e-6, mask_k_bias=rope,
-                      pos_antialias=not old, pos_offset=0.1 * old)
-    base = guess if arch is None else ARCHS[arch] if isinstance(arch, str) else arch
-    asked = arch if isinstance(arch, str) else "the given config"
-    for key, value in found.items():
-        if arch is not None and getattr(base, key) != value and key not in ("pos_antialias", "pos_offset"):
-            raise ValueError(f"{path}: weights of another architecture: {key} is {value} in the file, "
-                             f"{getattr(base, key)} in {asked}")
-    grid = math.isqrt(state["pos_embed"].shape[1] - 1) if "pos_embed" in state else base.pos_grid
-    return replace(base, **found, pos_grid=grid)
-
-
-def first_weights(path, c, pos_embed_init="resample"):
-    """
-    {name: tensor} that a ViT of configuration `c` starts its training from, as open_weights. The learned position table
-    is resampled to its grid, or left out, to be drawn, with pos_embed_init = "random" (OpenMidnight's released run).
-    """
-    state, _ = open_weights(path, c)
-    if c.pos == "learned" and pos_embed_init == "random":
-        del state["pos_embed"]
-    elif c.pos == "learned" and state["pos_embed"].shape[1] != 1 + c.pos_grid**2:
-        state["pos_embed"] = resample_pos_embed(state["pos_embed"].float(), c.pos_grid, c.pos_antialias, c.pos_offset)
+    state, _ = open_weights(path, arch)
+    if arch.pos == "learned":
+        table = state.pop("pos_embed")
+        if table.shape[1] != 1 + arch.pos_grid**2:
+            table = resample_pos_embed(table.float(), arch.pos_grid, arch.pos_antialias, arch.pos_offset)
+        if pos_embed_init != "random":
+            state["pos_embed"] = table
     return state
+
+
+def stored_norm(path):
+    """
+    (mean, std) that a weight file states. This project's teachers do; beside Hugging Face's, preprocessor_config.json
+    must (ValueError). Any other .pth gets ImageNet's; DINOv3's satellite models differ, so pass theirs as `norm`.
+    """
+    if is_hugging_face(path):
+        from prepare import convert
+        return norm_values(convert.stored_norm(path), f"{path}: norm")
+    config = read_header(path).get("config", {})
+    older = (config["norm_mean"], config["norm_std"]) if "norm_mean" in config else None  # a former pair of keys
+    return norm_values(config.get("norm", older), f"{path}: norm")
 
 
 def read_header(path):
     """What this project's teacher file states about itself: {"arch", "step", "config"}; {} for any other file."""
-    stored = {} if weight_files.is_hugging_face(path) else weight_files.read_pth(path)
-    return {k: stored[k] for k in ("arch", "step", "config") if k in stored} if "teacher" in stored else {}
+    stored = {} if is_hugging_face(path) else read_pth(path)
+    return {k: stored[k] for k in ("arch", "step", "config") if k in stored and "teacher" in stored}
+
+
+def is_hugging_face(path):
+    return os.path.isdir(path) or str(path).endswith(".safetensors")
+
+
+def read_pth(path):
+    """The dictionary in a .pth file, {} if it holds something else. ValueError if it is missing, cut or untrusted."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such weight file") from None
+    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, OSError) as e:
+        raise ValueError(f"{path}: not a file of plain tensors, and weights_only=True refuses any other "
+                         f"({type(e).__name__}); fetch it again, or save its state dict alone") from None
+    return stored if isinstance(stored, dict) else {}
+
+
+def open_weights(path, arch=None):
+    """({name: tensor} under our ViT's names, its ViTConfig) of a weight file; see load_backbone."""
+    if is_hugging_face(path):
+        from prepare import convert
+        stored = convert.read(path, ARCHS.get(arch, arch))  # as the .pth that the script would write
+    else:
+        stored = read_pth(path)
+    told = stored.get("arch") or {}  # a name in ARCHS, or {field of ViTConfig: value} from prepare/convert.py
+    if isinstance(told, str):
+        arch, told = arch or told, {}
+    if isinstance(arch, str) and arch not in ARCHS:
+        raise ValueError(f"{path}: unknown arch '{arch}'; known: {', '.join(ARCHS)}")
+    told = told | POS_INTERP.get(stored.get("config", {}).get("pos_interp"), {})
+    state = backbone_tensors(stored)
+    arch = fitting_arch(path, state, ARCHS.get(arch, arch), told)
+    for name, t in state.items() if "teacher" not in stored else ():
+        if name.endswith("bias_mask") and (t * state[name.removesuffix("_mask")]).any():
+            raise ValueError(f"{path}: {name} lets a bias through that is zero in every released DINOv3 file")
+    return state, arch
+
+
+def backbone_tensors(stored):
+    """{Meta's name: tensor} of the backbone in a weight file's dictionary; {} if there is none."""
+    tensors = stored.get("teacher", stored)
+    if not isinstance(tensors, dict):
+        return {}
+    tensors = {str(name): t for name, t in tensors.items() if torch.is_tensor(t)}
+    if any(name.startswith("backbone.") for name in tensors):
+        tensors = {name[9:]: t for name, t in tensors.items() if name.startswith("backbone.")}
+    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): t for name, t in tensors.items()}  # chunked names
+
+
+def fitting_arch(path, state, asked, told):
+    """
+    The ViTConfig whose tensors have exactly these names and shapes: `asked`, or the inferred one if None, with the
+    fields that the file tells. Raises ValueError if there is none, or if the file contradicts `asked`.
+    """
+    arch = asked or infer_arch(path, state)
+    for key, value in told.items() if asked else ():
+        if getattr(arch, key) != value and not key.startswith("pos"):  # how positions are resampled is the file's say
+            raise ValueError(f"{path}: weights of another architecture: {key} is {value}, not {getattr(arch, key)}")
+    if "pos_embed" in state:
+        told = told | {"pos_grid": math.isqrt(state["pos_embed"].shape[1] - 1)}
+    arch = replace(arch, **told)
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in ViT(arch).state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in state.items()}
+    wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    if wrong:
+        texts = [f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}" for name in wrong[:4]]
+        raise ValueError(f"{path}: weights of another architecture: {len(wrong)} tensors do not fit: "
+                         f"{'; '.join(texts)}; state another with arch=...")
+    return arch
+
+
+def infer_arch(path, state):
+    """The ViTConfig that names and shapes imply; what they do not tell is as in the family's models."""
+    patches = state.get("patch_embed.proj.weight")  # (D, C, P, P)
+    swiglu = "blocks.0.mlp.w3.weight" in state
+    down = state.get(f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight")  # (D, hidden)
+    if patches is None or down is None:
+        raise ValueError(f"{path}: there is no DINOv2 or DINOv3 backbone in this file")
+    rope = "rope_embed.periods" in state or "storage_tokens" in state
+    tokens = state.get("storage_tokens" if rope else "register_tokens")
+    family = "dinov3_vits16" if rope else "dinov2_vits14" if tokens is None else "dinov2_vits14_reg"
+    D, hidden = down.shape
+    heads = D // len(state["rope_embed.periods"]) // 4 if "rope_embed.periods" in state else max(D // 64, 1)
+    return replace(
+        ARCHS[family], patch_size=patches.shape[2], in_channels=patches.shape[1], embed_dim=D, num_heads=heads,
+        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        ffn="swiglu" if swiglu else "mlp", ffn_hidden=hidden, registers=0 if tokens is None else tokens.shape[1],
+        qkv_bias=any(name.endswith("qkv.bias") for name in state), local_cls_norm="local_cls_norm.weight" in state)
