@@ -1,14 +1,14 @@
 """
-Checkpoints: sharded, written while training goes on, complete once they bear their number.
+Checkpoints: sharded, and written while training continues. A folder is complete once it is named after its step.
 
-    out_dir/ckpt/2500/         a file a rank and .metadata (torch.distributed.checkpoint); any number of ranks loads it
+    out_dir/ckpt/2500/         one file per rank and .metadata (torch.distributed.checkpoint); loads on any rank count
     out_dir/ckpt/unfinished/   being written, or left by a stop; the next save deletes it
 
-A save waits while each rank copies its own shards to host memory, and nothing else: a thread writes them, over a gloo
-group of its own, since collectives of two threads must not meet on training's. No tensor is gathered anywhere: 16 bytes
-a parameter over all ranks (student, teacher, two moments), the same in host memory, none on the device. Rank 0 renames
-the folder when every rank has written and synced its file, and only then deletes older ones: whenever a run is killed,
-the newest complete checkpoint is whole.
+A save waits only while each rank copies its own shards to host memory. Then a thread writes them. It has a gloo group
+of its own, because collectives of two threads must not meet in training's group. No tensor is gathered anywhere: 16
+bytes per parameter over all ranks (student, teacher, two moments), as many in host memory, none on the device. Rank 0
+renames the folder when every rank has written and synced its file, and deletes older ones only then. So whenever a run
+is killed, the newest complete checkpoint is whole.
 """
 import os
 import shutil
@@ -19,13 +19,13 @@ import torch.distributed.checkpoint as dcp
 
 
 def numbered(folder):
-    """Steps that folders in `folder` are named after, ascending."""
+    """The steps after which folders in `folder` are named, ascending."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
 def complete(folder):
-    """Of these, the checkpoints: .metadata is written last. Whether their files are undamaged, load finds out."""
+    """Those of them that are checkpoints, since .metadata is written last. Their files may still be damaged."""
     return [step for step in numbered(folder) if os.path.isfile(f"{folder}/{step}/.metadata")]
 
 
@@ -34,7 +34,7 @@ def one_line(error):
 
 
 class Saver:
-    """Saves to a folder, one at a time; keeps the newest `keep` (0: all) and multiples of `keep_every` (0: none)."""
+    """Saves to a folder, one at a time. Keeps the newest `keep` (0 = all) and multiples of `keep_every` (0 = none)."""
 
     def __init__(self, folder, keep, keep_every):
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
@@ -43,7 +43,7 @@ class Saver:
     def save(self, step, state):
         """
         Begin to save `state`, which may change as soon as this returns. A collective: every rank calls it at the same
-        step. Raises what finish raises, of the save before.
+        step. Waits for the previous save, and raises what `finish` raises for it.
         """
         self.finish()
         unfinished = f"{self.folder}/unfinished"
@@ -56,43 +56,44 @@ class Saver:
         self.writer.start()
 
     def complete(self, step, future):
-        """In the thread: rename once all is written, then delete what is not to be kept."""
+        """Runs in the thread: rename when all is written, then delete what is not to be kept."""
         try:
             future.result()
             if dist.get_rank() == 0:
-                shutil.rmtree(f"{self.folder}/{step}", ignore_errors=True)  # of a run that came here before
+                shutil.rmtree(f"{self.folder}/{step}", ignore_errors=True)  # of a run that was here before
                 os.replace(f"{self.folder}/unfinished", f"{self.folder}/{step}")
-                for old in complete(self.folder)[: -self.keep]:  # none for 0
+                for old in complete(self.folder)[: -self.keep]:  # an empty list for keep = 0
                     if not self.keep_every or old % self.keep_every:
                         shutil.rmtree(f"{self.folder}/{old}")
-        except BaseException as e:  # CheckpointException is no Exception
+        except BaseException as e:  # CheckpointException is not an Exception
             self.error = e
 
     def finish(self):
-        """Wait for the save that is under way. ValueError on all ranks if it failed, naming what there is instead."""
+        """Wait for the running save. If it failed, every rank raises ValueError, which names the checkpoint before."""
         if self.writer:
             self.writer.join()
             self.writer = None
         if self.error:
             done = complete(self.folder)
-            kept = f"{self.folder}/{done[-1]} is whole" if done else "there is none yet"
-            raise ValueError(f"{self.folder}/unfinished could not be written ({one_line(self.error)}); of those before "
-                             f"{kept}: make room, then go on with --resume=true")
+            last = f"{self.folder}/{done[-1]} is whole" if done else "there is no earlier checkpoint"
+            raise ValueError(f"{self.folder}/unfinished could not be written ({one_line(self.error)}); {last}: make "
+                             "room, then resume with --resume=true")
 
 
 def load(folder, state, say):
     """
-    Fill `state` in place from the newest checkpoint that loads, on any number of ranks; returns its step. Newer ones,
-    which do not, are named through `say` and renamed <step>.damaged, so that they do not count among those that are
-    kept. A collective. ValueError if none loads.
+    Fill `state` in place from the newest checkpoint that loads, on any number of ranks, and return its step. Newer ones
+    that do not load are named through `say` and renamed <step>.damaged, so that they do not count as kept. A
+    collective. Raises ValueError if none loads.
     """
     steps, wrong = complete(folder), []
-    for step in (step for step in numbered(folder) if step not in steps):
-        say(f"{folder}/{step} is no checkpoint: it has no .metadata")
+    for step in numbered(folder):
+        if step not in steps:
+            say(f"{folder}/{step} is no checkpoint: it has no .metadata")
     for step in reversed(steps):
         try:
             dcp.load(state, checkpoint_id=f"{folder}/{step}")
-        except (Exception, dcp.api.CheckpointException) as e:  # the latter is no Exception
+        except (Exception, dcp.api.CheckpointException) as e:  # the latter is not an Exception
             wrong.append(f"{folder}/{step} does not load: {one_line(e)}")
             continue
         for message, newer in zip(wrong, reversed(steps)):
@@ -101,6 +102,6 @@ def load(folder, state, say):
                 os.replace(f"{folder}/{newer}", f"{folder}/{newer}.damaged")
         return step
     if wrong:
-        raise ValueError(f"{wrong[0]}; nor does any before it. of another architecture? go back to its arch and heads "
-                         "(config.json), otherwise start afresh in another --out_dir")
-    raise ValueError(f"nothing to resume: no complete checkpoint in {folder}; delete the run's folder and start afresh")
+        raise ValueError(f"{wrong[0]}; no earlier one loads either. If it is of another architecture, go back to its "
+                         "arch and heads (config.json); otherwise start anew in another --out_dir")
+    raise ValueError(f"nothing to resume: no complete checkpoint in {folder}; delete the run's folder and start anew")
