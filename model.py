@@ -77,17 +77,14 @@ NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # mean and
 
 
 def norm_values(norm, name="norm"):
-    """
-    (mean, std) of RGB in 0-1, three numbers each. `norm` is a name in NORMS, (mean, std) itself, or None for imagenet.
-    Raises ValueError, which calls the value `name`, for anything else.
-    """
-    values = NORMS.get(norm) if isinstance(norm, str) else NORMS["imagenet"] if norm is None else norm
+    """(mean, std) of RGB in 0-1, from a name in NORMS, (mean, std) itself, or None for imagenet. Raises ValueError."""
+    norm = "imagenet" if norm is None else norm
+    values = NORMS.get(norm) if isinstance(norm, str) else norm
     try:
-        numbers = torch.tensor(values, dtype=torch.float64)
-        if numbers.shape == (2, 3) and numbers.min() >= 0 and numbers.max() <= 1 and numbers[1].min() > 0:
-            mean, std = numbers.tolist()
-            return tuple(mean), tuple(std)
-    except (TypeError, ValueError, RuntimeError):
+        mean, std = (tuple(map(float, rgb)) for rgb in values)
+        if len(mean) == len(std) == 3 and all(0 <= m <= 1 for m in mean) and all(0 < s <= 1 for s in std):
+            return mean, std
+    except (TypeError, ValueError):
         pass
     raise ValueError(f"{name} = {norm!r}: give {', '.join(map(repr, NORMS))}, or (mean, std) of three numbers each, "
                      "of pixels from 0 to 1")
@@ -193,11 +190,9 @@ class Block(nn.Module):
 
 def draw_kept(shapes, drop, device):
     """
-    Draw the crops that take part in one residual branch: drop path over the batch (DINOv2, section 5).
-
-    The usual form computes the branch for all crops and zeroes it for some. Here it is computed for a random subset of
-    exactly max(int(B * (1 - drop)), 1) crops per resolution, and added to them times B / kept. The expectation is the
-    same. At 0.4 a ViT-g step costs a third less. drop_path = 0 switches it off.
+    Drop path (DINOv2, section 5). The usual form computes a branch for all crops and zeroes it for some. Here a random
+    subset of exactly max(int(B * (1 - drop)), 1) crops per resolution takes part, and the branch is added to it times B
+    / kept. The expectation is the same. At 0.4 a ViT-g step costs a third less. Off: drop_path = 0.
 
     Returns (rows, kept_shapes): the kept crops' rows of the flat tokens, and (kept crops, N) per resolution.
     """
@@ -232,10 +227,7 @@ class Rope(nn.Module):
         self.register_buffer("periods", torch.empty(arch.embed_dim // arch.num_heads // 4))
 
     def forward(self, h, w, rescale=0.0):
-        """
-        sin and cos, each (h * w, head_dim): the first half of the channels is [y | x], the second half repeats it.
-        `rescale` = r > 0 multiplies the positions by one log-uniform random factor from [1/r, r].
-        """
+        """sin and cos, each (h * w, head_dim): channels are [y | x], twice. `rescale` is ViTConfig's rope_rescale."""
         y, x = ((torch.arange(n, device=self.periods.device) + 0.5) / n * 2 - 1 for n in (h, w))
         coords = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).view(h * w, 2, 1)
         if rescale:
@@ -297,10 +289,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_tensor(self, name, t, generator=None):
-        """
-        Give the parameter or buffer `name` its first values, in place. Linear layers and positions are normal with std
-        0.02, tokens with 1e-6 (DINOv2) or 0.02 (DINOv3); the patch embedding is uniform as torch's convolutions.
-        """
+        """Give the parameter or buffer `name` its first values, in place: DINOv2's, or DINOv3's."""
         arch = self.arch
         if name.endswith("gamma"):
             t.fill_(arch.layerscale)
@@ -309,7 +298,7 @@ class ViT(nn.Module):
         elif name in ("cls_token", self.registers_name):
             t.normal_(std=1e-6 if arch.pos == "learned" else 0.02, generator=generator)
         elif name.startswith("patch_embed."):
-            bound = (arch.in_channels * arch.patch_size**2) ** -0.5
+            bound = (arch.in_channels * arch.patch_size**2) ** -0.5  # as torch's convolutions
             t.uniform_(-bound, bound, generator=generator)
         elif name == "rope_embed.periods":
             t.copy_(rope_periods(arch))
@@ -374,8 +363,7 @@ class ViT(nn.Module):
 def resample_pos_embed(pos_embed, grid, antialias=True, offset=0.0):
     """
     Resample a learned position table (1, 1 + g*g, D) to `grid`, a side or (h, w): (1, 1 + h*w, D), bicubic, in fp32.
-
-    The class token's entry is kept. DINOv2's first models take offset = 0.1 and no antialias: they scale the map by
+    The class token's entry stays. DINOv2's first models have no antialias and offset = 0.1: they scale the map by
     (side + 0.1) / g, which is not the same as resampling it to `side` (DINOv2, interpolate_pos_encoding).
     """
     h, w = (grid, grid) if isinstance(grid, int) else grid
@@ -422,9 +410,9 @@ class DINOHead(nn.Module):
 
     @torch.no_grad()
     def init_tensor(self, name, t, generator=None):
-        """As ViT.init_tensor: normal with std 0.02; a normalised last layer is uniform as torch's linear layers."""
+        """As ViT.init_tensor."""
         if name.endswith("weight_v"):
-            bound = t.shape[1] ** -0.5
+            bound = t.shape[1] ** -0.5  # as torch's linear layers
             t.uniform_(-bound, bound, generator=generator)
         elif name.endswith(("weight_g", "bias")):
             t.fill_(name.endswith("weight_g"))
@@ -473,11 +461,11 @@ def sinkhorn(logits, temp, iterations=3):
     Teacher logits (M, K) -> fp32 target probabilities (M, K). In turns, every prototype gets an equal share of the
     batch of all ranks, and every row is made to sum to 1 (SwAV, algorithm 1).
 
-    The usual form rescales the matrix in place, 2 * iterations times. But E = exp(logits / temp) can stay as it is:
-    only a scaling vector over prototypes and one over rows change, and constants cancel. So one pass over E per
-    iteration gives the rows' scales and the next sums over prototypes, and only these K sums cross ranks. E must be in
-    fp32; bf16 is off by 2e-3. Nothing is held except the result. 3379 x 131072 bf16 logits move 10.6 GB instead of 72
-    (counted); 256 x 32768 on one EPYC core is 2.1 times as fast (bench/losses.py). Off: centering = "softmax".
+    The usual form rescales the matrix in place, time and again. But E = exp(logits / temp) can stay as it is: only one
+    scale per prototype and one per row change, and constants cancel. So an iteration passes over E once, for the rows'
+    scales and the next sums over rows, and only these K sums cross ranks. E must be in fp32; bf16 is off by 2e-3. Only
+    the result is held. 3379 x 131072 bf16 logits move 10.6 GB instead of 72 (counted); 256 x 32768 on one EPYC core is
+    2.1 times as fast (bench/losses.py). Off: centering = "softmax".
     """
     q = torch.empty_like(logits, dtype=torch.float32)
     top = all_reduce(logits.max().float()[None] / temp, dist.ReduceOp.MAX)  # global: a row's own would not cancel
@@ -515,13 +503,12 @@ class _CrossEntropy(torch.autograd.Function):
     """
     -sum_k targets log softmax(logits / temp): logits (..., M, K), targets (M, K) whose rows sum to 1 -> (..., M).
 
-    Under autograd, log_softmax keeps a copy of the logits in fp32, and its backward makes more. But the gradient of a
-    row is (softmax - targets) / temp times the gradient of the row's loss, and all of it is known in the forward. So
-    the forward makes the gradient, in the logits' type, and keeps nothing else: logits and targets may be freed. The
-    backward scales it in place; a second backward is refused. The numbers are autograd's up to rounding.
-    3379 x 131072 in bf16: 5.3 GB are moved instead of 34, and 3.6 GB are held instead of 6.2, targets included
-    (counted); with sinkhorn 1.5 times as fast on one EPYC core (bench/losses.py).
-    Off: -(targets * log_softmax(logits.float() / temp, -1)).sum(-1)
+    Under autograd, log_softmax keeps a copy of the logits in fp32, and its backward makes more. But a row's gradient,
+    (softmax - targets) / temp times that of its loss, is all but known in the forward. So it is made there, in the
+    logits' type, and is all that is kept: logits and targets may be freed. The backward scales it in place; a second
+    backward is refused. It equals autograd's up to rounding. 3379 x 131072 in bf16: 5.3 GB are moved instead of 34, 3.6
+    GB held instead of 6.2, targets included (counted); with sinkhorn 1.5 times as fast on one EPYC core
+    (bench/losses.py). Off: -(targets * log_softmax(logits.float() / temp, -1)).sum(-1)
     """
 
     @staticmethod
@@ -549,7 +536,6 @@ cross_entropy = _CrossEntropy.apply  # (logits, targets, temp)
 def dino_loss(global_logits, local_logits, targets, temp=0.1):
     """
     Student logits of global (2B, K) and local (L*B, K) crops, teacher targets (2B, K) -> two scalars to be added.
-
     Each global crop is predicted from the other one and from every local crop. Terms are means over images; they are
     summed and divided by their number, 2 + 2L (DINOv2; the pair of global crops counts 2).
     """
@@ -564,10 +550,8 @@ def dino_loss(global_logits, local_logits, targets, temp=0.1):
 
 def ibot_loss(logits, targets, weights, crops, temp=0.1):
     """
-    Student logits and teacher targets (M, K) at the masked patches -> scalar (iBOT, equation 2; DINOv2).
-
-    Cross-entropies are weighted by `weights` (M), 1 / masked patches of the crop, and their sum is divided by the
-    number of global crops, unmasked ones included.
+    Student logits and teacher targets (M, K) at the masked patches -> scalar (iBOT, equation 2; DINOv2): the sum of
+    cross-entropies times `weights` (M), 1 / masked patches of the crop, over the number of global crops, masked or not.
     """
     return (cross_entropy(logits, targets, temp) * weights).sum() / crops
 
@@ -609,21 +593,17 @@ def kde_loss_openmidnight(x, kappa=5.0):
 def param_groups(student, layer_decay=1.0, patch_embed_lr=0.2):
     """
     AdamW groups of a ModuleDict {backbone, *_head}: a list of {"params", "lr_scale", "wd_scale", "last_layer"}.
-
-    These are DINOv2's rules. Biases, norms and layer-scale have no weight decay; tokens, positions and prototypes do.
-    Block i of L learns at layer_decay^(L - i), tokens and patches at layer_decay^(L + 1), and the patch embedding at
-    patch_embed_lr times that. "last_layer" marks the prototypes.
+    DINOv2's rules: biases, norms and layer-scale have no weight decay, but tokens, positions and prototypes do. Block i
+    of L learns at layer_decay^(L - i), what comes before at layer_decay^(L + 1), patches also times patch_embed_lr.
     """
     depth, groups = len(student["backbone"].blocks), {}
     for name, p in student.named_parameters():
         if not p.requires_grad:
             continue
         part, _, local = name.partition(".")
-        layer = -1
+        layer = depth if "norm" in local else -1
         if local.startswith("blocks."):
             layer = int(local.split(".")[1])
-        elif "norm" in local:
-            layer = depth
         lr = layer_decay ** (depth - layer) if part == "backbone" else 1.0
         lr *= patch_embed_lr if "patch_embed" in local else 1.0
         wd = 0.0 if local.endswith("bias") or "norm" in local or "gamma" in local else 1.0
@@ -662,10 +642,8 @@ def schedules(step, config, peak_lr):
 
 def load_backbone(path, arch=None):
     """
-    Read a tile encoder and return it as a ViT on the CPU in fp32.
-
-    A .pth may be a released DINOv2 or DINOv3, this project's {"teacher": ...} or OpenMidnight's {"teacher":
-    {"backbone.*"}}. A Hugging Face folder or .safetensors file is read by prepare/convert.py. The architecture is
+    Read a tile encoder: a ViT on the CPU in fp32. A .pth may be a released DINOv2 or DINOv3, this project's {"teacher":
+    ...} or OpenMidnight's {"teacher": {"backbone.*"}}; prepare/convert.py reads Hugging Face's. The architecture is
     inferred from the tensors. `arch`, a name in ARCHS or a ViTConfig, is a check, and needed only where tensors do not
     tell it (heads whose width is not 64). Raises ValueError, naming the file, if it is missing or does not fit.
     """
@@ -678,9 +656,8 @@ def load_backbone(path, arch=None):
 
 def first_weights(path, arch, pos_embed_init="resample"):
     """
-    {name: tensor} from which a ViT of that ViTConfig starts training. Tensors stay in the mapped file until rows are
-    taken from them. A learned position table is resampled to the grid of `arch`. With pos_embed_init = "random"
-    (OpenMidnight's released run) it is left out, so that it is drawn.
+    {name: tensor} from which a ViT of that ViTConfig starts training; rows are read from the mapped file when they are
+    taken. A learned position table is resampled to the grid of `arch`, or left out with "random", and drawn then.
     """
     state, _ = open_weights(path, arch)
     if arch.pos == "learned":
@@ -701,8 +678,8 @@ def stored_norm(path):
         from prepare import convert
         return norm_values(convert.stored_norm(path), f"{path}: norm")
     config = read_header(path).get("config", {})
-    older = (config["norm_mean"], config["norm_std"]) if "norm_mean" in config else None  # a former pair of keys
-    return norm_values(config.get("norm", older), f"{path}: norm")
+    former = (config["norm_mean"], config["norm_std"]) if "norm_mean" in config else None  # keys of older teachers
+    return norm_values(config.get("norm", former), f"{path}: norm")
 
 
 def read_header(path):
@@ -729,23 +706,29 @@ def read_pth(path):
 
 def open_weights(path, arch=None):
     """({name: tensor} under our ViT's names, its ViTConfig) of a weight file; see load_backbone."""
+    asked = known_arch(path, arch)
     if is_hugging_face(path):
         from prepare import convert
-        stored = convert.read(path, ARCHS.get(arch, arch))  # as the .pth that the script would write
+        stored = convert.read(path, asked)  # what the .pth would hold that the script writes
     else:
         stored = read_pth(path)
     told = stored.get("arch") or {}  # a name in ARCHS, or {field of ViTConfig: value} from prepare/convert.py
     if isinstance(told, str):
-        arch, told = arch or told, {}
-    if isinstance(arch, str) and arch not in ARCHS:
-        raise ValueError(f"{path}: unknown arch '{arch}'; known: {', '.join(ARCHS)}")
-    told = told | POS_INTERP.get(stored.get("config", {}).get("pos_interp"), {})
+        asked, told = asked or known_arch(path, told), {}
+    config = stored.get("config", {})
+    told = told | POS_INTERP.get(config.get("pos_interp"), {})
     state = backbone_tensors(stored)
-    arch = fitting_arch(path, state, ARCHS.get(arch, arch), told)
+    arch = fitting_arch(path, state, asked, told)
     for name, t in state.items() if "teacher" not in stored else ():
         if name.endswith("bias_mask") and (t * state[name.removesuffix("_mask")]).any():
             raise ValueError(f"{path}: {name} lets a bias through that is zero in every released DINOv3 file")
     return state, arch
+
+
+def known_arch(path, arch):
+    if isinstance(arch, str) and arch not in ARCHS:
+        raise ValueError(f"{path}: unknown arch '{arch}'; known: {', '.join(ARCHS)}")
+    return ARCHS.get(arch, arch)
 
 
 def backbone_tensors(stored):
@@ -784,18 +767,21 @@ def fitting_arch(path, state, asked, told):
 
 def infer_arch(path, state):
     """The ViTConfig that names and shapes imply; what they do not tell is as in the family's models."""
-    patches = state.get("patch_embed.proj.weight")  # (D, C, P, P)
     swiglu = "blocks.0.mlp.w3.weight" in state
     down = state.get(f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight")  # (D, hidden)
+    patches = state.get("patch_embed.proj.weight")  # (D, C, P, P)
     if patches is None or down is None:
         raise ValueError(f"{path}: there is no DINOv2 or DINOv3 backbone in this file")
+    D, hidden = down.shape
     rope = "rope_embed.periods" in state or "storage_tokens" in state
     tokens = state.get("storage_tokens" if rope else "register_tokens")
-    family = "dinov3_vits16" if rope else "dinov2_vits14" if tokens is None else "dinov2_vits14_reg"
-    D, hidden = down.shape
-    heads = D // len(state["rope_embed.periods"]) // 4 if "rope_embed.periods" in state else max(D // 64, 1)
+    registers = 0 if tokens is None else tokens.shape[1]
+    family = "dinov3_vits16" if rope else "dinov2_vits14_reg" if registers else "dinov2_vits14"
+    heads = max(D // 64, 1)
+    if "rope_embed.periods" in state:
+        heads = D // len(state["rope_embed.periods"]) // 4
+    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
     return replace(
         ARCHS[family], patch_size=patches.shape[2], in_channels=patches.shape[1], embed_dim=D, num_heads=heads,
-        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
-        ffn="swiglu" if swiglu else "mlp", ffn_hidden=hidden, registers=0 if tokens is None else tokens.shape[1],
+        depth=len(blocks), ffn="swiglu" if swiglu else "mlp", ffn_hidden=hidden, registers=registers,
         qkv_bias=any(name.endswith("qkv.bias") for name in state), local_cls_norm="local_cls_norm.weight" in state)
