@@ -1,7 +1,7 @@
 """
-Run by test_sharding.py, on one rank or several: python tests/reshard.py save|load FOLDER. `save` writes a checkpoint of
-nets and moments drawn from seed 1, `load` reads it over others and compares with seed 1 drawn again: first values do
-not depend on the ranks, and neither may what a checkpoint holds. `save` also measures what it needs in memory.
+Run by test_sharding.py on one rank or several: python tests/reshard.py save|load FOLDER. `save` writes a checkpoint of
+networks and moments drawn from seed 1, and measures the memory that it needs. `load` reads it into others and compares
+them with seed 1 drawn again: first values do not depend on the ranks, and neither may what a checkpoint holds.
 """
 import sys
 import weakref
@@ -23,7 +23,7 @@ CONFIG = model.ViTConfig(14, 96, 3, 3, "swiglu", 160, 4, pos_grid=5, layerscale=
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of storages made within it that live at once, at most."""
+    """The most bytes of new storages that live at once."""
     now = most = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -43,7 +43,7 @@ class Peak(TorchDispatchMode):
 
 
 def build(seed):
-    """(student and teacher, optimizer with moments of the shapes' own draws)."""
+    """(student and teacher, optimizer with random moments)."""
     with torch.device("meta"):
         parts = [dict(backbone=model.ViT(CONFIG), dino_head=model.DINOHead(96, 33, 24, 8)) for _ in range(2)]
         nets = torch.nn.ModuleDict(zip(("student", "teacher"), map(torch.nn.ModuleDict, parts)))

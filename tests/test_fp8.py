@@ -1,4 +1,4 @@
-"""fp8.py: how true its products are, what it refuses, and that checkpoints, sharding and compilers do not notice it."""
+"""fp8.py: how exact its products are, what it refuses, and that nothing else changes with it."""
 import copy
 import shutil
 import subprocess
@@ -21,17 +21,17 @@ ROOT = Path(__file__).parents[1]
 V2 = model.ViTConfig(14, 64, 2, 2, "mlp", 128, 4, pos_grid=4, layerscale=1.0, drop_path=0.25)
 V2_SWIGLU = model.replace(V2, ffn="swiglu")
 V3 = model.ViTConfig(16, 64, 2, 2, "swiglu", 128, 4, "rope", mask_k_bias=True, layerscale=1.0, drop_path=0.25)
-FAMILIES = pytest.mark.parametrize("c", [V2, V2_SWIGLU, V3], ids=["v2_mlp", "v2_swiglu", "v3_swiglu"])
+FAMILIES = pytest.mark.parametrize("arch", [V2, V2_SWIGLU, V3], ids=["v2_mlp", "v2_swiglu", "v3_swiglu"])
 
 
 def sqnr(got, want, dim=(0, 1)):
-    """Signal to quantisation noise in dB, of a matrix, or of its rows with dim = 1."""
+    """Signal to quantisation noise in dB of a matrix; of each row with dim = 1."""
     want, error = want.double(), got.double() - want.double()
     return 10 * torch.log10(want.square().sum(dim) / error.square().sum(dim))
 
 
 def hard_data(M, K, N, device="cpu"):
-    """Activations, weights, gradients: a hundredth of the channels 20 x as loud, tokens e^(2 n) x as loud."""
+    """Activations, weights, gradients. A hundredth of the channels is 20 x as loud, tokens are e^(2 n) x as loud."""
     g = torch.Generator().manual_seed(M)
     x, w, grad = (torch.randn(size, generator=g) for size in ((M, K), (N, K), (M, N)))
     for t in (x, grad):
@@ -41,7 +41,7 @@ def hard_data(M, K, N, device="cpu"):
 
 
 def gradients(net, x):
-    """Output tokens of net(x), (tokens, D), and the gradients of a random functional of them; drop path is seeded."""
+    """Output tokens of net(x), (tokens, D), and gradients of a random function of them. Drop path is seeded."""
     torch.manual_seed(7)
     tokens = torch.cat([t.flatten(0, -2) for t in net(x).values()])
     torch.manual_seed(8)
@@ -52,29 +52,28 @@ def gradients(net, x):
     return tokens.detach(), found
 
 
-def vit(c, seed=0, plain=False):
+def vit(arch, seed=0, plain=False):
     torch.manual_seed(seed)
-    net = model.ViT(c)
+    net = model.ViT(arch)
     for name, p in net.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(p, std=0.02)
     return net if plain else fp8.to_fp8(net, force=True)
 
 
-def images(c, n=4):
-    return torch.randn(n, 3, 4 * c.patch_size, 4 * c.patch_size, generator=torch.Generator().manual_seed(3))
+def images(arch, n=4):
+    return torch.randn(n, 3, 4 * arch.patch_size, 4 * arch.patch_size, generator=torch.Generator().manual_seed(3))
 
 
 # ---- accuracy -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("M, K, N", [(257, 384, 1152), (301, 1536, 512), (129, 1024, 1024)])
+@pytest.mark.parametrize("M, K, N", [(129, 384, 576), (65, 1536, 256), (65, 1024, 512)])
 def test_products_meet_the_gates_on_outlier_channels_and_heavy_tailed_tokens(M, K, N, device="cpu"):
     x, w, grad = hard_data(M, K, N, device)
     y = fp8.Fp8Product.apply(x.bfloat16(), w.bfloat16())
     y.backward(grad.bfloat16())
-    exact = (y, x.double() @ w.double().t()), (x.grad, grad.double() @ w.double())
-    for got, want in exact:
+    for got, want in ((y, x.double() @ w.double().t()), (x.grad, grad.double() @ w.double())):
         mean, worst = sqnr(got, want).item(), sqnr(got, want, 1).min().item()
         print(f"{mean:.1f} dB, worst token {worst:.1f}")
         assert mean >= 27 and worst >= 24, (mean, worst)
@@ -85,10 +84,10 @@ def test_products_meet_the_gates_on_outlier_channels_and_heavy_tailed_tokens(M, 
 
 @pytest.mark.parametrize("loud", ["rows", "columns"])
 def test_quiet_channels_of_a_weight_are_not_drowned(loud):
-    """The gate for channels: with one scale for all of W, DINOv3's choice in the backward, the least reads 0 dB."""
+    """The gate for channels. With one scale for all of W, DINOv3's choice in the backward, the least is 0 dB."""
     g = torch.Generator().manual_seed(0)
-    x, w, grad = (torch.randn(size, generator=g) for size in ((257, 384), (512, 384), (257, 512)))
-    w *= (2 * torch.randn((512, 1) if loud == "rows" else (1, 384), generator=g)).exp()
+    x, w, grad = (torch.randn(size, generator=g) for size in ((129, 384), (256, 384), (129, 256)))
+    w *= (2 * torch.randn((256, 1) if loud == "rows" else (1, 384), generator=g)).exp()
     x, w = x.requires_grad_(), w.requires_grad_()
     y = fp8.Fp8Product.apply(x.bfloat16(), w.bfloat16())
     y.backward(grad.bfloat16())
@@ -97,8 +96,8 @@ def test_quiet_channels_of_a_weight_are_not_drowned(loud):
 
 
 def test_all_the_noise_is_that_of_the_two_casts():
-    """Scales that are 1 % off hide behind it: to the product of what was cast, two bf16 roundings are left, 53 dB."""
-    x, w, _ = (t.detach().bfloat16() for t in hard_data(257, 384, 1152))
+    """Scales that are 1 % off would hide in it. To the product of the casts only two bf16 roundings remain, 53 dB."""
+    x, w, _ = (t.detach().bfloat16() for t in hard_data(129, 384, 576))
     a, b = (copied.double() * scale for copied, scale in (fp8.quantize(x), fp8.quantize(w)))
     assert sqnr(fp8.product(x, w), a @ b.t(), 1).min() > 50
 
@@ -125,30 +124,18 @@ def test_two_of_three_products_are_in_fp8_as_cuda_takes_them():
     assert calls.count(fast) == 4 and calls.count(slow) == 1
 
 
-def test_the_worst_token_gate_sees_what_one_scale_a_tensor_does(monkeypatch):
-    """The bug that it is for: quiet tokens drown, and the mean over the tensor still looks fine."""
-    def tensorwise(x):
-        scale = (x.abs().amax().float() / fp8.E4M3_MAX).expand(len(x), 1)
-        return (x / scale).to(fp8.E4M3), scale
-
-    monkeypatch.setattr(fp8, "quantize", tensorwise)
-    x, w, _ = hard_data(257, 384, 1152)
-    y, exact = fp8.product(x.bfloat16(), w.bfloat16()), x.double() @ w.double().t()
-    assert sqnr(y, exact) >= 27 and sqnr(y, exact, 1).min() < 10
-
-
 @FAMILIES
-def test_six_blocks_meet_the_gates(c):
+def test_six_blocks_meet_the_gates(arch):
     """
-    At full layer-scale, and weights that keep 0.56 of a variance, a trained network's rather than the 0.15 of the first
-    ones: the smaller the branches, the less of their noise shows. At 1.0 SwiGLU's blocks would be 16.6-17.4 dB true.
+    Layer-scale is 1, and weights keep 0.56 of a variance as a trained network's do, because small branches hide their
+    noise: first weights keep 0.15. At 1.0, blocks with SwiGLU would have 16.6-17.4 dB.
     """
-    big = model.replace(c, embed_dim=384, num_heads=6, depth=6, ffn_hidden=1024, drop_path=0.0)
+    big = model.replace(arch, embed_dim=256, num_heads=4, depth=6, ffn_hidden=688, drop_path=0.0)
     plain, noisy = vit(big, plain=True), vit(big)
     with torch.no_grad():
         for p in (p for net in (plain, noisy) for p in net.blocks.parameters() if p.dim() == 2):
             p *= 0.75 / 0.02 / p.shape[1] ** 0.5
-    (want, exact), (got, found) = gradients(plain, images(big)), gradients(noisy, images(big))
+    (want, exact), (got, found) = gradients(plain, images(big, 2)), gradients(noisy, images(big, 2))
     db = {k: sqnr(found[k].flatten(), v.flatten(), 0).item() for k, v in exact.items() if v.abs().max() > 0}
     low, median = min(db, key=db.get), sorted(db.values())[len(db) // 2]
     print(f"output {sqnr(got, want):.1f} dB; gradients: median {median:.1f}, least {db[low]:.1f} ({low})")
@@ -157,8 +144,8 @@ def test_six_blocks_meet_the_gates(c):
 
 def test_the_largest_of_a_row_is_cast_to_448_whatever_it_is(device="cpu"):
     """
-    The proof that nothing need be clamped: torch 2.11 casts more than 464 to NaN, 2.13 saturates, and neither is met by
-    any bf16 number or fp32 mantissa, nor where a compiler finds amax before the rounding to bf16, 2^-8 of it.
+    The proof that nothing needs clamping. Above 464 torch 2.11 casts to NaN and 2.13 saturates. No bf16 number or fp32
+    mantissa gets there, not even if a compiler finds amax before the rounding to bf16, which moves it by 2^-8.
     """
     mantissas = torch.arange(2**23, dtype=torch.int32).add_(0x3F800000).view(torch.float32)
     every_bf16 = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16)
@@ -186,7 +173,7 @@ def test_no_finite_number_turns_into_another_kind_of_number(device="cpu"):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_a_poisoned_number_stays_visible_in_its_row_and_only_there(poison, device="cpu"):
-    """The trainer skips a step by its non-finite loss or gradient; a saturating cast would hide it."""
+    """The trainer skips a step whose loss or gradient is not finite. A saturating cast would hide that."""
     x, w, grad = (t.detach().bfloat16() for t in hard_data(16, 32, 48, device))
     for which in (x, grad):
         a, g = x.clone().requires_grad_(), grad.clone()
@@ -217,7 +204,7 @@ def test_any_number_of_tokens_and_any_leading_shape(M, device="cpu"):
 def test_what_only_a_cpu_takes_is_refused_on_it_too():
     a, b = torch.zeros(32, 64).to(fp8.E4M3), torch.zeros(48, 64).to(fp8.E4M3)
     assert fp8.e4m3_product(a, b).shape == (32, 48) and fp8.e4m3_product(a, b).dtype == torch.bfloat16
-    turned = torch.zeros(64, 48).to(fp8.E4M3).t()  # row-major where column-major is due, as an uncopied W^T would be
+    turned = torch.zeros(64, 48).to(fp8.E4M3).t()  # row-major where CUDA needs column-major, like W^T without a copy
     for x, y in ((a, turned), (turned, b), (a[:, :40], b[:, :40]), (a[:, :24].clone(), b[:, :24].clone()),
                  (a, torch.zeros(24, 64).to(fp8.E4M3)), (a.to(torch.float8_e5m2), b), (a, b.bfloat16()),
                  (a, torch.zeros(48, 32).to(fp8.E4M3))):
@@ -225,27 +212,23 @@ def test_what_only_a_cpu_takes_is_refused_on_it_too():
             fp8.e4m3_product(x, y)
 
 
-def test_widths_that_cuda_does_not_take_are_refused_by_the_layer_s_name_and_nothing_is_switched():
+def test_backbones_that_are_too_narrow_or_have_odd_widths_are_refused_and_nothing_is_switched():
     net = vit(model.replace(V2, ffn_hidden=200), plain=True)
     with pytest.raises(ValueError, match=r"^blocks\.0\.mlp\.fc1 is 64 -> 200: fp8 needs multiples of 16; .*'off'$"):
         fp8.to_fp8(net, force=True)
-    assert not any(isinstance(m, fp8.Fp8Linear) for m in net.modules())
-
-
-def test_a_narrow_backbone_is_refused_unless_forced():
     with pytest.raises(ValueError, match="below width 1024 fp8 saves no time, and this backbone's is 64; .*'force'"):
-        fp8.to_fp8(vit(V2, plain=True))
+        fp8.to_fp8(net)
+    assert not any(isinstance(m, fp8.Fp8Linear) for m in net.modules())
     with torch.device("meta"):
-        for name in ("dinov2_vitl14_reg", "dinov3_vit7b16"):  # 1024 is enough
-            fp8.to_fp8(model.ViT(model.replace(model.ARCHS[name], depth=1)))
+        fp8.to_fp8(model.ViT(model.replace(model.ARCHS["dinov2_vitl14_reg"], depth=1)))  # 1024 is enough
 
 
 # ---- what must not notice -------------------------------------------------------------------------------------------
 
 
 @FAMILIES
-def test_switching_changes_no_name_no_number_and_no_other_layer(c):
-    net = vit(c, plain=True)
+def test_switching_changes_no_name_no_number_and_no_other_layer(arch):
+    net = vit(arch, plain=True)
     before, objects = copy.deepcopy(net.state_dict()), dict(net.named_parameters())
     groups = model.param_groups(torch.nn.ModuleDict({"backbone": net}))
     assert fp8.to_fp8(net, force=True) is net
@@ -255,13 +238,13 @@ def test_switching_changes_no_name_no_number_and_no_other_layer(c):
         [id(p) for p in g["params"]] for g in model.param_groups(torch.nn.ModuleDict({"backbone": net}))]
     switched = {k for k, m in net.named_modules() if isinstance(m, fp8.Fp8Linear)}
     assert switched == {k.removesuffix(".weight") for k, v in before.items() if k.startswith("blocks") and v.dim() == 2}
-    vit(c, seed=1, plain=True).load_state_dict(net.state_dict(), strict=True)
+    vit(arch, seed=1, plain=True).load_state_dict(net.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize("c, backend", [(V2, None), (V3, None), (V3, "eager")])
-def test_a_probe_sees_the_plain_layers_and_training_goes_on_in_fp8(c, backend):
-    """Compiled too: torch 2.11 would use the graph of fp8 layers for plain ones; and nothing may be compiled anew."""
-    net, plain, x = vit(c).eval(), vit(c, plain=True).eval(), images(c)
+@pytest.mark.parametrize("arch, backend", [(V2, None), (V3, None), (V3, "eager")])
+def test_a_probe_sees_the_plain_layers_and_training_goes_on_in_fp8(arch, backend):
+    """Compiled too: torch 2.11 would use the fp8 layers' graph for plain ones. Nothing may be compiled again."""
+    net, plain, x = vit(arch).eval(), vit(arch, plain=True).eval(), images(arch)
     for block in net.blocks if backend else ():
         block.forward = torch.compile(block.forward, backend=backend)
     with torch.no_grad():
@@ -269,7 +252,8 @@ def test_a_probe_sees_the_plain_layers_and_training_goes_on_in_fp8(c, backend):
         with torch._dynamo.config.patch(error_on_recompile=True):
             with pytest.raises(ZeroDivisionError), fp8.without_fp8(net):
                 assert torch.equal(net(x)["cls"], want) and not torch.equal(noisy, want)
-                assert torch.equal(net(images(c, 3))["cls"], plain(images(c, 3))["cls"])  # a probe's shapes are others
+                other = images(arch, 3)  # a probe has other shapes
+                assert torch.equal(net(other)["cls"], plain(other)["cls"])
                 1 / 0
             assert torch.equal(net(x)["cls"], noisy)
 
@@ -297,20 +281,20 @@ def equal(a, b):
 
 @FAMILIES
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_activation_checkpointing_gives_the_same_bits(c, mode):
-    net, x = vit(c), images(c)
+def test_activation_checkpointing_gives_the_same_bits(arch, mode):
+    net, x = vit(arch), images(arch)
     sharding.checkpoint_activations(net.blocks, mode)
-    equal(gradients(vit(c), x), gradients(net, x))
+    equal(gradients(vit(arch), x), gradients(net, x))
 
 
 @pytest.mark.parametrize("mode, products", [("none", 10), ("selective", 10), ("full", 15)])
 def test_compiled_checkpointing_gives_the_same_bits_and_keeps_what_it_should(mode, products):
-    """A graph break is an error. Torch 2.11 kept the outputs of all five layers in full checkpointing too."""
-    c = model.replace(V3, depth=1, drop_path=0.0)
-    net, x = vit(c), images(c)
+    """A graph break is an error. In torch 2.11, full checkpointing kept the outputs of all five layers too."""
+    arch = model.replace(V3, depth=1, drop_path=0.0)
+    net, x = vit(arch), images(arch)
     sharding.checkpoint_activations(net.blocks, mode)
     net.blocks[0].forward = torch.compile(net.blocks[0].forward, backend="aot_eager", fullgraph=True)
-    equal(gradients(vit(c), x), gradients(net, x))
+    equal(gradients(vit(arch), x), gradients(net, x))
     with torch.profiler.profile(acc_events=True) as profile:
         gradients(net, x)
     assert sum(e.count for e in profile.key_averages() if e.key == "aten::_scaled_mm") == products
@@ -318,7 +302,7 @@ def test_compiled_checkpointing_gives_the_same_bits_and_keeps_what_it_should(mod
 
 @pytest.mark.slow
 def test_inductor_compiles_it():
-    """Roundings differ where it fuses, and a rounding to e4m3 makes them visible: not bit-equal."""
+    """It is not bit-equal: roundings differ where it fuses, and rounding to e4m3 makes that visible."""
     net, x = vit(model.replace(V3, depth=1, drop_path=0.0)), images(V3)
     want, exact = gradients(net, x)
     sharding.compile_blocks(net.blocks)
@@ -329,12 +313,12 @@ def test_inductor_compiles_it():
     assert all(sqnr(found[k].flatten(), v.flatten(), 0) > 15 for k, v in exact.items() if v.abs().max() > 0)
 
 
-def sharded_equals_a_bf16_copy(rank, world, c, mode, compiling, store):
-    """As train.py has it: checkpointing, compiling, sharding. All ranks see the same images."""
+def sharded_equals_a_bf16_copy(rank, world, arch, mode, compiling, store):
+    """In train.py's order: checkpointing, compiling, sharding. All ranks see the same images."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
-        net, half, x, mesh = vit(c), vit(c).bfloat16(), images(c), init_device_mesh("cpu", (world,))
-        if c.pos == "rope":
+        net, half, x, mesh = vit(arch), vit(arch).bfloat16(), images(arch), init_device_mesh("cpu", (world,))
+        if arch.pos == "rope":
             half.rope_embed.periods = half.rope_embed.periods.float()
         want, exact = gradients(half, x.bfloat16())
         names = list(net.state_dict())
@@ -350,15 +334,15 @@ def sharded_equals_a_bf16_copy(rank, world, c, mode, compiling, store):
 
 
 @FAMILIES
-def test_sharding_with_bf16_parameters_equals_a_bf16_copy(c, tmp_path):
-    sharded_equals_a_bf16_copy(0, 1, c, "none", False, tmp_path / "store")
+def test_sharding_with_bf16_parameters_equals_a_bf16_copy(arch, tmp_path):
+    sharded_equals_a_bf16_copy(0, 1, arch, "none", False, tmp_path / "store")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_so_it_does_on_two_ranks_checkpointed_and_compiled(mode, tmp_path):
-    c = model.replace(V3, drop_path=0.0)
-    torch.multiprocessing.spawn(sharded_equals_a_bf16_copy, (2, c, mode, True, tmp_path / "store"), nprocs=2)
+    arch = model.replace(V3, drop_path=0.0)
+    torch.multiprocessing.spawn(sharded_equals_a_bf16_copy, (2, arch, mode, True, tmp_path / "store"), nprocs=2)
 
 
 # ---- in train.py ----------------------------------------------------------------------------------------------------
@@ -371,7 +355,7 @@ def test_train_refuses_fp8_on_a_narrow_backbone_in_one_line(monkeypatch, tmp_pat
 
 
 def test_a_run_in_fp8_trains_student_and_teacher_and_its_files_are_anyone_s(tiles, tmp_path, monkeypatch):  # noqa: F811
-    """Bit-equal resume in fp8; the teacher export is the fp32 weights; a resume in bf16 takes the checkpoint."""
+    """Resuming in fp8 is bit-equal, the export holds the fp32 weights, and a run may resume in bf16."""
     keys = dict(tiles=tiles, fp8="force", save_interval=2, bach_dir="x")
     quick_bach(monkeypatch.setattr)
     straight = train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
@@ -384,14 +368,14 @@ def test_a_run_in_fp8_trains_student_and_teacher_and_its_files_are_anyone_s(tile
     how = dict(arch="", device="cpu", image_dir="", views="resize", input_px=56, mpp=0.5, concat=False)
     row = eval_bach.score_file(str(tmp_path / "a/teacher/4.pth"), None, how, eval_bach.load_pixels("x"))
     assert row["effective_rank"] == rows(tmp_path / "a", "bach.jsonl")[-1]["effective_rank"]  # the probe is not in fp8
-    for other in "bc":  # as a stop after step 2 leaves it
+    for other in "bc":  # as after a stop at step 2
         shutil.copytree(tmp_path / "a", tmp_path / other)
         shutil.rmtree(tmp_path / other / "ckpt/4")
     resumed = train(monkeypatch, flags(**keys, out_dir=tmp_path / "b", resume="true"))
     bit_equal(weights(straight), weights(resumed))
     train(monkeypatch, flags(**{**keys, "fp8": "off"}, out_dir=tmp_path / "c", resume="true"))
-    a, c = ([row["loss"] for row in rows(tmp_path / k)] for k in "ac")
-    assert len(a) == len(c) == 5 and a[:3] == c[:3] and a[4] != c[4] and a[4] == pytest.approx(c[4], rel=0.05)
+    a, b = ([row["loss"] for row in rows(tmp_path / k)] for k in "ac")
+    assert len(a) == len(b) == 5 and a[:3] == b[:3] and a[4] != b[4] and a[4] == pytest.approx(b[4], rel=0.05)
 
 
 @pytest.mark.slow
@@ -400,27 +384,3 @@ def test_the_benchmark_runs():
                "--archs=('dinov2_vits14_reg',)", "--compiled=(False,)"]
     lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
     assert "e4m3" in lines[-2] and lines[-1].startswith("dinov2_vits14_reg") and lines[-1].endswith(" x")
-
-
-@pytest.mark.slow
-def test_toy_curves_in_fp8_stay_within_the_spread_of_seeds(tmp_path):
-    """
-    The toy recipe's first 50 steps, warm-up included, by three seeds with and without fp8. A pair of one seed shares
-    its data and first weights, so only fp8 parts it: by 0.05-0.15 of what parts two seeds, whichever three of six are
-    taken (runs of 100 steps; this one printed 0.11), bf16 products by 0.02-0.05, fp8 without scales by 1.3. In steps
-    51-100 pairs no longer tell them apart: bf16 0.4, fp8 1.4, without scales 1.6.
-    """
-    subprocess.run([sys.executable, ROOT / "prepare/toy.py"], cwd=tmp_path, check=True)
-    curves = {}
-    for mode, seed in ((mode, seed) for mode in ("off", "force") for seed in range(3)):
-        keys = dict(seed=seed, fp8=mode, out_dir=tmp_path / f"{mode}{seed}", max_steps=50, schedule_steps=300,
-                    log_interval=1, eval_interval=0, save_interval=0, bach_dir="")
-        subprocess.run([sys.executable, ROOT / "train.py", ROOT / "config/toy.py",
-                        *(f"--{k}={v}" for k, v in keys.items())], cwd=tmp_path, check=True)
-        loss = [row["loss"] for row in rows(keys["out_dir"])[1:]]
-        curves[mode, seed] = torch.tensor(loss).view(5, 10).mean(1)  # ten steps a point
-    pairs = torch.stack([curves["force", s] - curves["off", s] for s in range(3)])
-    seeds = torch.stack([curves["off", s] - curves["off", (s + 1) % 3] for s in range(3)])
-    ratio = (pairs.square().mean() / seeds.square().mean()).sqrt().item()
-    print(f"fp8 parts the loss by {ratio:.3f} of what parts two seeds; by ten steps {pairs.tolist()}, {seeds.tolist()}")
-    assert ratio < 0.5

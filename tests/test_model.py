@@ -158,20 +158,13 @@ def test_position_table_resampling():
     assert model.resample_pos_embed(z["pos_embed_37"], (5, 9)).shape == (1, 46, 8)
 
 
-@pytest.mark.parametrize("arch, params", [
-    ("dinov2_vitg14_reg", 1_136_486_912), ("dinov3_vith16plus", 840_633_600), ("dinov3_vit7b16", 6_716_043_264)])
-def test_parameter_counts_of_the_released_models(arch, params):
+@pytest.mark.parametrize("arch, keys, params", [  # H+'s (zero) qkv bias is a parameter in the released count too
+    ("dinov2_vitg14_reg", 568, 1_136_486_912), ("dinov3_vith16plus", 552, 840_633_600),
+    ("dinov3_vit7b16", 610, 6_716_043_264), ("dinov3_vitl16", 368, None), ("dinov3_vits16", 188, None)])
+def test_counts_of_keys_and_parameters_are_those_of_the_released_files(arch, keys, params):
     with torch.device("meta"):
         vit = ViT(ARCHS[arch])
-    # the released count of H+ leaves nothing out: its (zero) qkv bias is a parameter
-    assert sum(p.numel() for p in vit.parameters()) == params
-
-
-@pytest.mark.parametrize("arch, keys", [("dinov2_vitg14_reg", 568), ("dinov3_vith16plus", 552), ("dinov3_vit7b16", 610),
-                                        ("dinov3_vitl16", 368), ("dinov3_vits16", 188)])
-def test_key_counts_of_the_released_files(arch, keys):
-    with torch.device("meta"):
-        assert len(ViT(ARCHS[arch]).state_dict()) == keys
+    assert len(vit.state_dict()) == keys and params in (None, sum(p.numel() for p in vit.parameters()))
 
 
 def test_arch_names_of_the_design():
@@ -407,30 +400,6 @@ def test_released_files_load_and_reproduce_their_outputs(name, tmp_path):
     vit.load_state_dict(state)
     close(loaded.eval()(x)["cls"], vit(x)["cls"])
     assert list(loaded.state_dict()) == list(vit.state_dict())
-
-
-@pytest.mark.parametrize("arch", ["dinov2_vits14", "dinov2_vits14_reg", "dinov3_vits16", "toy"])
-def test_the_configuration_is_read_off_the_tensors(arch, tmp_path):
-    vit = ViT(replace(ARCHS[arch], depth=2))
-    state = {k: torch.zeros_like(v) if k.endswith("qkv.bias") else v for k, v in vit.state_dict().items()}
-    got = model.load_backbone(save(tmp_path, state)).arch
-    ignore = dict(num_heads=0, pos_grid=0, layerscale=0) if arch == "toy" else dict(pos_grid=0, layerscale=0)
-    assert replace(got, **ignore) == replace(vit.arch, **ignore)
-
-
-def test_own_and_openmidnight_teacher_files_load(tmp_path):
-    vit = ViT(ARCHS["toy"])
-    own = save(tmp_path, {"teacher": vit.state_dict(), "arch": "toy", "step": 3, "config": {"lr": 1.0}})
-    assert model.load_backbone(own).arch == vit.arch
-    released = save(tmp_path, {"teacher": vit.state_dict(), "arch": "toy", "config": {"pos_interp": "offset"}})
-    assert model.load_backbone(released).arch == replace(vit.arch, **model.POS_INTERP["offset"])
-    chunked = {"backbone." + (k if not k.startswith("blocks.") else f"blocks.{int(k.split('.')[1]) // 2}.{k[7:]}"): v
-               for k, v in vit.state_dict().items()}
-    assert "backbone.blocks.1.3.norm1.weight" in chunked
-    chunked |= {"dino_head.mlp.0.weight": torch.zeros(2, 2), "ibot_head.mlp.0.weight": torch.zeros(2, 2)}
-    loaded = model.load_backbone(save(tmp_path, {"teacher": chunked}), "toy")
-    for k, v in loaded.state_dict().items():
-        close(v, vit.state_dict()[k], atol=0, rtol=0)
 
 
 def test_weight_files_that_do_not_fit_are_refused_by_name(tmp_path):

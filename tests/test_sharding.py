@@ -1,4 +1,4 @@
-"""How nets come to lie on the ranks: activation checkpointing, first values, resharding, and what a save needs."""
+"""Activation checkpointing, sharding, first values, resharding, and the memory that a save needs."""
 import copy
 import os
 import re
@@ -19,7 +19,7 @@ import sharding
 V2 = model.ViTConfig(14, 64, 2, 2, "mlp", 128, 4, pos_grid=4, layerscale=1.0, drop_path=0.4)
 V3 = model.ViTConfig(16, 64, 3, 2, "swiglu", 96, 4, "rope", qkv_bias=False, layerscale=1.0, drop_path=0.4,
                      rope_rescale=2.0, local_cls_norm=True)
-FAMILIES = pytest.mark.parametrize("c", [V2, V3], ids=["dinov2", "dinov3"])
+FAMILIES = pytest.mark.parametrize("arch", [V2, V3], ids=["dinov2", "dinov3"])
 
 
 class Count(TorchDispatchMode):
@@ -32,10 +32,10 @@ class Count(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def gradients(net, c):
-    """(gradients, products and attentions in forward, in backward, norms again) of a multi-crop pass with drop path."""
+def gradients(net, arch):
+    """(gradients, products in forward, in backward, repeated norms) of a multi-crop pass with drop path."""
     torch.manual_seed(0)
-    p = c.patch_size
+    p = arch.patch_size
     x = [torch.randn(10, 3, 4 * p, 4 * p), torch.randn(15, 3, 2 * p, 2 * p)]
     net.zero_grad(set_to_none=True)
     with Count() as forward:
@@ -49,27 +49,27 @@ def gradients(net, c):
 
 
 @FAMILIES
-def test_activation_checkpointing_recomputes_what_it_says_and_gives_the_same_bits(c):
+def test_activation_checkpointing_recomputes_what_it_says_and_gives_the_same_bits(arch):
     torch.manual_seed(1)
-    nets = {mode: model.ViT(c) for mode in sharding.CHECKPOINTING}
+    nets = {mode: model.ViT(arch) for mode in sharding.CHECKPOINTING}
     for mode, net in nets.items():
         net.load_state_dict(nets["none"].state_dict())
         sharding.checkpoint_activations(net.blocks, mode)
-    grads, forward, backward, norms = zip(*(gradients(net, c) for net in nets.values()))
-    assert norms == (0, 2 * c.depth, 2 * c.depth)  # elementwise work is not kept
+    grads, forward, backward, norms = zip(*(gradients(net, arch) for net in nets.values()))
+    assert norms == (0, 2 * arch.depth, 2 * arch.depth)  # elementwise work is not kept
     bit_equal(grads[0], grads[1])
     bit_equal(grads[0], grads[2])
-    assert forward[0] == forward[1] == forward[2] >= 6 * c.depth
+    assert forward[0] == forward[1] == forward[2] >= 6 * arch.depth
     assert backward[1] == backward[0]  # products with a bias included, which Meta's list forgets
-    last = c.depth  # of each block, the last product need not be computed again: only the sum after it uses it
+    last = arch.depth  # a block's last product need not be repeated, as only the sum after it uses it
     assert forward[0] - last <= backward[2] - backward[0] <= forward[0], (forward, backward)
 
 
 @FAMILIES
-def test_less_is_kept_in_this_order(c):
+def test_less_is_kept_in_this_order(arch):
     kept = {}
     for mode in sharding.CHECKPOINTING:
-        net, sizes = model.ViT(c).train(), {}
+        net, sizes = model.ViT(arch).train(), {}
         sharding.checkpoint_activations(net.blocks, mode)
         own = {p.untyped_storage()._cdata for p in net.parameters()}
 
@@ -77,7 +77,7 @@ def test_less_is_kept_in_this_order(c):
             sizes[t.untyped_storage()._cdata] = t.untyped_storage().nbytes() * (t.untyped_storage()._cdata not in own)
             return t
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = net(torch.randn(10, 3, 4 * c.patch_size, 4 * c.patch_size))
+            out = net(torch.randn(10, 3, 4 * arch.patch_size, 4 * arch.patch_size))
         kept[mode] = sum(sizes.values())
         del out
     assert kept["full"] < kept["none"] and kept["selective"] <= kept["none"], kept
@@ -131,22 +131,22 @@ def mesh():
     dist.destroy_process_group()
 
 
-def sharded(c, mesh, prefetch=1):
+def sharded(arch, mesh, prefetch=1):
     with torch.device("meta"):
-        net = torch.nn.ModuleDict({"backbone": model.ViT(c), "dino_head": model.DINOHead(64, 32, 16, 8)})
+        net = torch.nn.ModuleDict({"backbone": model.ViT(arch), "dino_head": model.DINOHead(64, 32, 16, 8)})
     sharding.shard(net, mesh, bf16=False, trained=True, prefetch=prefetch)
     return net
 
 
 @FAMILIES
-def test_a_forgotten_first_value_shows(c, mesh, monkeypatch):
-    net = sharded(c, mesh)
+def test_a_forgotten_first_value_shows(arch, mesh, monkeypatch):
+    net = sharded(arch, mesh)
     sharding.materialize(net, "cpu", 0)
     assert not any(torch.isnan(sharding.local(t)).any() for _, t in model.named_tensors(net))
     init = model.ViT.init_tensor
     monkeypatch.setattr(model.ViT, "init_tensor", lambda self, name, *a: name != "norm.bias" and init(self, name, *a))
     sharding.materialize(net, "cpu", 0)
-    assert net["backbone"](torch.randn(1, 3, 2 * c.patch_size, 2 * c.patch_size))["cls"].isnan().all()
+    assert net["backbone"](torch.randn(1, 3, 2 * arch.patch_size, 2 * arch.patch_size))["cls"].isnan().all()
     monkeypatch.undo()
     with torch.device("meta"):
         net["backbone"].gate = torch.nn.Parameter(torch.empty(3))
@@ -179,7 +179,7 @@ def run(ranks, what, folder):
 @pytest.mark.parametrize("before, after", [
     (2, 1), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_checkpoints_are_exact_on_any_number_of_ranks_and_nothing_whole_is_built(before, after, tmp_path):
-    """On a rank that receives no export, save and export need one whole tensor, and a host copy of its own shards."""
+    """A rank that receives no export needs one whole tensor for it, and for a save a host copy of its own shards."""
     said = run(before, "save", tmp_path)
     largest, exporting, shards, saving = map(int, re.findall(r"\d+", said))
     if before == 2:
@@ -197,13 +197,13 @@ import model, sharding
 def anonymous():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-c = model.ViTConfig(14, 512, 8, 8, "mlp", 2048, 4, pos_grid=8)
+arch = model.ViTConfig(14, 512, 8, 8, "mlp", 2048, 4, pos_grid=8)
 with torch.device("meta"):
-    net = torch.nn.ModuleDict({"backbone": model.ViT(c)})
+    net = torch.nn.ModuleDict({"backbone": model.ViT(arch)})
 sharding.shard(net, init_device_mesh("cpu", (1,)), bf16=False, trained=True)
 sharding.materialize(net, "cpu", 0)
 before = anonymous()
-given = model.first_weights(sys.argv[1], c)
+given = model.first_weights(sys.argv[1], arch)
 opened = anonymous()
 sharding.materialize(net, "cpu", 0, given)
 print(opened - before, anonymous() - before, sum(p.numel() * 4 for p in net.parameters()))
@@ -232,7 +232,7 @@ def test_weights_stay_in_their_file_until_a_rank_takes_its_rows(kind, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_blocks_do_not_recompile_after_the_first_step(tiles, tmp_path, monkeypatch):  # noqa: F811
-    """Student and teacher are a graph each, for all blocks; evaluations and resumes add none."""
+    """All blocks of the student share one graph, and those of the teacher. Later steps add none."""
     import torch._dynamo.utils as dynamo
     keys = dict(tiles=tiles, schedule_steps=5, activation_checkpointing="selective")
     train(monkeypatch, flags(**keys, max_steps=5, out_dir=tmp_path / "eager"))

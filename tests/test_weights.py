@@ -100,11 +100,14 @@ def test_a_teacher_of_this_project_brings_its_architecture_and_normalisation(tmp
     loaded = model.load_backbone(path)
     assert loaded.arch == vit.arch
     same(loaded, vit)
+    offset = save(tmp_path / "6.pth", {"teacher": vit.state_dict(), "arch": "toy", "config": {"pos_interp": "offset"}})
+    assert model.load_backbone(offset).arch == replace(vit.arch, **model.POS_INTERP["offset"])
     with pytest.raises(ValueError, match="5.pth.*of pixels from 0 to 1"):
         model.stored_norm(save(tmp_path / "5.pth", {"teacher": {}, "config": {"norm": "imagnet"}}))
 
 
 def test_openmidnights_teacher_loads_with_chunked_blocks_and_16x16_positions(tmp_path):
+    """The bug: blocks of other chunks are missed, or the released table is taken for one of 518 px."""
     vit = fill(ViT(replace(RELEASED["dinov2_g_reg"], depth=4, pos_grid=16)))
     state = {re.sub(r"^blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}", k): v
              for k, v in vit.state_dict().items()}

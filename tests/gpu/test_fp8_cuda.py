@@ -1,4 +1,4 @@
-"""The gates of tests/test_fp8.py on a GPU, and what only a GPU shows. Skipped without one that has fp8."""
+"""The gates of tests/test_fp8.py on a GPU, and what only a GPU shows. Skipped unless there is one with fp8."""
 import pytest
 import test_fp8
 import torch
@@ -37,12 +37,13 @@ def test_cpu_and_gpu_quantise_to_the_same_bits_and_multiply_alike():
 
 @pytest.mark.parametrize("name", ["dinov2_vitl14_reg", "dinov3_vith16plus", "dinov3_vit7b16"])
 def test_a_compiled_block_is_finite_and_near_the_eager_one(name):
-    """Compilers have written NaN where a transposed fp8 tensor is stored (triton issue 11111), now and then."""
-    c = model.replace(model.ARCHS[name], depth=1, layerscale=1.0)
+    """Compilers sometimes wrote NaN where a transposed fp8 tensor is stored (triton issue 11111)."""
+    arch = model.replace(model.ARCHS[name], depth=1, layerscale=1.0)
     torch.manual_seed(0)
     with torch.device("cuda"):
-        block = fp8.to_fp8(model.ViT(c).bfloat16(), force=True).blocks[0]
-        x, rope = torch.randn(9 * 201, c.embed_dim).bfloat16(), model.Rope(c)(14, 14) if c.pos == "rope" else None
+        block = fp8.to_fp8(model.ViT(arch).bfloat16(), force=True).blocks[0]
+        x = torch.randn(9 * 201, arch.embed_dim).bfloat16()
+        rope = model.Rope(arch)(14, 14) if arch.pos == "rope" else None
     runs = []
     for compiled in (False, True, True, True):
         block.zero_grad(set_to_none=True)
