@@ -65,7 +65,7 @@ def test_gradients_equal_the_reference(name):
     close(scalar, z["grad/scalar"], atol=1e-4)
     scalar.backward()
     for k, p in vit.named_parameters():
-        if f"grad/{k}" in z:  # the file holds the tokens and a few matrices
+        if f"grad/{k}" in z:  # the file has the tokens and a few matrices
             close(p.grad, z[f"grad/{k}"], atol=1e-4, rtol=1e-4)
     names = set(subset(z, "grad/")) - {"w_cls", "w_patches", "scalar"}
     assert names <= set(dict(vit.named_parameters())) and len(names) >= 5, names
