@@ -239,10 +239,11 @@ class Rope(nn.Module):
 
 def rotate(x, sin, cos):
     """Rotate the patches of x (B, heads, N, head_dim) in fp32. Class token and registers in front stay."""
-    patches = len(sin)
-    prefix, x = x.split([x.shape[2] - patches, patches], dim=2)
-    a, b = x.float().chunk(2, dim=-1)
-    turned = x.float() * cos + torch.cat([-b, a], -1) * sin
+    N = len(sin)
+    prefix, patches = x.split([x.shape[2] - N, N], dim=2)
+    p = patches.float()
+    a, b = p.chunk(2, dim=-1)
+    turned = p * cos + torch.cat([-b, a], -1) * sin
     return torch.cat([prefix, turned.to(x.dtype)], dim=2)
 
 
@@ -289,7 +290,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_tensor(self, name, t, generator=None):
-        """Give the parameter or buffer `name` its first values, in place: DINOv2's, or DINOv3's."""
+        """Give the parameter or buffer `name` its first values, in place, as in DINOv2 and DINOv3."""
         arch = self.arch
         if name.endswith("gamma"):
             t.fill_(arch.layerscale)
@@ -503,12 +504,12 @@ class _CrossEntropy(torch.autograd.Function):
     """
     -sum_k targets log softmax(logits / temp): logits (..., M, K), targets (M, K) whose rows sum to 1 -> (..., M).
 
-    Under autograd, log_softmax keeps a copy of the logits in fp32, and its backward makes more. But a row's gradient,
-    (softmax - targets) / temp times that of its loss, is all but known in the forward. So it is made there, in the
-    logits' type, and is all that is kept: logits and targets may be freed. The backward scales it in place; a second
-    backward is refused. It equals autograd's up to rounding. 3379 x 131072 in bf16: 5.3 GB are moved instead of 34, 3.6
-    GB held instead of 6.2, targets included (counted); with sinkhorn 1.5 times as fast on one EPYC core
-    (bench/losses.py). Off: -(targets * log_softmax(logits.float() / temp, -1)).sum(-1)
+    Under autograd, log_softmax keeps a copy of the logits in fp32, and its backward makes more. But a row's gradient is
+    (softmax - targets) / temp times that of its loss, and only the latter is unknown in the forward. So the forward
+    makes the rest, in the logits' type, and keeps nothing else: logits and targets may be freed. The backward scales it
+    in place; a second backward is refused. It equals autograd's up to rounding. 3379 x 131072 in bf16: 5.3 GB are moved
+    instead of 34, and 3.6 GB held instead of 6.2, targets included (counted). With sinkhorn it is 1.5 times as fast on
+    one EPYC core (bench/losses.py). Off: -(targets * log_softmax(logits.float() / temp, -1)).sum(-1)
     """
 
     @staticmethod

@@ -5,12 +5,10 @@ Hugging Face's layouts of DINOv2 and DINOv3 -> tensors under Meta's names, which
     python eval_bach.py --weights=midnight --bach_dir=data/bach    # reads the folder; so does train.py --weights=
     python prepare/convert.py --weights=midnight --out=midnight.pth
 
-Read are model.safetensors or its shards, of transformers' Dinov2Model (Midnight is one), Dinov2WithRegistersModel and
-DINOv3ViTModel; config.json for what shapes do not tell; preprocessor_config.json for the normalisation.
-
-Write a .pth once if a large model starts on many ranks. Queries, keys and values are three tensors there and one here,
-so every rank that reads the folder joins them in memory of its own: 8 GB for the 7B, times 8 ranks. A .pth is mapped
-from disk once for all ranks of a node.
+It reads model.safetensors or its shards, of transformers' Dinov2Model (Midnight is one), Dinov2WithRegistersModel and
+DINOv3ViTModel; config.json for what shapes do not tell; preprocessor_config.json for the normalisation. For the 7B on 8
+ranks, write the .pth once: their files have queries, keys and values apart, and every rank that reads the folder joins
+them in memory of its own, 8 GB each. A .pth is mapped, so all ranks of a node share it.
 """
 import json
 import sys
@@ -44,8 +42,8 @@ GATED = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"}
 
 def read(path, arch=None):
     """
-    What model.read_pth would give for this model's .pth: {"teacher": {Meta's name: tensor}, "arch": {field of ViTConfig
-    that shapes do not tell: value}}. `arch` is the ViTConfig asked for, or None. Raises ValueError naming the file.
+    What the .pth would hold: {"teacher": {Meta's name: tensor}, "arch": {field of ViTConfig that shapes do not tell:
+    value}}. `arch` is the ViTConfig that was asked for, or None. Raises ValueError naming the file.
     """
     tensors = read_tensors(path)
     rope = not any("encoder.layer." in key for key in tensors)
@@ -75,21 +73,19 @@ def read(path, arch=None):
 def read_tensors(path):
     """All tensors of a .safetensors file, or of model*.safetensors in a folder."""
     files = sorted(Path(path).glob("model*.safetensors")) if Path(path).is_dir() else [Path(path)]
-    if not files:
-        raise ValueError(f"{path}: a folder without model.safetensors; give a Hugging Face model's, or a .pth file")
+    if not files or not files[0].exists():
+        raise ValueError(f"{path}: no such weight file, or a folder without model.safetensors")
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
         raise ValueError(f"{path}: to read it, pip install safetensors") from None
     tensors = {}
-    for file in files:
-        try:
+    try:
+        for file in files:
             tensors |= load_file(file)
-        except FileNotFoundError:
-            raise ValueError(f"{file}: no such weight file") from None
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f"{file}: not a whole .safetensors file, fetch it again ({str(e)[:120]})") from None
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file}: not a whole .safetensors file, fetch it again ({str(e)[:120]})") from None
     return tensors
 
 
@@ -109,10 +105,8 @@ def meta_names(path, tensors, rope):
     root = [key.removesuffix("embeddings.cls_token") for key in tensors if key.endswith("embeddings.cls_token")]
     if len(root) != 1:
         raise ValueError(f"{path}: not a DINOv2 or DINOv3 of transformers: {len(root)} tensors are its class token")
-    table = DINOV2
-    if rope:
-        table = DINOV3 | (GATED if any("gate_proj." in key for key in tensors) else PLAIN)
-    state = {}
+    mlp = GATED if any("gate_proj." in key for key in tensors) else PLAIN
+    table, state = DINOV3 | mlp if rope else DINOV2, {}
     for key, tensor in tensors.items():
         name = key.removeprefix(root[0])
         for theirs, ours in table.items():
@@ -121,16 +115,15 @@ def meta_names(path, tensors, rope):
             raise ValueError(f"{path}: holds {name} twice, under two layouts' names")
         if tensor.numel() and not name.startswith("classifier."):  # without registers, theirs are an empty tensor
             state[name] = tensor
-    blank = torch.zeros_like(state["cls_token"])  # a model may be saved without mask token
-    state["mask_token"] = state.get("mask_token", blank).flatten(0, -2)
+    state.setdefault("mask_token", torch.zeros_like(state["cls_token"]))  # a model may be saved without one
+    state["mask_token"] = state["mask_token"].flatten(0, -2)
     return state
 
 
 def join_attention(state, rope):
     """
     Join queries, keys and values to qkv in every block that has all three, in place. DINOv3 gets zeros for the key's
-    bias, and its bias mask. The mask is off for a bias that is all zero, as in Meta's files, so that whether such a
-    bias trains does not depend on the format of the file.
+    bias, and its mask, which is off for a bias that is all zero, as in Meta's files: so such a bias does not train.
     """
     for name in [name for name in state if name.endswith(".attn.q.weight")]:
         attn = name.removesuffix("q.weight")
