@@ -356,17 +356,17 @@ def test_train_refuses_fp8_on_a_narrow_backbone_in_one_line(monkeypatch, tmp_pat
 
 def test_a_run_in_fp8_trains_student_and_teacher_and_its_files_are_anyone_s(tiles, tmp_path, monkeypatch):  # noqa: F811
     """Resuming in fp8 is bit-equal, the export holds the fp32 weights, and a run may resume in bf16."""
-    keys = dict(tiles=tiles, fp8="force", save_interval=2, bach_dir="x")
+    keys = dict(tiles=tiles, fp8="force", save_interval=2, bach_dir="x", depth=1)
     quick_bach(monkeypatch.setattr)
     straight = train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
     for net in ("student", "teacher"):
         switched = [m for m in straight[net].modules() if isinstance(m, fp8.Fp8Linear)]
-        assert len(switched) == 4 * straight["vit_config"].depth
+        assert len(switched) == 4  # qkv, proj and the MLP's two
     export = torch.load(tmp_path / "a/teacher/4.pth", weights_only=True)["teacher"]
     bit_equal(export, {k: v.full_tensor() for k, v in straight["teacher"]["backbone"].state_dict().items()})
-    assert all(v.dtype == torch.float32 for v in export.values()) and model.load_backbone(tmp_path / "a/teacher/4.pth")
-    how = dict(arch="", device="cpu", image_dir="", views="resize", input_px=56, mpp=0.5, concat=False)
-    row = eval_bach.score_file(str(tmp_path / "a/teacher/4.pth"), None, how, eval_bach.load_pixels("x"))
+    assert all(v.dtype == torch.float32 for v in export.values())
+    loaded, pixels = model.load_backbone(tmp_path / "a/teacher/4.pth"), eval_bach.load_pixels("x")
+    row = eval_bach.bach_row(eval_bach.embed(loaded, pixels, *model.NORMS["imagenet"], "cpu"))
     assert row["effective_rank"] == rows(tmp_path / "a", "bach.jsonl")[-1]["effective_rank"]  # the probe is not in fp8
     for other in "bc":  # as after a stop at step 2
         shutil.copytree(tmp_path / "a", tmp_path / other)

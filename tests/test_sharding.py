@@ -1,5 +1,4 @@
 """Activation checkpointing, sharding, first values, resharding, and the memory that a save needs."""
-import copy
 import os
 import re
 import subprocess
@@ -208,23 +207,17 @@ opened = anonymous()
 sharding.materialize(net, "cpu", 0, given)
 print(opened - before, anonymous() - before, sum(p.numel() * 4 for p in net.parameters()))
 for name, p in net["backbone"].named_parameters():
-    assert torch.equal(p.full_tensor(), torch.load(sys.argv[2], weights_only=True)[name]), name
+    assert torch.equal(p.full_tensor(), torch.load(sys.argv[1], weights_only=True)[name]), name
 """
 
 
-@pytest.mark.parametrize("kind", ["pth", pytest.param("safetensors", marks=pytest.mark.slow)])
-def test_weights_stay_in_their_file_until_a_rank_takes_its_rows(kind, tmp_path):
+def test_weights_stay_in_their_file_until_a_rank_takes_its_rows(tmp_path):
     """The bug: each of 8 ranks reads the whole of a 7B's file into memory of its own."""
-    import test_weights
     torch.manual_seed(0)
-    vit = model.ViT(model.ViTConfig(14, 512, 8, 8, "mlp", 2048, 4, pos_grid=8))
-    torch.save(copy.deepcopy(vit.state_dict()), tmp_path / "weights.pth")
-    if kind == "safetensors":
-        pytest.importorskip("safetensors")
-        test_weights.write(tmp_path, vit)
-    path = tmp_path / "weights.pth" if kind == "pth" else tmp_path
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(path), str(tmp_path / "weights.pth")], cwd=ROOT,
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    path = tmp_path / "weights.pth"
+    torch.save(model.ViT(model.ViTConfig(14, 512, 8, 8, "mlp", 2048, 4, pos_grid=8)).state_dict(), path)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(path)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     opened, loaded, size = map(int, done.stdout.split())
     assert opened < 0.1 * size and loaded < 1.15 * size, done.stdout
