@@ -3,13 +3,12 @@ Batches: the order of samples, crops, masks and colour. sources.py says where ti
 
 Order. With a global batch of B, sample n of a run is image n % B of step n // B, on whichever rank holds that image.
 Its tile, crops and colours depend on (seed, n) alone. A batch is therefore a pure function of (seed, step, rank,
-world), and the position of a run is one number: the samples consumed so far. A run that resumes with other ranks or
-another batch size continues with the next sample.
+world), and the position of a run is one number: the samples consumed so far.
 
-Cost. Few cores have to feed a GPU. A worker therefore decodes a tile, cuts its crops as uint8 and only draws the
-parameters of colour and blur; `augment` applies them to whole batches on the training device. Both together take about
-2 ms per tile on one core (bench/data.py), and reading the tile from a slide takes 1-18 ms more. A slide that is not
-open yet also needs its tissue mask, which costs about 1 s for a large slide, or 2 ms if it is found in `mask_dir`.
+Cost. Few cores have to feed a GPU. A worker therefore only decodes tiles, cuts crops as uint8 and draws the parameters
+of colour and blur; `augment` applies them to whole batches on the training device. Both together take about 2 ms per
+tile on one core (bench/data.py). Reading from a slide takes 1-18 ms more, and the first tile of a slide needs its
+tissue mask: about 1 s for a large slide, or 2 ms from `mask_dir`.
 """
 import functools
 import itertools
@@ -35,9 +34,8 @@ def sample_numbers(step, rank, world, batch, offset=0):
 
 class Batches(torch.utils.data.Dataset):
     """
-    dataset[step] is the batch of one rank: B images, L local crops per image, N patches per global crop.
-
-    Crops are crop-major: the first view of every image, then the second view of every image, and so on.
+    dataset[step] is the batch of one rank: B images, L local crops per image, N patches per global crop. It is
+    crop-major: the first view of every image, then the second view of every image, and so on.
 
         global_crops   uint8 (2B, 3, S, S)
         local_crops    uint8 (L*B, 3, s, s); absent if L is 0
@@ -52,13 +50,18 @@ class Batches(torch.utils.data.Dataset):
     """
 
     def __init__(self, source, config, grid, rank=0, world=1, offset=0):
-        self.source, self.config, self.grid = source, config, grid
-        self.rank, self.world, self.offset = rank, world, offset
+        self.source = source
+        self.config = config
+        self.grid = grid
+        self.rank = rank
+        self.world = world
+        self.offset = offset
 
     def __getitem__(self, step):
         if get_worker_info():
             torch.set_num_threads(1)
-        config, bad = self.config, []
+        config = self.config
+        bad = []
         numbers = sample_numbers(step, self.rank, self.world, config["batch_size"], self.offset)
         images = [self.views(n, bad) for n in numbers]
         batch = {"bad": bad}
@@ -105,7 +108,7 @@ class Batches(torch.utils.data.Dataset):
         return None
 
 
-# ---- crops and colours of one tile ----------------------------------------------------------------------------------
+# ---- crops, colours and masks, in the worker ------------------------------------------------------------------------
 
 
 def crop_and_flip(pixels, rng, scale, px):
@@ -159,13 +162,9 @@ def colour_parameters(rng, config, blur_prob):
     }
 
 
-# ---- masks ----------------------------------------------------------------------------------------------------------
-
-
 def block_masks(rng, crops, grid, prob, ratio):
     """
     bool (crops, grid*grid): the masks of a batch. A random permutation decides which crop gets which of `mask_counts`.
-
     A mask consists of BEiT's blocks, which are rectangles of at least 4 patches with an aspect of 0.3 to 3.3. Single
     patches are added at random until the count is exact.
     """
@@ -177,10 +176,9 @@ def block_masks(rng, crops, grid, prob, ratio):
 
 def mask_counts(crops, grid, prob, ratio):
     """
-    The number of masked patches in each of the int(crops * prob) masked crops, as in DINOv3.
-
-    Their shares of patches rise evenly from ratio[0], which is excluded, to ratio[1]. The sum is a constant of the
-    batch, so shapes are static on every rank.
+    The number of masked patches in each of the int(crops * prob) masked crops, as in DINOv3. Their shares of patches
+    rise evenly from ratio[0], which is excluded, to ratio[1]. The sum is a constant of the batch, so shapes are static
+    on every rank.
     """
     shares = np.linspace(*ratio, int(crops * prob) + 1)[1:]
     return [max(int(grid * grid * share), 1) for share in shares]
@@ -196,7 +194,7 @@ def add_blocks(rng, mask, count):
         mask[block] = True
         left = count - mask.sum()
     free = np.flatnonzero(~mask)
-    mask.reshape(-1)[rng.permutation(free)[:left]] = True
+    np.put(mask, rng.permutation(free)[:left], True)
     assert mask.sum() == count, (mask.sum(), count)
 
 
@@ -221,8 +219,11 @@ def draw_block(rng, mask, most):
 # the order of operations is OpenMidnight's: HED, jitter, gray, blur, normalise. on a CPU they are bound by
 # memory, so they work in place on tensors that they have made themselves.
 
-RGB_FROM_HED = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])  # Ruifrok 2001, OD per stain
-GRAY = torch.tensor([0.2989, 0.587, 0.114])
+RGB_FROM_HED = torch.tensor([  # Ruifrok 2001: optical density of red, green and blue per stain
+    [0.65, 0.70, 0.29],
+    [0.07, 0.99, 0.11],
+    [0.27, 0.57, 0.78]])
+GRAY = (0.2989, 0.587, 0.114)
 UNIT = 13.815510557964274  # -log(1e-6): nats of optical density in one stain unit of scikit-image
 
 
@@ -243,9 +244,8 @@ def augment(crops, colour, config, device):
 
 def change(x, on, operation, *parameters):
     """
-    Apply an operation to the images of x (n, 3, H, W) that are `on`, in place. Parameters have a row per image.
-
-    `on` and parameters are on the CPU, where indices are found: on a GPU, nonzero would wait for the device.
+    Apply an operation to the images of x (n, 3, H, W) that are `on`, in place. Parameters have a row per image. They
+    and `on` are on the CPU, where indices are found: on a GPU, nonzero would wait for the device.
     """
     i = on.nonzero()[:, 0]
     chosen = [values[i].to(x.device, non_blocking=True) for values in parameters]
@@ -259,8 +259,8 @@ def hed_shift(x, shift, form="od"):
     Shift haematoxylin, eosin and DAB of rgb (n, 3, H, W) in [0, 1] by shift (n, 3) nats of optical density.
 
     "od": unmix, add, mix. Nothing is clipped in between, so this is one gain per channel: exp(-shift @ RGB_FROM_HED).
-    "openmidnight": stains below zero are set to zero before the shift and after it, as in scikit-image's rgb2hed and
-    OpenMidnight's code. Most downward shifts then have no effect, and the operation mostly darkens.
+    "openmidnight": stains below zero become zero before the shift and after it, as in scikit-image's rgb2hed. Most
+    downward shifts then have no effect, and the operation mostly darkens.
     """
     mix = RGB_FROM_HED.to(x, non_blocking=True)
     if form == "od":
@@ -276,7 +276,7 @@ def hed_shift(x, shift, form="od"):
 
 def gray(x):
     red, green, blue = x.split(1, 1)
-    r, g, b = GRAY.tolist()
+    r, g, b = GRAY
     return (red * r).add_(green, alpha=g).add_(blue, alpha=b)
 
 
@@ -285,8 +285,8 @@ def brightness(x, f):
 
 
 def contrast(x, f):
-    of_channels = x.mean((2, 3)) * GRAY.to(x, non_blocking=True)
-    mean = of_channels.sum(1)[:, None, None, None]  # of the gray image
+    weights = torch.tensor(GRAY).to(x, non_blocking=True)
+    mean = (x.mean((2, 3)) * weights).sum(1)[:, None, None, None]  # of the gray image
     return (x * f).add_(mean * (1 - f)).clamp_(0, 1)
 
 
@@ -299,9 +299,9 @@ def hue(x, f):
     r, g, b = x.split(1, 1)
     value = x.amax(1, True)
     chroma = value - x.amin(1, True)
-    after_green = (b - r).add_(chroma, alpha=2)
-    after_blue = (r - g).add_(chroma, alpha=4)
-    h = torch.where(value == g, after_green, after_blue)
+    near_green = (b - r).add_(chroma, alpha=2)
+    near_blue = (r - g).add_(chroma, alpha=4)
+    h = torch.where(value == g, near_green, near_blue)
     h = torch.where(value == r, g - b, h)
     h = h.div_(chroma.clamp(min=1e-12)).add_(6 * f)  # in sixths of the circle: red 0, green 2, blue 4
     h.sub_((h / 6).floor_(), alpha=6)

@@ -666,14 +666,15 @@ def test_a_mix_draws_a_source_per_visit_by_weight_seed_and_sample_number(monkeyp
     assert [s.seed for s in source.sources] == [0, 1000, 2000], "or two sources of slides would draw alike"
 
 
-def test_the_choice_of_a_source_does_not_choose_its_slides(slides):
-    """The bug: one random stream for both, so that a source of weight 0.3 used only the first 30 % of its slides."""
+def test_the_choice_of_a_source_does_not_choose_its_slides_or_their_mpp(slides):
+    """The bug: one random stream for both, so that a source of weight 0.3 was read at the first mpp alone."""
     for i in range(30):
         (slides / f"x{i}.svs").touch()
-        (slides / f"y{i}.svs").touch()
-    mix = (("slides", f"{slides}/x*", 3), ("slides", f"{slides}/y*", 7))
-    seen = {where[0] for where in wheres(open_source(mix=mix, tiles_per_visit=1, mpps=(0.5,)), range(1200))}
-    assert len(seen) == 60
+    mix = (("slides", f"{slides}/x*", 3), ("slides", f"{slides}/a*", 7))
+    seen = wheres(open_source(mix=mix, tiles_per_visit=1, mpps=(0.5, 1.0)), range(600))
+    count = collections.Counter((Path(path).stem[0], mpp) for path, *_, mpp in seen)
+    assert min(count["x", 0.5], count["x", 1.0]) > 60 and min(count["a", 0.5], count["a", 1.0]) > 160
+    assert len({path for path, *_ in seen}) == 31
 
 
 def test_a_mix_of_a_folder_and_shards(tmp_path):
