@@ -23,7 +23,7 @@ name, else the slide itself.
 
 Memory. Lists and shards are tables of 13 and 28 bytes per tile. The first rank of a node builds them, and all ranks and
 workers map the same file: 29 million lines take 377 MB of page cache once. A worker keeps open_slides slides open, or
-WINDOW row groups of parquet files in memory.
+2 * WINDOW row groups of parquet files in memory.
 """
 import functools
 import hashlib
@@ -44,8 +44,8 @@ import wsi
 READ_ERRORS = (wsi.SlideError, OSError)  # an unreadable tile or slide: another one is drawn
 TISSUE_DRAWS = 20   # places tried in a slide for one tile; inside the mask 9 in 10 pass at 0.5 um/px, fewer at 2
 OPEN_SHARDS = 256   # files per process; the usual limit is 1024
-WINDOW = 16         # parquet row groups that a worker holds; the order of rows is random among them
-GROUP_BYTES = 256e6 # of a row group, uncompressed, beyond which parquet files are refused
+WINDOW = 16         # parquet row groups among which the order of rows is random; a worker holds twice as many
+GROUP_BYTES = 100e6 # of a row group, uncompressed, beyond which a parquet file is refused
 COLUMNS = ("slide_path", "x", "y", "image_bytes")  # of parquet files
 
 
@@ -87,14 +87,12 @@ def shuffled(n, size, seed):
 
 
 def held_out(path, config):
+    """Whether the patient of a file is excluded from training."""
     return config["holdout"] > 0 and wsi.held_out(wsi.patient_of(path, config["patient"]), config["holdout"])
 
 
 def training_files(paths, config, kind):
-    """
-    (the paths whose patients are not held out, a line about them). Raises ValueError if there are none. The line
-    contains a digest of the file names, by which ranks and resumed runs notice that they have found different files.
-    """
+    """(the paths that are not held out, a line about them). Raises ValueError if there are none."""
     kept = [path for path in paths if not held_out(path, config)]
     if not kept:
         raise ValueError(f"{kind}: holdout = {config['holdout']} leaves none of {len(paths)} files")
@@ -102,6 +100,7 @@ def training_files(paths, config, kind):
 
 
 def listed(paths):
+    """A digest of file names, by which ranks and resumed runs notice that they have found different files."""
     names = "\n".join(map(os.path.basename, paths)).encode(errors="replace")
     return f"list {hashlib.blake2b(names, digest_size=4).hexdigest()}"
 
@@ -123,7 +122,7 @@ def decode(file, name):
             if image.has_transparency_data:  # saved from read_region: outside the slide is white, not black
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
-            elif image.mode[0] in "IF":
+            elif image.mode[0] in "IF":  # 16 or 32 bits
                 raise ValueError(f"{image.mode} pixels; save it with 8 bits per channel")
             return np.array(image.convert("RGB"))
     except Exception as e:  # pillow raises OSError, SyntaxError, KeyError, struct.error, ... on a damaged file
@@ -146,18 +145,17 @@ def keep_open(open_one, size):
     return opened
 
 
-def shared_table(kind, inputs, config, build):
+def shared_table(kind, inputs, config, dtype, build):
     """
-    What build() returns: (rows, names), an array which is mapped from a file here, and a JSON value.
+    What build() returns: (rows, names), an array of `dtype` that is mapped from a file, and a JSON value.
 
-    The first rank of each node builds the table while the others wait at a barrier. The page cache then holds one copy
-    for all ranks and workers. The file lies in the temporary folder (TMPDIR). Its name contains a digest of the
-    inputs' paths, sizes and mtimes and of the held-out patients, so that an outdated one is never used; it may be
-    deleted when no run uses it. Raises ValueError if there is nothing to train on.
+    The first rank of each node builds the table while the others wait at a barrier; the page cache then holds one copy
+    for all ranks and workers. The file lies in the temporary folder (TMPDIR) and may be deleted between runs. A digest
+    of what it was made from is in its name, so that an outdated one is never used. Raises ValueError if it is empty.
     """
     import torch.distributed as dist
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in inputs]
-    about = repr((kind, config["holdout"], config["patient"], stats))
+    about = repr((dtype, config["holdout"], config["patient"], stats))
     digest = hashlib.blake2b(about.encode(), digest_size=12).hexdigest()
     folder = Path(tempfile.gettempdir(), f"nanopfm-{os.getuid()}")
     rows_file = folder / f"{kind}-{digest}.npy"
@@ -253,12 +251,12 @@ class SampleList:
 
     def __init__(self, file, config):
         self.file, self.config = file, config
-        self.table, self.paths = shared_table("sample_list", [file], config, self.parse)
+        self.table, self.paths = shared_table("sample_list", [file], config, self.ROW, self.parse)
         self.about = f"{len(self.table):,} tiles of a sample list of {len(self.paths):,} slides"
         self.visit = keep_open(self.open, config["open_slides"])
 
     def parse(self):
-        """Takes 24 s for 29 million lines."""
+        """Takes about 24 s for 29 million lines."""
         rows, slides, pack = bytearray(), {}, struct.Struct("<IiiB").pack
         with open(self.file, encoding="utf-8", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
@@ -268,15 +266,13 @@ class SampleList:
                     path, x, y, level = line.rsplit(None, 3)  # a path may hold spaces
                     if not level.isdigit():
                         path, x, y, level, _, _ = line.rsplit(None, 5)
-                    if path not in slides:
-                        slides[path] = len(slides), held_out(path, self.config)
-                    slide, held = slides[path]
-                    row = pack(slide, int(x), int(y), int(level))
+                    slide = slides.setdefault(path, len(slides))
+                    rows += pack(slide, int(x), int(y), int(level))
                 except (ValueError, struct.error):
                     raise ValueError(f"{self.file}, line {number}: not 'path x y level': {line.strip()!r}") from None
-                if not held:
-                    rows += row
-        return np.frombuffer(rows, self.ROW), list(slides)
+        rows = np.frombuffer(rows, self.ROW)
+        kept = np.array([not held_out(path, self.config) for path in slides], bool)
+        return rows[kept[rows["slide"]]], list(slides)
 
     def open(self, path):
         try:
@@ -323,7 +319,7 @@ class Shards:
         tars = files_of(pattern, ".tar", "shards")
         self.config, self.tars = config, [tar for tar in tars if os.path.isfile(sidecar(tar))]
         inputs = [*self.tars, *map(sidecar, self.tars)]
-        self.table, self.slides = shared_table("shards", inputs, config, self.index)
+        self.table, self.slides = shared_table("shards", inputs, config, self.ROW, self.index)
         self.about = (f"{len(self.table):,} tiles of {len(self.tars):,} finished of {len(tars):,} shards "
                       f"({listed(self.tars)})")
         self.open = functools.lru_cache(OPEN_SHARDS)(functools.partial(open, mode="rb", buffering=0))
@@ -353,6 +349,7 @@ class Shards:
 
 
 def sidecar(tar):
+    """The file that lists the tiles of a tar."""
     return tar.removesuffix(".tar") + ".json"
 
 
@@ -386,7 +383,7 @@ class Parquet:
         except ImportError:
             raise ValueError("parquet: needs pyarrow: pip install pyarrow") from None
         self.pq, self.config, self.files = pyarrow.parquet, config, files_of(pattern, ".parquet", "parquet")
-        self.groups, _ = shared_table("parquet", self.files, config, self.index)
+        self.groups, _ = shared_table("parquet", self.files, config, self.ROW, self.index)
         self.rows = int(self.groups["rows"].sum())
         self.window = max(WINDOW * self.rows // len(self.groups), 1)
         self.about = f"{self.rows:,} rows of {len(self.files):,} parquet files ({listed(self.files)})"

@@ -394,7 +394,7 @@ def test_held_out_patients_are_not_in_the_table(slides):
 
 
 def table_of(file, build):
-    rows, names = sources.shared_table("test", [file], CONFIG, build)
+    rows, names = sources.shared_table("test", [file], CONFIG, np.int64, build)
     return rows.tolist(), names
 
 
