@@ -312,16 +312,35 @@ def test_a_slide_that_failed_is_not_opened_again_but_one_with_a_damaged_tile_is(
     assert 5 < errors["damaged"] < errors["bad"], "its other tiles are used"
 
 
-def test_held_out_patients_slides_are_left_out(slides):
+@pytest.mark.parametrize("kind", ["slides", "sample_list", "tiles", "shards", "parquet"])
+def test_nothing_of_a_held_out_patient_is_read(kind, slides, tmp_path):
     used, held = patients()
-    for p in used + held:
-        (slides / f"{p}-01Z-00-DX1.svs").touch()
-    source = open_source(slides=f"{slides}/TCGA*.svs", holdout=0.5)
-    assert [Path(p).name[:12] for p in source.paths] == used and f"{len(used)} of 12 slides" in source.about
+    files = [f"{slides}/{p}-01Z.svs" for p in used + held]
+    for patient, file in zip(used + held, files):
+        Path(file).touch()
+        write_shard(tmp_path / "s", patient, 3, file)
+    world = {"slides": lambda: f"{slides}/TCGA*.svs", "shards": lambda: f"{tmp_path}/s",
+             "sample_list": lambda: write_list(slides, [f"{file} {i} 0 0" for file in files for i in range(3)]),
+             "tiles": lambda: write_folder(tmp_path / "t", [f"{p}_{i}.png" for p in used + held for i in range(3)]),
+             "parquet": lambda: write_parquet(tmp_path / "p", ((20, 4), (12,)), slides=files)}
+    source = open_source(**{kind: world[kind]()}, holdout=0.5)
+    seen = {Path(where[0]).name[:12] for where in wheres(source, range(100 if kind == "slides" else 3 * len(used)))}
+    assert seen == set(used)
+
+
+def test_a_holdout_that_leaves_nothing_or_lacks_patients_is_refused(slides):
+    _, held = patients()
+    (slides / f"{held[0]}.svs").touch()
     with pytest.raises(ValueError, match="slides: holdout = 0.5 leaves none of 1 files"):
         open_source(slides=f"{slides}/{held[0]}*", holdout=0.5)
+    with pytest.raises(ValueError, match="sample_list: no tile to train on"):
+        open_source(sample_list=write_list(slides, [f"{held[0]}.svs 0 0 0"]), holdout=0.5)
+    with pytest.raises(ValueError, match="sample_list: no tile to train on"):
+        open_source(sample_list=write_list(slides, []))
+    with pytest.raises(ValueError, match="holdout needs patients, but the name of .*nobody.png has none: rename"):
+        open_source(tiles=write_folder(slides, ["nobody.png"]), holdout=0.5)  # each tile would be a patient
     with pytest.raises(ValueError, match="patient = '.*' is no regular expression"):
-        open_source(slides=f"{slides}/TCGA*.svs", patient="(")
+        open_source(slides=f"{slides}/a.svs", patient="(")
 
 
 # ---- sample lists and their table -----------------------------------------------------------------------------------
@@ -332,24 +351,18 @@ def write_list(folder, lines, name="list.txt"):
     return f"{folder}/{name}"
 
 
-def test_openmidnight_sample_lists(slides):
-    lines = [f"{slides}/a.svs 10 20 0", f"{slides}/with space.svs 30 -40 1", f"{slides}/unknown.svs 5 6 1",
+@pytest.mark.parametrize("mpp, exact", [(0.0, True), (0.3, False)])
+def test_openmidnight_sample_lists(mpp, exact, slides):
+    known, unknown = f"{slides}/a.svs", f"{slides}/unknown.svs"
+    lines = [f"{known} 10 20 0", f"{slides}/with space.svs 30 -40 1", f"{unknown} 5 6 1",
              f"{slides}/six 6 fields.svs 7 8 1 2.0001 1.9998"]
-    source = open_source(sample_list=write_list(slides, lines))
+    source = open_source(sample_list=write_list(slides, lines), slide_mpp=mpp, exact_reads=exact)
     assert set(wheres(source, range(4))) == {
-        (f"{slides}/a.svs", 10, 20, 0.5), (f"{slides}/with space.svs", 30, -40, 2.0),
-        (f"{slides}/unknown.svs", 5, 6, None), (f"{slides}/six 6 fields.svs", 7, 8, 2.0)}
+        (known, 10, 20, 0.5), (f"{slides}/with space.svs", 30, -40, 2.0), (f"{slides}/six 6 fields.svs", 7, 8, 2.0),
+        (unknown, 5, 6, 2.0 if mpp else None)}, "a stated mpp is a known one"
+    assert FakeSlide.keys[known][:2] == (mpp or None, exact) and FakeSlide.keys[unknown][:2] == (mpp or 1.0, exact)
     pixels = {tuple(source.read(n)[0][0, 0].tolist()) for n in range(4)}
     assert pixels == {(10, 20, 0), (30, 216, 1), (5, 6, 1), (7, 8, 1)}
-
-
-def test_the_keys_reach_the_slides_of_a_list(slides):
-    known, unknown = f"{slides}/a.svs", f"{slides}/unknown.svs"
-    file = write_list(slides, [f"{known} 1 2 1", f"{unknown} 3 4 1"])
-    for mpp, exact, given in ((0.0, True, (None, 1.0)), (0.0, False, (None, 1.0)), (0.3, False, (0.3, 0.3))):
-        found = wheres(open_source(sample_list=file, slide_mpp=mpp, exact_reads=exact), range(2))
-        assert [FakeSlide.keys[path][:2] for path in (known, unknown)] == [(given[0], exact), (given[1], exact)]
-        assert (unknown, 3, 4, 2.0 if mpp else None) in found, "a stated mpp is a known one"
 
 
 @pytest.mark.parametrize("line", ["a.svs 10 20", "a.svs 10 20 x", "a.svs 1.5 20 0", "a.svs 1 2 256", "a.svs 1 2 -1",
@@ -379,18 +392,6 @@ def test_a_list_is_a_memory_map_of_13_bytes_per_line_that_is_parsed_again_only_i
     for holdout, patient, times in ((0.5, r"\d", 2), (0.5, r"\d\.s", 3), (0.3, r"\d", 4), (0.5, r"\d", 4)):
         open_source(sample_list=file, holdout=holdout, patient=patient)
         assert len(parsed) == times, "a table for each share and pattern of patients, and kept"
-
-
-def test_held_out_patients_are_not_in_the_table(slides):
-    used, held = patients()
-    lines = [f"{slides}/{p}-01Z.svs {i} 0 0" for p in used + held for i in range(3)]
-    source = open_source(sample_list=write_list(slides, lines), holdout=0.5)
-    assert len(source.table) == 3 * len(used)
-    assert {Path(slide).name[:12] for slide, *_ in wheres(source, range(3 * len(used)))} == set(used)
-    with pytest.raises(ValueError, match="sample_list: no tile to train on"):
-        open_source(sample_list=write_list(slides, [f"{held[0]}.svs 0 0 0"]), holdout=0.5)
-    with pytest.raises(ValueError, match="sample_list: no tile to train on"):
-        open_source(sample_list=write_list(slides, []))
 
 
 def table_of(file, build):
@@ -446,23 +447,29 @@ def test_a_killed_or_failed_builder_leaves_no_table_that_is_used(tmp_path, table
     assert table_of(file, lambda: (np.arange(7), []))[0] == list(range(7))
 
 
-# ---- folders --------------------------------------------------------------------------------------------------------
-
-
-def test_folder_of_tiles(tmp_path):
-    source = open_source(tiles=write_folder(tmp_path, [f"case{i % 2}/{i}.png" for i in range(6)]))
-    tiles = [source.read(n) for n in range(6)]
-    assert len({t.tobytes() for t, _ in tiles}) == 6 and tiles[0][0].shape == (24, 24, 3)
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_a_tile_of_a_folder_becomes_rgb(mode, tmp_path):
+    folder = write_folder(tmp_path, [f"case{i % 2}/{i}.png" for i in range(6)])
+    want = [Image.fromarray(noise(i)).convert(mode) for i in range(6)]
+    for i, image in enumerate(want):
+        image.save(tmp_path / f"case{i % 2}/{i}.png")
+    tiles = [open_source(tiles=folder).read(n) for n in range(6)]
+    assert len({where["slide"] for _, where in tiles}) == 6
     for pixels, where in tiles:
-        assert np.array_equal(pixels, noise(int(Path(where["slide"]).stem)))
+        assert np.array_equal(pixels, np.array(want[int(Path(where["slide"]).stem)].convert("RGB")))
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
-def test_a_tile_that_is_not_rgb_becomes_rgb(mode, tmp_path):
-    image = Image.fromarray(noise(0)).convert(mode)
-    image.save(tmp_path / "0.png")
-    pixels, _ = open_source(tiles=str(tmp_path)).read(0)
-    assert pixels.shape == (24, 24, 3) and np.array_equal(pixels, np.array(image.convert("RGB")))
+def test_transparent_pixels_of_a_tile_are_white_and_other_depths_are_refused(tmp_path):
+    """The bug: a tile over the slide's edge, saved as read_region gives it, was black there."""
+    rgba = np.zeros((8, 8, 4), np.uint8)
+    rgba[:, 4:] = (200, 90, 160, 255)
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    tile = sources.decode(str(tmp_path / "a.png"), "a")
+    assert (tile[:, :4] == 255).all() and (tile[:, 4:] == (200, 90, 160)).all()
+    for dtype, mode in ((np.float32, "F"), (np.uint16, "I;16")):
+        Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "b.tif")
+        with pytest.raises(OSError, match=f"b: ValueError: {mode} pixels"):
+            sources.decode(str(tmp_path / "b.tif"), "b")
 
 
 def test_a_damaged_tile_is_named_in_one_line(tmp_path):
@@ -479,17 +486,6 @@ def test_a_damaged_tile_is_named_in_one_line(tmp_path):
             errors.append(str(e))
     assert len(errors) == 3 and not any("\n" in e for e in errors)
     assert {e.split(": ")[0] for e in errors} == {f"{tmp_path}/{i}.png" for i in range(3)}
-
-
-def test_a_holdout_of_tiles_needs_patients_in_their_names(tmp_path):
-    """The bug: tiles of one patient on both sides, each tile being its own patient."""
-    used, held = patients()
-    write_folder(tmp_path, [f"{p}_{i}.png" for p in used + held for i in range(2)])
-    source = open_source(tiles=str(tmp_path), holdout=0.5)
-    assert [Path(p).name[:12] for p in source.paths] == sorted(2 * used)
-    write_folder(tmp_path, ["nobody.png"])
-    with pytest.raises(ValueError, match="holdout needs patients, but the name of .*nobody.png has none: rename"):
-        open_source(tiles=str(tmp_path), holdout=0.5)
 
 
 # ---- shards ---------------------------------------------------------------------------------------------------------
@@ -547,14 +543,6 @@ def test_a_damaged_or_short_member_is_named_with_its_tar_and_place(tmp_path):
         lost.read(0)
 
 
-def test_held_out_patients_shards_are_not_used(tmp_path):
-    used, held = patients()
-    for p in used + held:
-        write_shard(tmp_path, p, 1, f"/slides/{p}-01Z.svs")
-    source = open_source(shards=str(tmp_path), holdout=0.5)
-    assert sorted(Path(slide).name[:12] for slide, *_ in wheres(source, range(len(used)))) == used
-
-
 # ---- parquet --------------------------------------------------------------------------------------------------------
 
 
@@ -589,7 +577,7 @@ def test_parquet_reads_a_row_group_once_per_pass_in_a_new_order_and_mixes_the_ro
     assert len(read) == total
 
 
-def test_parquets_order_of_groups_and_of_rows_is_drawn_anew_by_pass_and_seed(tmp_path, monkeypatch):
+def test_parquets_order_of_groups_and_rows_is_new_in_each_pass_and_with_each_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "WINDOW", 1)
     folder, groups, rows = write_parquet(tmp_path / "p", ((10,) * 6, (10,) * 6)), set(), set()
     for seed in range(2):
@@ -597,15 +585,6 @@ def test_parquets_order_of_groups_and_of_rows_is_drawn_anew_by_pass_and_seed(tmp
         groups |= {tuple(p[:, 0] // 10) for p in xs}
         rows |= {tuple(window % 10) for window in xs.reshape(24, 10)}
     assert len(groups) == 4 and len(rows) == 48
-
-
-def test_held_out_patients_rows_are_not_used(tmp_path):
-    used, held = patients()
-    slides = [f"/data/{p}-01Z.svs" for p in used + held]
-    source = open_source(parquet=write_parquet(tmp_path / "p", ((20, 4), (12,)), slides=slides), holdout=0.5)
-    rows = wheres(source, range(3 * len(used)))
-    assert source.rows == len(set(rows)) == 3 * len(used)
-    assert all(slide == slides[x % 12] and Path(slide).name[:12] in used for slide, x, *_ in rows)
 
 
 def test_what_parquet_lacks_is_named(tmp_path, monkeypatch):
@@ -625,15 +604,9 @@ def test_what_parquet_lacks_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "GROUP_BYTES", 100)
     with pytest.raises(OSError, match="0.parquet: row group 0 has 0 MB, .*: write it again with a row_group_size"):
         open_source(parquet=write_parquet(tmp_path / "large", ((2,),)))
-
-
-def test_parquet_without_pyarrow_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match="parquet: needs pyarrow: pip install pyarrow"):
         open_source(parquet="anything")
-
-
-# ---- mixes ----------------------------------------------------------------------------------------------------------
 
 
 class Numbered:
@@ -664,6 +637,7 @@ def test_a_mix_draws_a_source_per_visit_by_weight_seed_and_sample_number(monkeyp
     assert [other.read(n)[1]["slide"] for n in range(800)] != names[:800]
     assert {source.read(n, attempt=3)[1]["slide"] == names[n] for n in range(100)} == {True}, "replaced from the same"
     assert [s.seed for s in source.sources] == [0, 1000, 2000], "or two sources of slides would draw alike"
+    assert source.about == "70.0% a; 20.0% b; 10.0% c"
 
 
 def test_the_choice_of_a_source_does_not_choose_its_slides_or_their_mpp(slides):
@@ -677,22 +651,11 @@ def test_the_choice_of_a_source_does_not_choose_its_slides_or_their_mpp(slides):
     assert len({path for path, *_ in seen}) == 31
 
 
-def test_a_mix_of_a_folder_and_shards(tmp_path):
-    write_folder(tmp_path / "t", ["0.png", "1.png"])
-    write_shard(tmp_path / "s", "a", 3)
-    source = open_source(mix=(("tiles", f"{tmp_path}/t", 3), ["shards", f"{tmp_path}/s", 1]))
-    assert {Path(where[0]).name for where in wheres(source, range(100))} == {"0.png", "1.png", "a.svs"}
-    assert "75.0% 2 of 2 tiles in a folder" in source.about and "25.0% 3 tiles of 1 finished" in source.about
-
-
 @pytest.mark.parametrize("mix", [("tiles", "a", 1.0), (("tiles", "a"),), (("photos", "a", 1),), (("tiles", "a", 0),),
                                  (("tiles", "a", "b"),), (("tiles", "a", math.nan),)])
 def test_a_mix_that_is_none_is_named(mix):
     with pytest.raises(ValueError, match="mix: .* is not .one of slides, .*; its path; a weight"):
         open_source(mix=mix)
-
-
-# ---- what is missing ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keys, message", [
@@ -707,21 +670,6 @@ def test_a_mix_that_is_none_is_named(mix):
 def test_missing_data_is_named(keys, message):
     with pytest.raises((ValueError, OSError), match=message):
         open_source(**keys)
-
-
-# ---- what a review found --------------------------------------------------------------------------------------------
-
-
-def test_transparent_pixels_of_a_tile_are_white_and_other_depths_are_refused(tmp_path):
-    """The bug: a tile over the slide's edge, saved as read_region gives it, was black there."""
-    rgba = np.zeros((8, 8, 4), np.uint8)
-    rgba[:, 4:] = (200, 90, 160, 255)
-    Image.fromarray(rgba).save(tmp_path / "a.png")
-    tile = sources.decode(str(tmp_path / "a.png"), "a")
-    assert (tile[:, :4] == 255).all() and (tile[:, 4:] == (200, 90, 160)).all()
-    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "b.tif")
-    with pytest.raises(OSError, match="b: ValueError: F pixels"):
-        sources.decode(str(tmp_path / "b.tif"), "b")
 
 
 def test_a_slide_without_a_fitting_tile_is_unsuitable_not_unreadable():
