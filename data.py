@@ -63,7 +63,7 @@ class Batches(torch.utils.data.Dataset):
         config = self.config
         bad = []
         numbers = sample_numbers(step, self.rank, self.world, config["batch_size"], self.offset)
-        images = [self.views(n, bad) for n in numbers]
+        images = [self.image(n, bad) for n in numbers]
         batch = {"bad": bad}
         if None in images:
             return batch
@@ -80,7 +80,7 @@ class Batches(torch.utils.data.Dataset):
         batch["mask_weights"] = (1 / counts).repeat_interleave(counts)
         return batch
 
-    def views(self, n, bad):
+    def image(self, n, bad):
         """Sample n as (crop, colour) pairs: the two global crops, then the local ones. None if no tile was found."""
         config = self.config
         tile = self.tile(n, bad)
