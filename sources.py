@@ -297,7 +297,7 @@ class Tiles:
     def __init__(self, folder, config):
         found = sorted(str(p) for p in Path(folder).rglob("*") if p.suffix.lower() in self.ENDINGS)
         if not found:
-            raise ValueError(f"tiles: no {' '.join(self.ENDINGS)} file in {folder}")
+            raise ValueError(f"tiles: no folder {folder} with {' '.join(self.ENDINGS)} files")
         for path in found if config["holdout"] else ():
             if not re.search(config["patient"], os.path.basename(path)):  # each tile would be its own patient
                 raise ValueError(f"tiles: holdout needs patients, but the name of {path} has none: rename the tiles, "

@@ -48,6 +48,17 @@ def wheres(source, numbers):
     return [(w["slide"], w["x"], w["y"], None if math.isnan(w["mpp"]) else w["mpp"]) for w in found]
 
 
+def errors_of(source, numbers):
+    """The messages of the samples that cannot be read."""
+    errors = []
+    for n in numbers:
+        try:
+            source.read(n)
+        except sources.READ_ERRORS as e:
+            errors.append(str(e))
+    return errors
+
+
 def patients(share=0.5):
     """(patients that are trained on, patients that are held out)"""
     names = [f"TCGA-AA-{i:04d}" for i in range(12)]
@@ -74,24 +85,17 @@ def write_folder(folder, names):
 
 
 def write_shard(folder, name, count, slide=None):
-    """A finished shard of prepare/tiles.py: the tar, then its sidecar."""
+    """A finished shard as prepare/tiles.py writes it: the tar, then its sidecar."""
     folder.mkdir(exist_ok=True)
-    slide = slide or f"/slides/{name}.svs"
-    side = {"version": 1, "tar": f"{name}.tar", "slide": slide, "name": name, "patient": name, "tile_px": 24, "bad": {},
-            "slide_mpp": [0.25, 0.25], "mpp_source": "stated", "offset": [], "size": [], "x": [], "y": [], "mpp": [],
-            "tissue": []}
+    side = {"slide": slide or f"/slides/{name}.svs", "patient": name, "offset": [], "size": [],
+            "x": [24 * i for i in range(count)], "y": [7] * count, "mpp": [0.5] * count}
     with tarfile.open(folder / f"{name}.tar", "w") as tar:
         for i in range(count):
-            jpg, meta = encode(noise(i), "JPEG"), json.dumps({"slide": slide, "x": 24 * i}).encode()
-            for ending, blob in ((".jpg", jpg), (".json", meta)):
-                member = tarfile.TarInfo(f"{name}_500nm_{24 * i}_7{ending}")
-                member.size = len(blob)
-                start = tar.offset
-                tar.addfile(member, io.BytesIO(blob))
-                if ending == ".jpg":
-                    side["offset"].append(start + 512)
-            for key, value in (("size", len(jpg)), ("x", 24 * i), ("y", 7), ("mpp", 0.5), ("tissue", 0.9)):
-                side[key].append(value)
+            jpg, member = encode(noise(i), "JPEG"), tarfile.TarInfo(f"{name}_500nm_{24 * i}_7.jpg")
+            side["offset"].append(tar.offset + 512)
+            side["size"].append(len(jpg))
+            member.size = len(jpg)
+            tar.addfile(member, io.BytesIO(jpg))
     side["bytes"] = os.path.getsize(folder / f"{name}.tar")
     (folder / f"{name}.json").write_text(json.dumps(side))
     return str(folder)
@@ -113,9 +117,6 @@ def write_parquet(folder, groups, form="PNG", slides=("a.svs",)):
                            "image_bytes": blobs}
                 file.write_table(pa.table(columns, schema))
     return str(folder)
-
-
-# ---- order ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000])
@@ -170,9 +171,6 @@ def test_every_tile_comes_exactly_once_a_pass_over_ranks_and_workers(kind, world
     assert len(set(order[:30])) == len(set(order[30:])) == 30 == len(order) / 2
     assert order[:30] != order[30:] and order == wheres(open_source(**keys), range(60)) != sorted(order)
     assert order[:30] != wheres(open_source(**keys, seed=1), range(30))
-
-
-# ---- slides ---------------------------------------------------------------------------------------------------------
 
 
 class FakeSlide:
@@ -300,13 +298,9 @@ def test_tiles_without_tissue_are_drawn_again_and_then_named(slides, monkeypatch
 def test_a_slide_that_failed_is_not_opened_again_but_one_with_a_damaged_tile_is(slides):
     for name in ("bad", "glass", "damaged"):
         (slides / f"{name}.svs").touch()
-    source, errors = open_source(slides=f"{slides}/*.svs"), collections.Counter()
+    source = open_source(slides=f"{slides}/*.svs")
     FakeSlide.tried = []
-    for n in range(200):
-        try:
-            source.read(n)
-        except wsi.SlideError as e:
-            errors[Path(str(e).split(":")[0]).stem] += 1
+    errors = collections.Counter(Path(e.split(":")[0]).stem for e in errors_of(source, range(200)))
     tried = collections.Counter(Path(p).stem for p in FakeSlide.tried)
     assert tried["bad"] == tried["glass"] == 1 and min(errors["bad"], errors["glass"]) > 10
     assert 5 < errors["damaged"] < errors["bad"], "its other tiles are used"
@@ -478,17 +472,9 @@ def test_a_damaged_tile_is_named_in_one_line(tmp_path):
     (tmp_path / "0.png").write_bytes(good[:200])
     (tmp_path / "1.png").write_bytes(b"not an image")
     (tmp_path / "2.png").write_bytes(good[:60] + b"\0" * 60 + good[120:])
-    errors = []
-    for n in range(4):
-        try:
-            source.read(n)
-        except sources.READ_ERRORS as e:
-            errors.append(str(e))
+    errors = errors_of(source, range(4))
     assert len(errors) == 3 and not any("\n" in e for e in errors)
     assert {e.split(": ")[0] for e in errors} == {f"{tmp_path}/{i}.png" for i in range(3)}
-
-
-# ---- shards ---------------------------------------------------------------------------------------------------------
 
 
 def test_shards_are_read_in_place(tmp_path):
@@ -529,21 +515,13 @@ def test_a_damaged_or_short_member_is_named_with_its_tar_and_place(tmp_path):
     blob = bytearray(tar.read_bytes())
     blob[offset[1]: offset[1] + 40] = bytes(40)
     tar.write_bytes(blob[: offset[2] + 9])
-    errors = []
-    for n in range(3):
-        try:
-            source.read(n)
-        except sources.READ_ERRORS as e:
-            errors.append(str(e))
+    errors = errors_of(source, range(3))
     assert len(errors) == 2 and all(e.startswith(f"{tar}: tile x=") for e in errors)
     assert any(f"x=24 y=7 at byte {offset[1]}: UnidentifiedImageError" in e for e in errors)
     assert any(f"x=48 y=7 at byte {offset[2]}: " in e for e in errors)
     os.remove(tar)
     with pytest.raises(OSError, match=r"a.tar: tile x=\d+ y=\d+ at byte \d+: No such file"):
         lost.read(0)
-
-
-# ---- parquet --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
@@ -664,28 +642,31 @@ def test_a_mix_that_is_none_is_named(mix):
     ({"slides": f"{GOLDEN}/*.npz"}, "none of the first .* opens .*npz"),
     ({"slides": str(GOLDEN)}, "it is a folder: try"), ({"slides": "/nowhere/*.svs"}, "no file matches /nowhere"),
     ({"sample_list": "nowhere.txt"}, "No such file or directory: 'nowhere.txt'"),
-    ({"tiles": "nowhere"}, "no .jpg .* file in nowhere"), ({"shards": str(GOLDEN)}, "shards: no file matches .*golden"),
+    ({"tiles": "nowhere"}, "no folder nowhere"), ({"shards": str(GOLDEN)}, "shards: no file matches .*golden"),
     ({"shards": "nowhere"}, "shards: no file matches nowhere"),
-    ({"mix": (("tiles", "nowhere", 1),)}, "tiles: no .jpg .* file in nowhere")])
+    ({"mix": (("tiles", "nowhere", 1),)}, "tiles: no folder nowhere")])
 def test_missing_data_is_named(keys, message):
     with pytest.raises((ValueError, OSError), match=message):
         open_source(**keys)
 
 
-def test_a_slide_without_a_fitting_tile_is_unsuitable_not_unreadable():
-    class Thin:
-        def read(self, n, attempt=0):
-            if attempt < 3:
-                raise sources.Unsuitable("thin.svs: no tile of 60% tissue")
-            return np.full((64, 64, 3), 200, np.uint8), {}
-    keys = {**train_keys(), "batch_size": 2, "local_crops": 2, "global_px": 56, "local_px": 28}
-    batch = data.Batches(Thin(), keys, 4)[0]
-    assert batch["bad"] == [] and len(batch["global_crops"]) == 4
+class Thin:
+    """A source whose first draws have too little tissue."""
 
-    class Never:
-        def read(self, n, attempt=0):
+    def __init__(self, draws):
+        self.draws = draws
+
+    def read(self, n, attempt=0):
+        if attempt < self.draws:
             raise sources.Unsuitable("thin.svs: no tile of 60% tissue")
-    assert data.Batches(Never(), keys, 4)[0]["bad"][0].startswith("thin.svs: no tile")
+        return np.full((64, 64, 3), 200, np.uint8), {}
+
+
+def test_a_slide_without_a_fitting_tile_is_unsuitable_not_unreadable():
+    keys = {**train_keys(), "batch_size": 2, "local_crops": 2, "global_px": 56, "local_px": 28}
+    batch = data.Batches(Thin(3), keys, 4)[0]
+    assert batch["bad"] == [] and len(batch["global_crops"]) == 4
+    assert data.Batches(Thin(1000), keys, 4)[0]["bad"] == ["thin.svs: no tile of 60% tissue"] * 2
 
 
 def test_lists_that_differ_have_different_names(tmp_path):
