@@ -1,235 +1,283 @@
 """
-Batches: crops, masks and colour, and the order in which samples come. Where tiles come from: sources.py.
+Batches: the order of samples, crops, masks and colour. sources.py says where tiles come from.
 
-Order. With a global batch of B, sample n of a run is image n % B of step n // B, on whatever rank that falls; what it
-is depends only on (seed, n). So a batch is a pure function of (seed, step, rank, world), the position of a run is one
-number, the samples taken so far, and a resume with other ranks or another batch goes on behind it: every index of a
-list or folder comes exactly once a pass, over all ranks and workers.
+Order. With a global batch of B, sample n of a run is image n % B of step n // B, on whichever rank holds that image.
+Its tile, crops and colours depend on (seed, n) alone. A batch is therefore a pure function of (seed, step, rank,
+world), and the position of a run is one number: the samples consumed so far.
 
-Before training, with train.py's keys and config files (prepare/compare.py):
-
-    python data.py --task=stats config/vitg.py --samples=10000                      # mean and std, to paste as `norm`
-    python data.py --task=compare --a=config/vitg.py --b='config/vitg.py --exact_reads=false' --out=out/compare
-
-Work is split so that few cores feed a GPU: a worker decodes a tile and cuts its crops as uint8; colour, blur and
-normalisation run as batched tensor operations on the training device (`augment`), with parameters drawn by the
-worker: 2 ms a tile in all (bench/data.py). Reading from slides costs 1-18 ms more and, where the slide is not open
-already, its tissue mask: about 1 s for a large slide, shared by the `tiles_per_visit` samples drawn from it, or 2 ms
-from `mask_dir`.
+Cost. Few cores have to feed a GPU. A worker therefore only decodes tiles, cuts crops as uint8 and draws the parameters
+of colour and blur; `augment` applies them to whole batches on the training device. Both together take about 2 ms per
+tile on one core (bench/data.py). Reading from a slide takes 1-18 ms more, and the first tile of a slide needs its
+tissue mask: about 1 s for a large slide, or 2 ms from `mask_dir`.
 """
-import ast
-import shlex
-from pathlib import Path
+import functools
+import itertools
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import default_collate, get_worker_info
 
 import model
 import sources
-from sources import READ_ERRORS
 
-ATTEMPTS = 100  # draws for one sample before its source is given up
+ATTEMPTS = 100  # tiles to draw for one sample before the run stops
 
-# ---- crops and masks, in the worker ---------------------------------------------------------------------------------
+# ---- batches, in the worker -----------------------------------------------------------------------------------------
 
 
 def sample_numbers(step, rank, world, batch, offset=0):
-    """The numbers of the `batch` samples of this rank at this step, `offset` further on than from the start."""
+    """The numbers of the `batch` samples of one rank at one step."""
     first = offset + (step * world + rank) * batch
     return range(first, first + batch)
 
 
-def stack(views):
-    """Crop-major: views[view][image] -> one tensor, all images of the first view first."""
-    return torch.stack([image for view in views for image in view]) if views else torch.empty(0)
-
-
 class Batches(torch.utils.data.Dataset):
     """
-    dataset[step] is the whole batch of this rank (B images, L local crops, M masked patches), crop-major:
+    dataset[step] is the batch of one rank: B images, L local crops per image, N patches per global crop. It is
+    crop-major: the first view of every image, then the second view of every image, and so on.
 
-    global_crops uint8 (2B, 3, S, S), local_crops uint8 (L*B, 3, s, s), global_colour and local_colour (their parameters
-    for `augment`), masks bool (2B, N), masked int64 (M) indices into the 2B*N patches, mask_weights (M) one over the
-    masked patches of that crop, bad (messages of unreadable tiles that were replaced). Without crops if a tile could
-    not be replaced. `c` holds train.py's keys, `grid` the patches along a global crop's side, `offset` the samples
-    taken so far less what as many steps would take now: 0 unless a resume has changed the ranks or the batch.
+        global_crops   uint8 (2B, 3, S, S)
+        local_crops    uint8 (L*B, 3, s, s); absent if L is 0
+        global_colour  {name: (2B, ...)}, the parameters of these crops for `augment`; local_colour likewise
+        masks          bool (2B, N), the patches that iBOT hides from the student
+        masked         int64 (M), the indices of the masked patches among all 2B * N
+        mask_weights   float32 (M), one over the number of masked patches in the same crop
+        bad            messages about unreadable tiles, which were replaced; nothing else if one could not be replaced
+
+    config: train.py's keys. grid: patches along the side of a global crop. offset: samples consumed minus step x
+    current global batch; nonzero only after resuming with other ranks or another batch.
     """
 
-    def __init__(self, source, c, grid, rank=0, world=1, offset=0):
-        self.source, self.c, self.grid, self.rank, self.world, self.offset = source, c, grid, rank, world, offset
+    def __init__(self, source, config, grid, rank=0, world=1, offset=0):
+        self.source = source
+        self.config = config
+        self.grid = grid
+        self.rank = rank
+        self.world = world
+        self.offset = offset
 
     def __getitem__(self, step):
-        if torch.utils.data.get_worker_info():
+        if get_worker_info():
             torch.set_num_threads(1)
-        c, bad = self.c, []
-        numbers = sample_numbers(step, self.rank, self.world, c["batch_size"], self.offset)
+        config = self.config
+        bad = []
+        numbers = sample_numbers(step, self.rank, self.world, config["batch_size"], self.offset)
         images = [self.image(n, bad) for n in numbers]
-        if None in images:
-            return {"bad": bad}
         batch = {"bad": bad}
-        for what, of_images in zip(("crops", "colour"), zip(*images)):  # of_images[image][view]
-            views = list(zip(*of_images))
-            batch[f"global_{what}"] = stack(views[:2])
-            batch[f"local_{what}"] = stack(views[2:])
-        rng = np.random.default_rng((c["seed"], step, self.rank, 1))
-        masks = torch.from_numpy(block_masks(rng, 2 * len(images), self.grid, c["mask_prob"], c["mask_ratio"]))
-        masked = masks.flatten().nonzero()[:, 0]
-        weights = (1 / masks.sum(1).clamp(min=1))[:, None].expand_as(masks)[masks]
-        return {**batch, "masks": masks, "masked": masked, "mask_weights": weights}
+        if None in images:
+            return batch
+        flat = list(itertools.chain(*zip(*images)))  # crop-major (crop, colour) pairs
+        n_global = 2 * len(images)
+        batch["global_crops"], batch["global_colour"] = default_collate(flat[:n_global])
+        if config["local_crops"]:
+            batch["local_crops"], batch["local_colour"] = default_collate(flat[n_global:])
+        rng = np.random.default_rng((config["seed"], step, self.rank, 1))
+        masks = block_masks(rng, n_global, self.grid, config["mask_prob"], config["mask_ratio"])
+        batch["masks"] = masks = torch.from_numpy(masks)
+        batch["masked"] = masks.flatten().nonzero()[:, 0]
+        counts = masks.sum(1)
+        batch["mask_weights"] = (1 / counts).repeat_interleave(counts)
+        return batch
 
     def image(self, n, bad):
-        """Crops and colour parameters of sample n: two lists over views. Messages of unreadable draws go to `bad`."""
-        c, tile = self.c, None
+        """Sample n as (crop, colour) pairs: the two global crops, then the local ones. None if no tile was found."""
+        config = self.config
+        tile = self.tile(n, bad)
+        if tile is None:
+            return None
+        pixels = torch.from_numpy(np.ascontiguousarray(tile)).permute(2, 0, 1)[None]  # channels-last: the fast resize
+        first, second, local = config["blur_prob"]
+        views = [("global", first), ("global", second)] + [("local", local)] * config["local_crops"]
+        rng = np.random.default_rng((config["seed"], n, ATTEMPTS))
+        crops = [crop_and_flip(pixels, rng, config[f"{kind}_scale"], config[f"{kind}_px"]) for kind, _ in views]
+        colours = [colour_parameters(rng, config, blur) for _, blur in views]
+        return list(zip(crops, colours))
+
+    def tile(self, n, bad):
+        """The tile of sample n, or None after ATTEMPTS draws. Appends a message to `bad` for each unreadable one."""
         for attempt in range(ATTEMPTS):
             try:
-                tile, _ = self.source.read(n, attempt)
-                break
+                return self.source.read(n, attempt)[0]
             except sources.Unsuitable as e:
                 reason = str(e)
-            except READ_ERRORS as e:
+            except sources.READ_ERRORS as e:
                 reason = " ".join(str(e).split())
                 bad.append(reason)
-        if tile is None:
-            bad.append(reason)
-            return None
-        rng = np.random.default_rng((c["seed"], n, ATTEMPTS))
-        pixels = torch.from_numpy(np.ascontiguousarray(tile)).permute(2, 0, 1)[None]  # channels-last: the fast resize
-        views = [(c["global_scale"], c["global_px"], p) for p in c["blur_prob"][:2]]
-        views += [(c["local_scale"], c["local_px"], c["blur_prob"][2])] * c["local_crops"]
-        crops = [crop_and_flip(pixels, rng, scale, px) for scale, px, _ in views]
-        return crops, [colour_parameters(rng, c, blur) for _, _, blur in views]
+        bad.append(reason)
+        return None
+
+
+# ---- crops, colours and masks, in the worker ------------------------------------------------------------------------
 
 
 def crop_and_flip(pixels, rng, scale, px):
-    """uint8 (1, 3, H, W) -> (3, px, px): random area and aspect ratio, antialiased bicubic, flip with p = 0.5."""
+    """uint8 (1, 3, H, W) -> (3, px, px): random area and aspect ratio, antialiased bicubic, flipped with p = 0.5."""
     H, W = pixels.shape[2:]
+    low, high = scale
     for _ in range(10):
-        area = H * W * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        area = H * W * (low + (high - low) * rng.random())
         ratio = (4 / 3) ** (2 * rng.random() - 1)  # log-uniform from 3/4 to 4/3
-        h, w = round((area / ratio) ** 0.5), round((area * ratio) ** 0.5)
+        h = round((area / ratio) ** 0.5)
+        w = round((area * ratio) ** 0.5)
         if 0 < h <= H and 0 < w <= W:
             break
-    else:  # a very long tile: the largest crop of a legal aspect
-        h, w = min(H, round(W * 4 / 3)), min(W, round(H * 4 / 3))
-    top, left = rng.integers(H - h + 1), rng.integers(W - w + 1)
-    crop = F.interpolate(pixels[:, :, top : top + h, left : left + w], (px, px), mode="bicubic", antialias=True)[0]
-    return (crop.flip(-1) if rng.random() < 0.5 else crop).contiguous()
+    else:  # a very long tile: the largest crop of an allowed aspect
+        h = min(H, round(W * 4 / 3))
+        w = min(W, round(H * 4 / 3))
+    top = rng.integers(H - h + 1)
+    left = rng.integers(W - w + 1)
+    crop = pixels[:, :, top : top + h, left : left + w]
+    crop = F.interpolate(crop, (px, px), mode="bicubic", antialias=True)[0]
+    if rng.random() < 0.5:
+        crop = crop.flip(-1)
+    return crop.contiguous()
 
 
-def colour_parameters(rng, c, blur_prob):
+ORDERS = list(itertools.permutations(range(4)))  # of the jitters: 0 brightness, 1 contrast, 2 saturation, 3 hue
+
+
+def colour_parameters(rng, config, blur_prob):
     """
-    One crop's draw as a row of 11 floats: [hed on, H, E, D, jitter order or -1, brightness, contrast, saturation, hue,
-    gray on, blur sigma or 0]. Probabilities are effective ones: blur_prob is the share of blurred crops.
+    The random colours of one crop, as tensors; `augment` takes them stacked over crops.
+
+    hed and gray say whether the crop gets them. hed_shift (3) is in nats of optical density. order (4) lists the
+    jitters as they follow each other, or -1 for none; jitter (4) holds three factors, and the hue as a share of the
+    circle. blur is a sigma in pixels, or 0 for none: blur_prob is the share of crops that are blurred.
     """
-    hed, jitter, gray, blur, *j = rng.random(8).tolist()  # one call: ten rows a tile are a tenth of the worker's time
-    order = rng.integers(len(ORDERS)) if jitter < c["jitter_prob"] else -1
-    sigma, *shift = rng.random(4).tolist()
-    row = [hed < c["hed_prob"], *((2 * u - 1) * c["hed_nats"] for u in shift), order]
-    row += [centre + (2 * u - 1) * width for centre, u, width in zip((1, 1, 1, 0), j, c["jitter"])]
-    row += [gray < c["gray_prob"], 0.1 + 1.9 * sigma if blur < blur_prob else 0]
-    return torch.tensor(row, dtype=torch.float32)
+    hed, jitter, gray, blur = rng.random(4)
+    factors = [1, 1, 1, 0] + (2 * rng.random(4) - 1) * config["jitter"]
+    order = (-1, -1, -1, -1)
+    if jitter < config["jitter_prob"]:
+        order = ORDERS[rng.integers(len(ORDERS))]
+    sigma = 0.1 + 1.9 * rng.random()
+    shift = (2 * rng.random(3) - 1) * config["hed_nats"]
+    return {
+        "hed": torch.tensor(hed < config["hed_prob"]),
+        "hed_shift": torch.from_numpy(shift).float(),
+        "order": torch.tensor(order),
+        "jitter": torch.from_numpy(factors).float(),
+        "gray": torch.tensor(gray < config["gray_prob"]),
+        "blur": torch.tensor(sigma if blur < blur_prob else 0.0),
+    }
 
 
 def block_masks(rng, crops, grid, prob, ratio):
     """
-    bool (crops, grid*grid). Which crop gets which of `mask_counts` is shuffled; a mask is made of BEiT's blocks, i.e.
-    rectangles of 4 patches or more and aspect 0.3 to 3.3, and topped up at random to its exact count.
+    bool (crops, grid*grid): the masks of a batch. A random permutation decides which crop gets which of `mask_counts`.
+    A mask consists of BEiT's blocks, which are rectangles of at least 4 patches with an aspect of 0.3 to 3.3. Single
+    patches are added at random until the count is exact.
     """
-    masks, counts = np.zeros((crops, grid, grid), bool), mask_counts(crops, grid, prob, ratio)
-    for crop, count in zip(rng.permutation(crops), counts):
+    masks = np.zeros((crops, grid, grid), bool)
+    for crop, count in zip(rng.permutation(crops), mask_counts(crops, grid, prob, ratio)):
         add_blocks(rng, masks[crop], count)
     return masks.reshape(crops, -1)
 
 
 def mask_counts(crops, grid, prob, ratio):
     """
-    Masked patches of each masked crop: int(crops * prob) crops, in n even steps of the patches from ratio[0] (excluded)
-    to ratio[1]. The sum is a constant of the batch, so shapes are static on every rank (DINOv3).
+    The number of masked patches in each of the int(crops * prob) masked crops, as in DINOv3. Their shares of patches
+    rise evenly from ratio[0], which is excluded, to ratio[1]. The sum is a constant of the batch, so shapes are static
+    on every rank.
     """
-    return [max(int(grid * grid * share), 1) for share in np.linspace(*ratio, int(crops * prob) + 1)[1:]]
+    shares = np.linspace(*ratio, int(crops * prob) + 1)[1:]
+    return [max(int(grid * grid * share), 1) for share in shares]
 
 
 def add_blocks(rng, mask, count):
-    """Set exactly `count` cells of mask (g, g), in place."""
-    grid, left = len(mask), count
-    while left > 0 and (block := draw_block(rng, mask, min(left, mask.size // 2))):
-        top, start, h, w = block
-        mask[top : top + h, start : start + w] = True
+    """Set exactly `count` cells of mask (grid, grid), in place."""
+    left = count
+    while left > 0:
+        block = draw_block(rng, mask, min(left, mask.size // 2))
+        if block is None:
+            break
+        mask[block] = True
         left = count - mask.sum()
-    mask.reshape(-1)[rng.permutation(np.flatnonzero(~mask))[:left]] = True
-    assert mask.sum() == count and mask.shape == (grid, grid), (mask.sum(), count)
+    free = np.flatnonzero(~mask)
+    np.put(mask, rng.permutation(free)[:left], True)
+    assert mask.sum() == count, (mask.sum(), count)
 
 
 def draw_block(rng, mask, most):
-    """A rectangle (top, left, h, w) that adds 1 to `most` cells, or None after ten tries."""
+    """The (rows, columns) of a rectangle that adds 1 to `most` cells to the mask, or None after ten tries."""
+    grid = len(mask)
     for _ in range(10):
-        area, aspect = rng.uniform(min(4, most), most), np.exp(rng.uniform(np.log(0.3), -np.log(0.3)))
-        h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if 0 < h < len(mask) and 0 < w < len(mask):
-            top, left = rng.integers(len(mask) - h + 1), rng.integers(len(mask) - w + 1)
-            if 0 < h * w - mask[top : top + h, left : left + w].sum() <= most:
-                return top, left, h, w
+        area = rng.uniform(min(4, most), most)
+        aspect = np.exp(rng.uniform(np.log(0.3), -np.log(0.3)))
+        h = round((area * aspect) ** 0.5)
+        w = round((area / aspect) ** 0.5)
+        if 0 < h < grid and 0 < w < grid:
+            top = rng.integers(grid - h + 1)
+            left = rng.integers(grid - w + 1)
+            block = slice(top, top + h), slice(left, left + w)
+            if 0 < h * w - mask[block].sum() <= most:
+                return block
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# colour, blur and normalisation, on the device. order: HED, jitter, gray, blur, normalise, as in OpenMidnight.
+# ---- colour, blur and normalisation of a batch, on the device -------------------------------------------------------
+# the order of operations is OpenMidnight's: HED, jitter, gray, blur, normalise. on a CPU they are bound by
+# memory, so they work in place on tensors that they have made themselves.
 
-RGB_FROM_HED = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])  # Ruifrok 2001, OD per stain
-GRAY = torch.tensor([0.2989, 0.587, 0.114])
+RGB_FROM_HED = torch.tensor([  # Ruifrok 2001: optical density of red, green and blue per stain
+    [0.65, 0.70, 0.29],
+    [0.07, 0.99, 0.11],
+    [0.27, 0.57, 0.78]])
+GRAY = (0.2989, 0.587, 0.114)
 UNIT = 13.815510557964274  # -log(1e-6): nats of optical density in one stain unit of scikit-image
-ORDERS = torch.tensor([[a, b, c, d] for a in range(4) for b in range(4) for c in range(4) for d in range(4)
-                       if len({a, b, c, d}) == 4])  # of the four jitter operations
 
 
-def augment(crops, colour, c, device):
-    """uint8 (n, 3, S, S) and parameters (n, 11) -> normalised float32 (n, 3, S, S) on `device`, per-crop parameters."""
+def augment(crops, colour, config, device):
+    """uint8 (n, 3, S, S) and stacked `colour_parameters`, both on the CPU -> normalised float32 on `device`."""
     x = crops.to(device, non_blocking=True).float().div_(255)
-    p, on = colour.to(device, non_blocking=True), {}
-    for name, column in (("hed", 0), ("gray", 9), ("blur", 10)):  # indices are found on the CPU: no device sync
-        on[name] = colour[:, column].nonzero()[:, 0].to(device, non_blocking=True)
-    change(x, on["hed"], hed_shift, p[on["hed"], 1:4], c["hed"])
+    stain = functools.partial(hed_shift, form=config["hed"])
+    change(x, colour["hed"], stain, colour["hed_shift"])
     for turn in range(4):
-        operation = torch.where(colour[:, 4] >= 0, ORDERS[colour[:, 4].long(), turn], -1)
         for k, jitter in enumerate((brightness, contrast, saturation, hue)):
-            i = (operation == k).nonzero()[:, 0].to(device, non_blocking=True)
-            change(x, i, jitter, p[i, 5 + k, None, None, None])
-    change(x, on["gray"], gray)
-    change(x, on["blur"], gaussian_blur, p[on["blur"], 10])
-    mean, std = (torch.tensor(v).to(device, non_blocking=True)[:, None, None] for v in model.norm_values(c["norm"]))
-    return x.sub_(mean).div_(std)
+            factor = colour["jitter"][:, k, None, None, None]
+            change(x, colour["order"][:, turn] == k, jitter, factor)
+    change(x, colour["gray"], gray)
+    change(x, colour["blur"], gaussian_blur, colour["blur"])
+    mean, std = torch.tensor(model.norm_values(config["norm"])).to(device, non_blocking=True)
+    return x.sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
-def change(x, i, operation, *parameters):
-    """x[i] = operation(x[i], ...), in place. index_select copies whole images; x[i] is 6 x slower on a CPU."""
-    x[i] = operation(x.index_select(0, i), *parameters)
+def change(x, on, operation, *parameters):
+    """
+    Apply an operation to the images of x (n, 3, H, W) that are `on`, in place. Parameters have a row per image. They
+    and `on` are on the CPU, where indices are found: on a GPU, nonzero would wait for the device.
+    """
+    i = on.nonzero()[:, 0]
+    chosen = [values[i].to(x.device, non_blocking=True) for values in parameters]
+    i = i.to(x.device, non_blocking=True)
+    images = x.index_select(0, i)  # copies whole images; x[i] is 6 times slower on a CPU
+    x[i] = operation(images, *chosen)
 
 
 def hed_shift(x, shift, form="od"):
     """
     Shift haematoxylin, eosin and DAB of rgb (n, 3, H, W) in [0, 1] by shift (n, 3) nats of optical density.
 
-    "od": unmix, add, mix is one gain per channel, exp(-shift @ RGB_FROM_HED), since nothing is clipped in between.
-    "openmidnight": stains below zero are cut before the shift and after it, as scikit-image's rgb2hed and their code
-    do, so that downward shifts mostly vanish and the jitter darkens.
+    "od": unmix, add, mix. Nothing is clipped in between, so this is one gain per channel: exp(-shift @ RGB_FROM_HED).
+    "openmidnight": stains below zero become zero before the shift and after it, as in scikit-image's rgb2hed. Most
+    downward shifts then have no effect, and the operation mostly darkens.
     """
     mix = RGB_FROM_HED.to(x, non_blocking=True)
     if form == "od":
-        return (x * torch.exp(-shift @ mix)[:, :, None, None]).clamp_(0, 1)
-    assert form == "openmidnight", f"hed = {form!r}: known forms are 'od' and 'openmidnight'"
-    unmix = torch.linalg.inv(RGB_FROM_HED).to(x, non_blocking=True)  # inverted here: a GPU would wait for its verdict
-    stains = unmix.T @ x.flatten(2).clamp(min=1e-6).log_().neg_()  # (n, 3, H*W); einsum is 3 x slower
+        gain = torch.exp(-shift @ mix)
+        return (x * gain[:, :, None, None]).clamp_(0, 1)
+    assert form == "openmidnight", form
+    unmix = torch.linalg.inv(RGB_FROM_HED)  # on the CPU: on CUDA `inv` synchronises to check for singularity
+    density = x.flatten(2).clamp(min=1e-6).log_().neg_()  # (n, 3, H*W)
+    stains = unmix.to(x, non_blocking=True).T @ density  # einsum is 3 times slower
     stains.relu_().add_(shift[:, :, None]).clamp_(0, UNIT)
     return (-mix.T @ stains).exp_().clamp_(0, 1).view_as(x)
 
 
-# elementwise work on a CPU is bound by memory: in-place operations on tensors made here, and few of them
-
-
 def gray(x):
-    r, g, b = GRAY.tolist()
-    return (x[:, :1] * r).add_(x[:, 1:2], alpha=g).add_(x[:, 2:], alpha=b)
+    red, green, blue = x.split(1, 1)
+    r, g, b = GRAY
+    return (red * r).add_(green, alpha=g).add_(blue, alpha=b)
 
 
 def brightness(x, f):
@@ -237,7 +285,8 @@ def brightness(x, f):
 
 
 def contrast(x, f):
-    mean = (x.mean((2, 3)) * GRAY.to(x, non_blocking=True)).sum(1)[:, None, None, None]  # of the gray image
+    weights = torch.tensor(GRAY).to(x, non_blocking=True)
+    mean = (x.mean((2, 3)) * weights).sum(1)[:, None, None, None]  # of the gray image
     return (x * f).add_(mean * (1 - f)).clamp_(0, 1)
 
 
@@ -246,60 +295,33 @@ def saturation(x, f):
 
 
 def hue(x, f):
-    """Turn the hue by f of a full circle, through HSV (Smith 1978); value and saturation stay."""
+    """Turn the hue by f of a full circle, through HSV (Smith 1978); value and saturation stay the same."""
     r, g, b = x.split(1, 1)
     value = x.amax(1, True)
     chroma = value - x.amin(1, True)
-    h = torch.where(value == r, g - b,
-                    torch.where(value == g, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4)))
+    near_green = (b - r).add_(chroma, alpha=2)
+    near_blue = (r - g).add_(chroma, alpha=4)
+    h = torch.where(value == g, near_green, near_blue)
+    h = torch.where(value == r, g - b, h)
     h = h.div_(chroma.clamp(min=1e-12)).add_(6 * f)  # in sixths of the circle: red 0, green 2, blue 4
     h.sub_((h / 6).floor_(), alpha=6)
-    shares = (h - 3).abs_().mul_(-1).add_(2), (h - 2).abs_().sub_(1), (h - 4).abs_().sub_(1)  # below value, of chroma
-    return torch.cat([torch.addcmul(value, share.clamp_(0, 1), chroma, value=-1) for share in shares], 1)
+    red = (h - 3).abs_().mul_(-1).add_(2)  # how far a channel lies below the value, as a share of the chroma
+    green = (h - 2).abs_().sub_(1)
+    blue = (h - 4).abs_().sub_(1)
+    below = torch.cat([red, green, blue], 1).clamp_(0, 1)
+    return torch.addcmul(value, below, chroma, value=-1)
 
 
 def gaussian_blur(x, sigma, size=9):
-    """Separable Gaussian of `size` taps and per-image sigma (n) in pixels, edges reflected (DINOv2's kernel size)."""
+    """Separable Gaussian with `size` taps, DINOv2's kernel size. sigma (n) is in pixels; edges are reflected."""
     n, C, H, W = x.shape
     if n == 0:
         return x
     t = torch.arange(size, device=x.device) - size // 2
-    k = torch.softmax(-0.5 * (t / sigma[:, None]) ** 2, dim=1).repeat_interleave(C, 0)  # (n * C, size)
-    x = F.pad(x.reshape(1, n * C, H, W), [size // 2] * 4, mode="reflect")
-    x = F.conv2d(F.conv2d(x, k[:, None, :, None], groups=n * C), k[:, None, None, :], groups=n * C)
+    kernel = torch.softmax(-0.5 * (t / sigma[:, None]) ** 2, dim=1)
+    kernel = kernel.repeat_interleave(C, 0)  # (n * C, size)
+    x = x.reshape(1, n * C, H, W)
+    x = F.pad(x, [size // 2] * 4, mode="reflect")
+    x = F.conv2d(x, kernel[:, None, :, None], groups=n * C)
+    x = F.conv2d(x, kernel[:, None, None, :], groups=n * C)
     return x.reshape(n, C, H, W)
-
-
-# ---- python data.py --task=... --------------------------------------------------------------------------------------
-
-
-def train_keys():
-    """train.py's keys and their defaults, read from its source: importing it would train."""
-    text = Path(__file__).with_name("train.py").read_text().partition("\nconfig = configure(")[0]
-    pairs = [(a.targets[0].id, a.value) for a in ast.parse(text).body if isinstance(a, ast.Assign)]
-    return {name: ast.literal_eval(value) for name, value in pairs}
-
-
-if __name__ == "__main__":
-    from configurator import configure
-    from prepare import compare
-
-    task = ""       # "stats" of one source, or "compare" of two; both take train.py's keys and config files
-    samples = 2000  # tiles, of each
-    out = ""        # folder for compare's table and picture
-    a = b = ""      # of compare: two command lines of train.py, such as --a="config/toy.py --exact_reads=false"
-    own = {"task": task, "samples": samples, "out": out, "a": a, "b": b}
-    config = configure(train_keys() | own)
-    try:
-        if config["task"] == "stats":
-            compare.stats(config)
-        elif config["task"] == "compare" and config["a"] and config["b"] and config["out"]:
-            for side in "ab":
-                print(f"--{side}={config[side]}")
-                common = {key: config[key] for key in train_keys()}
-                config[side] = configure(common, shlex.split(config[side]))
-            compare.compare(config)
-        else:
-            raise ValueError("--task=stats --slides=... (or another source), or --task=compare --a= --b= --out=")
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"data.py: {e}") from None

@@ -1,84 +1,98 @@
 """
-Tiles of a source in numbers: two preprocessings of the same slides side by side, and the colours to normalise by.
+What two preprocessings make of the same slides, side by side: a and b are two command lines of train.py.
 
-    python data.py --task=compare --a='config/toy.py' --b='config/toy.py --exact_reads=false' --out=out/compare
-    python data.py --task=stats config/vitg.py --samples=10000
+    python prepare/compare.py --a='config/toy.py' --b='config/toy.py --exact_reads=false' --out=out/compare
 
-compare writes compare.csv (a row a tile), compare.png and prints a table: um/px, tissue, black and white pixels,
-sharpness, near-duplicates (of 64 bits of a difference hash at most NEAR differ) and tiles that overlap another by half.
+Prints a table and writes compare.csv (a row per tile) and compare.png: um/px, width of the tile, shares of tissue,
+black and white pixels, sharpness, near-duplicates, and tiles that share more than half their area with another one.
 """
-import json
 import math
 import os
+import shlex
+import sys
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sources
 import wsi
+from configurator import configure
 from prepare import report
+from prepare.stats import train_keys
 
-NEAR = 4          # differing bits, of 64, up to which two tiles count as near-duplicates
-RESAMPLES = 1000  # bootstrap samples of the patients
-MEASURES = ("mpp", "field_um", "tissue", "black", "white", "sharpness")
+a = ""          # a command line of train.py
+b = ""          # another
+out = ""        # folder to write
+samples = 2000  # tiles of each
+
+NEAR = 4        # two tiles are near-duplicates if at most this many bits of their 64-bit difference hashes differ
+MEASURES = {"mpp": "um/px", "field_um": "width of the tile, um", "tissue": "share of tissue", "black": "share of black",
+            "white": "share of white", "sharpness": "sharpness"}
 
 
-def compare(c):
-    """c["samples"] tiles each of c["a"] and c["b"], configs with train.py's keys: compare.csv, .png and a table."""
-    os.makedirs(c["out"], exist_ok=True)
-    sides, unreadable = {}, {}
-    for side in "ab":
-        source = sources.open_source(c[side])
+def compare(configs, samples, out):
+    """configs: {"a", "b"} -> train.py's keys. Prints the table, writes compare.csv and .png, returns {side: rows}."""
+    os.makedirs(out, exist_ok=True)
+    sides, columns = {}, {}
+    for side, config in configs.items():
+        source = sources.open_source(config)
         print(f"{side}: {source.about}")
-        sides[side], unreadable[side] = tile_rows(source, side, c["samples"], sources.READ_ERRORS)
-        if not sides[side]:
-            raise ValueError(f"compare: none of {c['samples']} tiles of side {side} could be read")
-        mark_repeats(sides[side], c[side])
-    report.write_csv(os.path.join(c["out"], "compare.csv"), sides["a"] + sides["b"])
-    bins = sorted({mpp_bin(row["mpp"]) for rows in sides.values() for row in rows})
-    a, b = (column(rows, unreadable[side], bins) for side, rows in sides.items())
-    print(f"{'':17} | {'a':^40} | {'b':^40}")
-    for label in a:
-        print(f"{label:17} | {a[label]:>40} | {b[label]:>40}")
-    plot(sides, os.path.join(c["out"], "compare.png"))
-    print(f"{c['out']}/compare.csv")
+        rows = sides[side] = tile_rows(source, side, samples)
+        if not rows:
+            raise ValueError(f"none of {samples} tiles of side {side} could be read")
+        mark_near_duplicates(rows)
+        mark_overlaps(rows, config)
+        columns[side] = column(rows) | {"unreadable": str(samples - len(rows))}
+    report.write_csv(os.path.join(out, "compare.csv"), sides["a"] + sides["b"])
+    print(f"{'':14} | {'a':^40} | {'b':^40}")
+    for label, text in columns["a"].items():
+        print(f"{label:14} | {text:>40} | {columns['b'][label]:>40}")
+    plot(sides, os.path.join(out, "compare.png"))
     return sides
 
 
-def tile_rows(source, side, samples, read_errors):
-    """([a row a tile], number of unreadable ones) of samples 0, 1, ... of a source."""
-    rows, unreadable, reasons = [], 0, {}
+def tile_rows(source, side, samples):
+    """A row per readable tile among samples 0, 1, ... of a source. Prints the most frequent reasons for the others."""
+    rows, reasons = [], {}
     for n in tqdm(range(samples), f"side {side}", unit="tile"):
         try:
             tile, where = source.read(n)
-        except read_errors as e:
-            unreadable += 1
+        except sources.READ_ERRORS as e:
             reasons[str(e)] = reasons.get(str(e), 0) + 1
             continue
-        small = np.asarray(Image.fromarray(tile).convert("L").resize((9, 8), Image.BILINEAR))
-        dhash = np.packbits(small[:, 1:] > small[:, :-1])  # 64 bits: where it gets lighter to the right
         rows.append({
-            "side": side, **{key: where[key] for key in ("slide", "x", "y", "mpp")},
-            "field_um": len(tile) * where["mpp"], "tissue": wsi.tissue_share(tile),
+            "side": side, **where, "field_um": len(tile) * where["mpp"], "tissue": wsi.tissue_share(tile),
             "black": (tile.max(2) < 25).mean(), "white": (tile.min(2) > 220).mean(),
-            "sharpness": report.sharpness(tile), "dhash": dhash.tobytes().hex()})
-    for reason, count in sorted(reasons.items(), key=lambda item: -item[1])[:5]:
-        print(f"side {side}: {count} x unreadable: {reason}")
-    return rows, unreadable
+            "sharpness": report.sharpness(tile), "dhash": difference_hash(tile).tobytes().hex()})
+    for reason in sorted(reasons, key=reasons.get, reverse=True)[:5]:
+        print(f"side {side}: {reasons[reason]} x unreadable: {reason}")
+    return rows
 
 
-def mark_repeats(rows, c):
-    """Sets near_duplicate, 1 if another dhash is NEAR, and overlapped, 1 if half the tile lies in another ("" = ?)."""
+def difference_hash(tile):
+    """64 bits in 8 bytes: where a thumbnail gets lighter to the right."""
+    small = np.asarray(Image.fromarray(tile).convert("L").resize((9, 8), Image.BILINEAR))
+    return np.packbits(small[:, 1:] > small[:, :-1])
+
+
+def mark_near_duplicates(rows):
     hashes = np.array([list(bytes.fromhex(row["dhash"])) for row in rows], np.uint8)
-    bits = np.unpackbits(hashes, axis=1) * np.float32(2) - 1  # 1 and -1: a product counts agreement
-    groups = {}
+    bits = np.unpackbits(hashes, axis=1) * np.float32(2) - 1  # 1 and -1: a product counts bits that agree
     for row, own in zip(rows, bits):
         row["near_duplicate"] = int((bits @ own >= 64 - 2 * NEAR).sum() > 1)
-        groups.setdefault(row["slide"], []).append(row)
-    for path, group in groups.items():
-        try:  # x and y are in level-0 px, which only the slide can turn into um
-            mpp_xy = wsi.Slide(path, c["slide_mpp"] or None, mpp_from_objective=c["mpp_from_objective"]).mpp_xy
+
+
+def mark_overlaps(rows, config):
+    """Sets overlapped to 1 if another tile covers more than half of the tile, to "" if the slide does not say."""
+    by_slide = {}
+    for row in rows:
+        by_slide.setdefault(row["slide"], []).append(row)
+    for path, group in by_slide.items():
+        try:  # only the slide can turn x and y, in level-0 px, into um
+            mpp_xy = sources.open_slide(path, config).mpp_xy
         except wsi.SlideError:
             mpp_xy = (math.nan, math.nan)
         low = np.array([(row["x"], row["y"]) for row in group]) * mpp_xy  # (n, 2), um
@@ -89,12 +103,7 @@ def mark_repeats(rows, c):
             row["overlapped"] = "" if np.isnan(area[i]) else int((area > 0.5).sum() > 1)
 
 
-def mpp_bin(mpp):
-    """Bins of an eighth of an octave, 9 %: one scanner's 0.2498 and another's 0.2525 um/px are in the same."""
-    return round(8 * math.log2(mpp)) / 8 if mpp > 0 else math.inf
-
-
-def column(rows, unreadable, bins):
+def column(rows):
     """{label: text} of one side of the table."""
     texts = {"": "".join(f"{head:>10}" for head in ("5 %", "median", "95 %", "mean"))}
     for key in MEASURES:
@@ -103,10 +112,7 @@ def column(rows, unreadable, bins):
     for key in ("near_duplicate", "overlapped"):
         values = [row[key] for row in rows if row[key] != ""]
         texts[key] = f"{np.mean(values):.1%}" if values else "unknown"
-    for octave in bins:
-        label = f"{2 ** (octave - 1 / 16):.2f} - {2 ** (octave + 1 / 16):.2f}" if octave < math.inf else "unknown"
-        texts[f"um/px {label}"] = f"{np.mean([mpp_bin(row['mpp']) == octave for row in rows]):.1%}"
-    return texts | {"tiles": str(len(rows)), "unreadable": str(unreadable)}
+    return texts | {"tiles": str(len(rows))}
 
 
 def plot(sides, file):
@@ -115,50 +121,19 @@ def plot(sides, file):
     except ImportError:
         return print("no compare.png: it needs matplotlib")
     figure = Figure((12, 6), layout="constrained")
-    for axes, key in zip(figure.subplots(2, 3).flat, MEASURES):
+    for axes, (key, label) in zip(figure.subplots(2, 3).flat, MEASURES.items()):
         values = [[row[key] for row in rows if row[key] == row[key]] for rows in sides.values()]
-        axes.hist(values, 30, range=(0, 1) if key in ("tissue", "black", "white") else None, label=list(sides))
-        axes.set_title(key)
+        axes.hist(values, 30, range=(0, 1) if label.startswith("share") else None, label=list(sides))
+        axes.set(xlabel=label, ylabel="tiles")
     axes.legend()
     figure.savefig(file)
 
 
-# ---- stats: mean and std of a source --------------------------------------------------------------------------------
-
-
-def stats(c):
-    """Prints mean and std of c["samples"] tiles of the source that c names, to be pasted as `norm`; last, as JSON."""
-    result = colour_stats(sources.open_source(c), c, sources.READ_ERRORS)
-    for key in ("mean", "std"):
-        spans = zip(result[key], *result[f"{key}_ci95"])
-        print(f"{key:5}" + ", ".join(f"{v:.4f} ({low:.4f} to {high:.4f})" for v, low, high in spans))
-    few = "; too narrow: there are few patients" if result["patients"] < 20 else ""
-    print(f"{result['tiles']} draws of {result['places']} tiles of {result['patients']} patients, "
-          f"{result['unreadable']} unreadable; in brackets 95 % intervals, by a bootstrap over patients, since "
-          f"tiles of one are alike{few}")
-    print("norm =", tuple(tuple(round(v, 4) for v in result[key]) for key in ("mean", "std")))
-    print(json.dumps(result))
-
-
-def colour_stats(source, c, read_errors=()):
-    """Mean and std per channel, 0 to 1, over all pixels of all tiles, with intervals. Keeps sums, no tiles."""
-    patients, tiles, places = {}, 0, set()
-    for n in tqdm(range(c["samples"]), "stats", unit="tile"):
-        try:
-            tile, where = source.read(n)
-        except read_errors:
-            continue
-        x, who, tiles = tile.reshape(-1, 3) / 255, wsi.patient_of(where["slide"], c["patient"]), tiles + 1
-        places.add(tuple(where.values()))
-        patients[who] = patients.get(who, 0) + np.stack([0 * x[0] + len(x), x.sum(0), (x * x).sum(0)])
-    if not tiles:
-        raise ValueError(f"stats: none of {c['samples']} tiles could be read")
-
-    def moments(sums):  # (patients, 3 sums, 3 channels) -> mean and std (2, 3)
-        count, total, squares = sums.sum(0)
-        return np.stack([total / count, np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))])
-    sums, rng = np.stack(list(patients.values())), np.random.default_rng(c["seed"])
-    draws = [moments(sums[rng.integers(len(sums), size=len(sums))]) for _ in range(RESAMPLES)]
-    (mean, std), ci = moments(sums).tolist(), np.percentile(draws, (2.5, 97.5), axis=0)
-    return {"mean": mean, "std": std, "mean_ci95": ci[:, 0].tolist(), "std_ci95": ci[:, 1].tolist(), "tiles": tiles,
-            "places": len(places), "patients": len(patients), "unreadable": c["samples"] - tiles}
+if __name__ == "__main__":
+    configure(globals())
+    try:
+        if not (a and b and out):
+            raise ValueError("state --a='config/x.py --key=value' --b='...' --out=FOLDER")
+        compare({side: configure(train_keys(), shlex.split(line)) for side, line in (("a", a), ("b", b))}, samples, out)
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"compare: {e}") from None

@@ -1,23 +1,21 @@
-"""Two preprocessings side by side, and the colours of a source."""
+"""prepare/compare.py and prepare/stats.py: two preprocessings side by side, and the colours of a source."""
 import csv
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_wsi import PINK, flat, pyramid, texture, write_slide
 
-import data
+import sources
 import wsi
-from prepare import compare
+from prepare import compare, stats
 
 ROOT = Path(__file__).parents[1]
-
 
 
 def tissue(w, h):
@@ -38,10 +36,9 @@ class Fake:
 
 
 def compared(tmp_path, monkeypatch, a, b, samples):
-    fake = SimpleNamespace(open_source=lambda c: Fake(c["tiles"]), READ_ERRORS=(wsi.SlideError, OSError))
-    monkeypatch.setattr(compare, "sources", fake)
-    sides = [{"tiles": tiles, "slide_mpp": 0.0, "mpp_from_objective": False} for tiles in (a, b)]
-    compare.compare({"a": sides[0], "b": sides[1], "samples": samples, "out": str(tmp_path / "out")})
+    monkeypatch.setattr(sources, "open_source", lambda config: Fake(config["tiles"]))
+    keys = stats.train_keys()
+    compare.compare({"a": keys | {"tiles": a}, "b": keys | {"tiles": b}}, samples, str(tmp_path / "out"))
     rows = list(csv.DictReader(open(tmp_path / "out/compare.csv")))
     return [[row for row in rows if row["side"] == side] for side in "ab"]
 
@@ -57,8 +54,6 @@ def test_compare_measures_black_white_scale_and_unreadable_tiles(tmp_path, monke
     assert float(b[0]["sharpness"]) > 100 and b[0]["overlapped"] == ""  # no such slide, so its places mean nothing
     lines = dict(line.split(" | ", 1) for line in capsys.readouterr().out.splitlines() if " | " in line)
     table = {label.strip(): text.split(" | ") for label, text in lines.items()}
-    assert [text.strip() for text in table["um/px 0.24 - 0.26"]] == ["100.0%", "0.0%"]
-    assert [text.strip() for text in table["um/px unknown"]] == ["0.0%", "50.0%"]
     assert [text.strip() for text in table["unreadable"]] == ["2", "0"]
     assert table["field_um"][0].split() == ["16"] * 4
 
@@ -78,21 +73,19 @@ def test_compare_finds_tiles_that_repeat_each_other_and_places_that_overlap(tmp_
     assert [row["overlapped"] for row in a] == ["1", "1", "0", "0", "0"]
 
 
-def test_compare_shows_the_scales_of_a_level_list_against_slides_read_at_a_target(tmp_path, capsys):
-    lines, c = [], dict.fromkeys("slides sample_list shards parquet tiles mix mask_dir mpp_range".split(), "")
-    c |= dict(seed=0, tile_px=64, mpps=(0.5,), tiles_per_visit=4, tissue_share=0.0, open_slides=4, holdout=0.0,
-              patient="none", slide_mpp=0.0, mpp_from_objective=False, exact_reads=True, eval_mpp=0.5, eval_share=0.0)
+def test_compare_shows_the_scales_of_a_level_list_against_slides_read_at_a_target(tmp_path):
+    lines = []
+    keys = stats.train_keys() | dict(tile_px=64, mpps=(0.5,), tissue_share=0.0)
     for mpp in (0.25, 0.36):
         path = write_slide(tmp_path / f"{mpp}.tif", pyramid(tissue(1024, 1024), 2), (mpp, mpp))
         lines += [f"{path} {x} 64 {level}" for x in (64, 264, 464) for level in (0, 1)]
     (tmp_path / "list.txt").write_text("\n".join(lines))
-    sides = {"a": c | {"sample_list": str(tmp_path / "list.txt")}, "b": c | {"slides": str(tmp_path / "*.tif")}}
-    rows = compare.compare(sides | {"samples": 12, "out": str(tmp_path / "out")})
+    sides = {"a": keys | {"sample_list": str(tmp_path / "list.txt")}, "b": keys | {"slides": str(tmp_path / "*.tif")}}
+    rows = compare.compare(sides, 12, str(tmp_path / "out"))
     assert {round(row["mpp"], 2) for row in rows["a"]} == {0.25, 0.36, 0.5, 0.72}
     assert [row["mpp"] for row in rows["b"]] == [0.5] * 12 and {row["field_um"] for row in rows["b"]} == {32}
     assert min(row["tissue"] for row in rows["a"]) > 0.9
-    table = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("um/px 0.48")]
-    assert table == ["um/px 0.48 - 0.52 | 25.0% | 100.0%".split()]
+    assert Image.open(tmp_path / "out/compare.png").size == (1200, 600)
 
 
 def test_compare_without_matplotlib_says_so(tmp_path, monkeypatch, capsys):
@@ -101,39 +94,40 @@ def test_compare_without_matplotlib_says_so(tmp_path, monkeypatch, capsys):
     assert "matplotlib" in capsys.readouterr().out and os.listdir(tmp_path / "out") == ["compare.csv"]
 
 
-# stats
+# ---- stats ----
+
 
 def clustered(rng, slides, tiles, spread=30):
-    """Tiles of flat colours: a colour a slide plus noise a tile."""
+    """Tiles of flat colours: one colour per slide, plus noise per tile."""
     colours = 150 + spread * rng.standard_normal((slides, 1, 3))
     values = np.clip(colours + 8 * rng.standard_normal((slides, tiles, 3)), 0, 255).astype(np.uint8)
     return [(np.broadcast_to(values[i, j], (2, 2, 3)), f"s{i}", 0, 0, 0.5) for i in range(slides) for j in range(tiles)]
 
 
-def test_stats_are_numpys_over_all_pixels_and_can_be_pasted(monkeypatch, capsys):
+def test_stats_are_numpys_over_all_pixels_and_can_be_pasted(capsys):
     rng = np.random.default_rng(0)
     tiles = [(rng.integers(0, 256, (8 + i, 8, 3), np.uint8), f"{name}{i % 4}", 0, 0, 0.5)
              for i, name in enumerate(["s"] * 8 + ["TCGA-AB-1234-"] * 4)]
     tiles.append((OSError("damaged"), "s0", 0, 0, 0.5))
-    fake = SimpleNamespace(open_source=lambda c: Fake(tiles), READ_ERRORS=(OSError,))
-    monkeypatch.setattr(compare, "sources", fake)
-    compare.stats({"samples": 13, "seed": 0, "patient": r"TCGA-\w\w-\w{4}"})
+    result = stats.colour_stats(Fake(tiles), {"samples": 13, "seed": 0, "patient": r"TCGA-\w\w-\w{4}"})
+    stats.show(result)
     lines = capsys.readouterr().out.splitlines()
-    result, pixels = json.loads(lines[-1]), np.concatenate([tile.reshape(-1, 3) for tile, *_ in tiles[:-1]]) / 255
+    assert json.loads(lines[-1]) == result
+    pixels = np.concatenate([tile.reshape(-1, 3) for tile, *_ in tiles[:-1]]) / 255
     assert result["mean"] == pytest.approx(pixels.mean(0)) and result["std"] == pytest.approx(pixels.std(0))
     assert (result["tiles"], result["patients"], result["unreadable"]) == (12, 5, 1)
     pasted = {}
     exec(next(line for line in lines if line.startswith("norm =")), pasted)
     assert np.allclose(pasted["norm"], [result["mean"], result["std"]], atol=1e-4)
-    assert "12 draws of 8 tiles of 5 patients" in lines[-3] and "few patients" in lines[-3]
+    assert lines[-3] == "12 tiles of 5 patients, 1 unreadable"
 
 
 def test_intervals_of_stats_cover_the_truth_although_tiles_of_a_slide_are_alike(monkeypatch):
-    monkeypatch.setattr(compare, "RESAMPLES", 200)
+    monkeypatch.setattr(stats, "RESAMPLES", 200)
     rng, hits, naive = np.random.default_rng(0), [], []
     for _ in range(60):
         tiles = clustered(rng, 30, 5)
-        result = compare.colour_stats(Fake(tiles), {"samples": 150, "seed": 0, "patient": "none"})
+        result = stats.colour_stats(Fake(tiles), {"samples": 150, "seed": 0, "patient": "none"})
         low, high = np.array(result["mean_ci95"]) * 255
         hits.append((low < 149.5) & (149.5 < high))  # uint8 cuts half a level off
         naive.append(high - low > 2 * 1.96 * np.array(result["std"]) * 255 / np.sqrt(150))
@@ -144,36 +138,38 @@ def test_intervals_of_stats_cover_the_truth_although_tiles_of_a_slide_are_alike(
 def test_no_readable_tile_is_an_error_for_stats_and_compare(tmp_path, monkeypatch):
     broken = [(OSError("damaged"), "s", 0, 0, 0.5)]
     with pytest.raises(ValueError, match="none of 5 tiles"):
-        compare.colour_stats(Fake(broken), {"samples": 5, "seed": 0, "patient": "none"}, (OSError,))
+        stats.colour_stats(Fake(broken), {"samples": 5, "seed": 0, "patient": "none"})
     with pytest.raises(ValueError, match="none of 5 tiles of side b"):
         compared(tmp_path, monkeypatch, [(flat(PINK), "s", 0, 0, 0.5)], broken, 5)
 
 
-# real slides
+# ---- the command lines ----
 
 
-# python data.py --task=...
+def run(script, *arguments):
+    return subprocess.run([sys.executable, ROOT / "prepare" / script, *arguments], capture_output=True, text=True)
 
-def run(*arguments):
-    return subprocess.run([sys.executable, ROOT / "data.py", *arguments], capture_output=True, text=True)
+
+def test_train_keys_are_the_keys_of_train_py():
+    keys = stats.train_keys()
+    assert keys["batch_size"] == 48 and keys["norm"] is None and keys["mpps"][0] == 0.25
+    assert not {"rank", "config", "data", "__builtins__"} & set(keys)
 
 
 @pytest.mark.slow
-def test_the_tasks_take_train_pys_keys_and_configs_and_say_what_is_missing(tmp_path):
-    keys = data.train_keys()
-    assert keys["batch_size"] == 48 and keys["norm"] is None and "rank" not in keys and keys["mpps"][0] == 0.25
+def test_the_scripts_take_train_pys_keys_and_configs_and_say_what_is_missing(tmp_path):
     for k in range(6):
         Image.fromarray(np.full((40, 40, 3), (200, 100 + 10 * k, 150), np.uint8)).save(tmp_path / f"{k}.png")
     config = tmp_path / "a.py"
     config.write_text(f"tiles = {str(tmp_path)!r}\nseed = 3\n")
-    done = run(config, "--task=stats", "--samples=6")
+    done = run("stats.py", config, "--samples=6")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["mean"] == pytest.approx([200 / 255, 125 / 255, 150 / 255])
-    done = run("--task=compare", f"--a={config}", f"--b={config} --seed=4", "--samples=6", f"--out={tmp_path}/out")
+    done = run("compare.py", f"--a={config}", f"--b={config} --seed=4", "--samples=6", f"--out={tmp_path}/out")
     assert done.returncode == 0 and (tmp_path / "out/compare.csv").is_file(), done.stderr
     assert "config: seed = 4" in done.stdout
-    for arguments, message in ((["--task=stats"], "set exactly one of slides"), ([], "--task=stats --slides=..."),
-                               (["--task=stats", "--tile=x"], "did you mean 'tiles'"),
-                               (["--task=compare", f"--a={config}"], "--a= --b= --out=")):
-        failed = run(*arguments)
+    for script, argument, message in (("stats.py", "--samples=1", "set exactly one of slides"),
+                                      ("stats.py", "--tile=x", "did you mean 'tiles'"),
+                                      ("compare.py", f"--a={config}", "--b='...' --out=")):
+        failed = run(script, argument)
         assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr

@@ -1,4 +1,4 @@
-"""Tiles, crops, masks, colour and the order of samples; several tests are bugs that such code bases really had."""
+"""Crops, masks, colour and the order of samples. Several tests are bugs that such codebases really had."""
 import colorsys
 import itertools
 import math
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 
 import data
 import model
@@ -42,7 +43,15 @@ def batches(source=None, rank=0, world=1, offset=0, **changes):
 def equal(a, b):
     assert a.keys() == b.keys()
     for k in a:
-        assert torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k], k
+        if isinstance(a[k], dict):
+            equal(a[k], b[k])
+        else:
+            assert torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k], k
+
+
+def drawn(rng, config, blur, count):
+    """The stacked colour parameters of several crops."""
+    return default_collate([data.colour_parameters(rng, config, blur) for _ in range(count)])
 
 
 # ---- order ----------------------------------------------------------------------------------------------------------
@@ -70,9 +79,11 @@ def test_workers_do_not_change_a_batch():
 def test_an_image_does_not_depend_on_how_many_ranks_share_the_batch():
     whole = batches(batch_size=4)[3]
     halves = [batches(rank=r, world=2, batch_size=2)[3] for r in range(2)]
-    for key in ("global_crops", "local_crops", "global_colour", "local_colour"):
-        views = [h[key].unflatten(0, (-1, 2)) for h in halves]  # crop-major
-        assert torch.equal(torch.cat(views, 1).flatten(0, 1), whole[key]), key
+    for kind in ("global", "local"):
+        for key in (f"{kind}_crops", *whole[f"{kind}_colour"]):
+            of_halves = [{**h, **h[f"{kind}_colour"]}[key].unflatten(0, (-1, 2)) for h in halves]  # crop-major
+            joined = torch.cat(of_halves, 1).flatten(0, 1)
+            assert torch.equal(joined, {**whole, **whole[f"{kind}_colour"]}[key]), key
 
 
 def test_after_a_resume_with_another_batch_the_samples_go_on_where_they_stopped():
@@ -150,15 +161,15 @@ def test_global_and_local_crops_have_their_own_scales():
 
 def test_blur_width_and_jitter_order_are_drawn_over_their_whole_range():
     rng = np.random.default_rng(0)
-    sigma = torch.stack([data.colour_parameters(rng, CONFIG, 1.0)[10] for _ in range(500)])
+    colour = drawn(rng, CONFIG, 1.0, 500)
+    sigma = colour["blur"]
     assert 0.1 <= sigma.min() < 0.2 and 1.9 < sigma.max() <= 2.0 and abs(sigma.mean() - 1.05) < 0.1
-    assert sorted(map(tuple, data.ORDERS.tolist())) == sorted(itertools.permutations(range(4)))
-    crops, rows = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8), off(1)
-    rows[:, 5:9] = torch.tensor([1.2, 0.8, 0.9, 0.05])
-    results = set()
-    for order in range(24):
-        rows[:, 4] = order
-        results.add(tuple(data.augment(crops, rows, CONFIG, "cpu").flatten().tolist()))
+    orders = list(itertools.permutations(range(4)))
+    assert {*map(tuple, colour["order"].tolist())} == {(-1, -1, -1, -1), *orders}
+    crops, results = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8), set()
+    for order in orders:
+        one = off(1, order=order, jitter=(1.2, 0.8, 0.9, 0.05))
+        results.add(tuple(data.augment(crops, one, CONFIG, "cpu").flatten().tolist()))
     assert len(results) > 6, "the order of the four operations matters"
 
 
@@ -194,29 +205,31 @@ def test_shares_of_blurred_gray_and_jittered_crops_equal_the_keys():
     """The bug: a blur probability applied as its complement."""
     rng = np.random.default_rng(0)
     for blur in (0.0, 0.9, 0.5):
-        rows = torch.stack([data.colour_parameters(rng, CONFIG, blur) for _ in range(2000)])
-        share = [(rows[:, 0] > 0), (rows[:, 4] >= 0), (rows[:, 9] > 0), (rows[:, 10] > 0)]
+        colour = drawn(rng, CONFIG, blur, 2000)
+        share = [colour["hed"], colour["order"][:, 0] >= 0, colour["gray"], colour["blur"] > 0]
         for got, want in zip(share, (0.5, 0.8, 0.2, blur)):
             assert abs(got.float().mean() - want) < 0.04, (got.float().mean(), want)
-        assert set(rows[:, 4].tolist()) == {-1.0, *map(float, range(24))}
     for first, second, local in ((False, True, False), (True, False, True)):
         batch = batches(blur_prob=(float(first), float(second), float(local)))[0]
-        assert (batch["global_colour"][:, 10] > 0).tolist() == [first] * 4 + [second] * 4  # crop-major
-        assert (batch["local_colour"][:, 10] > 0).tolist() == [local] * 12
+        assert (batch["global_colour"]["blur"] > 0).tolist() == [first] * 4 + [second] * 4  # crop-major
+        assert (batch["local_colour"]["blur"] > 0).tolist() == [local] * 12
 
 
 def test_stain_shifts_and_jitter_reach_the_stated_widths_to_both_sides():
-    rng, c = np.random.default_rng(0), {**CONFIG, "hed_nats": 0.5, "jitter": (0.4, 0.3, 0.2, 0.1)}
-    rows = torch.stack([data.colour_parameters(rng, c, 0.5) for _ in range(1000)])[:, [1, 2, 3, 5, 6, 7, 8]]
-    centre, width = torch.tensor([0, 0, 0, 1, 1, 1, 0]), torch.tensor([0.5, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1])
-    reached = (rows - centre) / width
+    rng, config = np.random.default_rng(0), {**CONFIG, "hed_nats": 0.5, "jitter": (0.4, 0.3, 0.2, 0.1)}
+    colour = drawn(rng, config, 0.5, 1000)
+    shift = colour["hed_shift"] / 0.5
+    jitter = (colour["jitter"] - torch.tensor([1, 1, 1, 0])) / torch.tensor([0.4, 0.3, 0.2, 0.1])
+    reached = torch.cat([shift, jitter], 1)
     assert 0.98 < reached.amax(0).min() and reached.amax() <= 1.00001
     assert -0.98 > reached.amin(0).max() and reached.amin() >= -1.00001
 
 
-def off(n):
-    row = torch.tensor([0, 0, 0, 0, -1, 1, 1, 1, 0, 0, 0.0])
-    return row.repeat(n, 1)
+def off(n, **changes):
+    """Colour parameters of n crops that change nothing, except for what is named."""
+    row = dict(hed=False, hed_shift=(0.2, 0.2, 0.2), order=(-1, -1, -1, -1), jitter=(1.2, 0.8, 1.1, 0.05), gray=False,
+               blur=0.0)
+    return default_collate([{name: torch.tensor(value) for name, value in (row | changes).items()}] * n)
 
 
 @pytest.mark.parametrize("norm, mean, std", [
@@ -236,12 +249,11 @@ def test_a_normalisation_that_is_none_is_named(norm):
         model.norm_values(norm)
 
 
-@pytest.mark.parametrize("column, value", [(0, 1.0), (4, 5.0), (9, 1.0), (10, 1.5)])
-def test_augment_changes_only_the_crops_that_were_drawn(column, value):
-    crops, rows = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), off(4)
-    rows[[1, 3], column] = value
-    rows[:, 1:4], rows[:, 5:9] = 0.2, torch.tensor([1.2, 0.8, 1.1, 0.05])
-    changed = data.augment(crops, rows, CONFIG, "cpu") - data.augment(crops, off(4), CONFIG, "cpu")
+@pytest.mark.parametrize("name, value", [("hed", True), ("order", (0, 3, 2, 1)), ("gray", True), ("blur", 1.5)])
+def test_augment_changes_only_the_crops_that_were_drawn(name, value):
+    crops, colour = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), off(4)
+    colour[name][[1, 3]] = torch.tensor(value)
+    changed = data.augment(crops, colour, CONFIG, "cpu") - data.augment(crops, off(4), CONFIG, "cpu")
     changed = changed.abs().amax((1, 2, 3))
     assert (changed[[1, 3]] > 0.01).all() and (changed[[0, 2]] == 0).all()
 
@@ -263,15 +275,15 @@ def plain_jitter(x, k, f):
     return np.clip(f * x + (1 - f) * (0, gray.mean(), gray[..., None])[k], 0, 1)
 
 
-def plain_augment(crop, row, form):
+def plain_augment(crop, draw, form):
     """data.augment with norm = "half" of one uint8 (3, S, S), in float64 and without a batch."""
     x = crop.permute(1, 2, 0).double().numpy() / 255
-    hed, *shift, order, b, c, s, h, gray, sigma = row.tolist()
-    x = plain_stains(x, shift, form) if hed else x
-    for k in list(itertools.permutations(range(4)))[int(order)] if order >= 0 else ():
-        x = plain_jitter(x, k, (b, c, s, h)[k])
-    x = plain_jitter(x, 2, 0.0) if gray else x
-    if sigma:
+    draw = {name: value.tolist() for name, value in draw.items()}
+    x = plain_stains(x, draw["hed_shift"], form) if draw["hed"] else x
+    for k in draw["order"]:
+        x = plain_jitter(x, k, draw["jitter"][k]) if k >= 0 else x
+    x = plain_jitter(x, 2, 0.0) if draw["gray"] else x
+    if sigma := draw["blur"]:
         taps = np.exp(-0.5 * (np.arange(-4, 5) / sigma) ** 2)
         edged = np.pad(x, ((4, 4), (4, 4), (0, 0)), "reflect")
         windows = np.lib.stride_tricks.sliding_window_view(edged, (9, 9), (0, 1))
@@ -281,13 +293,13 @@ def plain_augment(crop, row, form):
 
 @pytest.mark.parametrize("form", ["od", "openmidnight"])
 def test_augment_of_a_batch_equals_a_plain_float64_reference_of_each_crop(form):
-    rng, c = np.random.default_rng(0), {**CONFIG, "hed": form, "hed_nats": 0.7, "jitter": (0.4, 0.4, 0.2, 0.1)}
+    rng, config = np.random.default_rng(0), {**CONFIG, "hed": form, "hed_nats": 0.7, "jitter": (0.4, 0.4, 0.2, 0.1)}
     crops = torch.from_numpy(rng.integers(0, 256, (24, 3, 12, 12), dtype=np.uint8))
     crops[:, :, :2, :8] = torch.tensor(list(itertools.product((0, 255), repeat=3)), dtype=torch.uint8).T[:, None]
     crops[:, :, 2, :8] = torch.arange(0, 256, 32, dtype=torch.uint8)  # the cube's corners, and grays
-    rows = torch.stack([data.colour_parameters(rng, c, 0.5) for _ in crops])
-    for got, crop, row in zip(data.augment(crops, rows, c, "cpu"), crops, rows):
-        np.testing.assert_allclose(got, plain_augment(crop, row, form), atol=2e-4, rtol=0, err_msg=f"{row.tolist()}")
+    draws = [data.colour_parameters(rng, config, 0.5) for _ in crops]
+    for got, crop, draw in zip(data.augment(crops, default_collate(draws), config, "cpu"), crops, draws):
+        np.testing.assert_allclose(got, plain_augment(crop, draw, form), atol=2e-4, rtol=0, err_msg=f"{draw}")
 
 
 def test_hed_shift_equals_scikit_image():
