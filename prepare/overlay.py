@@ -1,0 +1,119 @@
+"""
+A picture per slide of what would be cut: the tissue's outline in green, the tiles in blue, a scale bar.
+
+    python prepare/overlay.py --slides='data/TCGA/**/*.svs' --out=out/overlay      # out/overlay/NAME.png
+"""
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import wsi
+from configurator import configure
+from prepare.report import tissue_mm2
+from prepare.slides import each, one_line, open_slide, run, slides_of
+
+slides = ""         # glob of whole-slide images
+out = ""            # folder to write; pictures that are there are drawn again
+mpps = (0.5,)       # um/px of the tiles; the first that the slide is fine enough for is drawn
+tile_px = 256
+overlap = 0         # px of a tile that its neighbour repeats
+min_tissue = 0.25   # share of a tile's area in the tissue mask
+slide_mpp = 0.0     # um/px of level 0 of every slide, overriding what the files say; 0 = believe the files
+mpp_from_objective = False  # where nothing better is stated, take 10 / objective power: a guess, off by up to 50 %
+exact_reads = True  # undo OpenSlide's interpolation
+mask_dir = ""       # folder that keeps tissue masks for the other scripts and for training; "" = none
+names = "stem"      # of pictures: the slide's file name, or "path": with its folders, where file names repeat
+part = ""           # "3/16": every 16th slide, from the third on
+workers = 2         # slides at a time, each in a process of its own
+
+LONGER_SIDE = 1600  # px of a picture
+BLOCK = 128         # px of the picture that are read at a time, because the only level may have 10^10 pixels
+
+
+def draw_slide(path, name, config):
+    """Save one overlay; returns "" or the reason why not."""
+    part = os.path.join(config["out"], f".{name}.{os.getpid()}.png")
+    try:
+        draw(open_slide(path, config), name, config).save(part)
+        os.replace(part, os.path.join(config["out"], f"{name}.png"))
+    except Exception as e:  # of any kind: the others are drawn
+        return one_line(e, path)
+    return ""
+
+
+def draw(slide, name, config):
+    """The slide with the tissue's outline and the tiles of the grid, above a caption."""
+    (w, h), mpp_xy, size = slide.dimensions, np.array(slide.mpp_xy), config["tile_px"]
+    fine = [mpp for mpp in config["mpps"] if max(mpp_xy) <= mpp * wsi.MAX_ENLARGE]
+    mpp = fine[0] if fine else config["mpps"][0]
+    um = max(max(mpp_xy * (w, h)) / LONGER_SIDE, *mpp_xy)  # um per pixel of the picture
+    image = thumbnail(slide, um)
+    mask, cell = slide.tissue_mask()
+    tissue = Image.fromarray(np.uint8(255) * mask)
+    corner = np.rint(mask.shape[::-1] * np.array(cell) * mpp_xy / um).astype(int)
+    tissue = tissue.resize(corner.tolist(), Image.NEAREST).crop((0, 0, *image.size))
+    edge = np.asarray(tissue.filter(ImageFilter.MaxFilter(3))) > np.asarray(tissue.filter(ImageFilter.MinFilter(3)))
+    xy, _ = slide.grid(size, mpp, config["min_tissue"], config["overlap"])
+    side = slide.extent(size, mpp) * mpp_xy / um
+    lines = Image.new("L", image.size)
+    strength = 200 if max(side) > 30 else 110  # fainter where tiles are small: a line must not hide what it surrounds
+    for low in xy * mpp_xy / um:
+        ImageDraw.Draw(lines).rectangle((*low.round(), *(low + side).round()), outline=strength)
+    image.paste((20, 60, 220), mask=lines)
+    image.paste((0, 140, 50), mask=Image.fromarray(np.uint8(255) * edge))
+    power = f", objective {slide.power:g}x" if slide.power > 0 else ""
+    return caption(image, um, [
+        name, f"{w} x {h} px of {slide.mpp:.4g} um ({slide.mpp_source}){power}",
+        f"tissue {tissue_mm2(slide):.3g} mm2: {len(xy)} tiles of {size} px at {mpp:g} um/px"])
+
+
+def thumbnail(slide, um):
+    """The whole slide at um/px as an image; what is damaged is orange."""
+    w, h = np.maximum(np.rint(np.array(slide.dimensions) * slide.mpp_xy / um), 1).astype(int).tolist()
+    image = Image.new("RGB", (w, h), (255, 200, 0))
+    for y in range(0, h, BLOCK):
+        for x in range(0, w, BLOCK):
+            place = np.rint((x, y) * np.array(um) / slide.mpp_xy).astype(int)
+            tiles, errors = slide.read_tiles([place], BLOCK, um)
+            if not errors:
+                image.paste(Image.fromarray(tiles[0]), (x, y))
+    return image
+
+
+def caption(image, um, texts):
+    """The image above a white strip with a scale bar and lines of text; wider where the text needs it."""
+    mm = scale_bar(image.width * um / 1000)
+    font, bar, y = ImageFont.load_default(22), round(mm * 1000 / um), image.height + 22
+    width = max(image.width, 24 + math.ceil(max(font.getlength(text) for text in texts)))
+    canvas = Image.new("RGB", (width, y + 20 + 30 * len(texts)), "white")
+    canvas.paste(image)
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle((12, y - 4, 12 + bar - 1, y + 3), fill="black")
+    draw.text((12 + bar + 10, y), f"{mm:g} mm", "black", font, "lm")
+    draw.multiline_text((12, y + 14), "\n".join(texts), "black", font)
+    return canvas
+
+
+def scale_bar(width):
+    """mm: 1 where that is a third to a fortieth of the width, else a round length of at most a third."""
+    rounds = [digit * 10.0 ** power for power in range(-3, 3) for digit in (1, 2, 5)]
+    return 1.0 if 3 <= width <= 40 else max((mm for mm in rounds if mm <= width / 3), default=rounds[0])
+
+
+def main(config):
+    jobs = [(path, name, config) for path, name in slides_of(config).items()]
+    errors = 0
+    for number, ((path, *_), error, death) in enumerate(each(draw_slide, jobs, config["workers"]), 1):
+        error = death if error is None else error
+        errors += error != ""
+        print(f"{number} of {len(jobs)}: {path}: {error or 'drawn'}")
+    print(f"{len(jobs) - errors} of {len(jobs)} slides drawn in {config['out']}")
+
+
+if __name__ == "__main__":
+    run("overlay", main, configure(globals()))
