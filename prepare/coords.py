@@ -1,9 +1,9 @@
 """
-Places of tiles in TRIDENT's or CLAM's files: written from the grid over the tissue, and read by tiles.py, features.py.
+Places of tiles in TRIDENT's or CLAM's files: written from the grid over the tissue, read by tiles.py and features.py.
 
-    python prepare/coords.py --slides='slides/*.svs' --out=data/coords                    # A_patches.h5, TRIDENT's layout
-    python prepare/coords.py --slides='slides/*.svs' --out=data/coords --layout=clam      # A.h5, CLAM's
-    python prepare/tiles.py ... --coords=data/coords                                      # tiles at these places
+    python prepare/coords.py --slides='slides/*.svs' --out=data/coords                   # A_patches.h5, as TRIDENT's
+    python prepare/coords.py --slides='slides/*.svs' --out=data/coords --layout=clam     # A.h5, as CLAM's
+    python prepare/tiles.py ... --coords=data/coords                                     # tiles at these places
 
 A rerun skips the slides whose file is there; prepare/slides.py says more.
 """
@@ -22,23 +22,12 @@ except ImportError:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import wsi
-from configurator import configure
 from prepare.slides import open_slide, run, walk
 
-slides = ""         # glob of whole-slide images
-out = ""            # folder to write
+# the keys of prepare/slides.py (slides, out, part, workers, ...) and these
 layout = "trident"  # or "clam"
 mpp = 0.5           # um/px of the tiles
 tile_px = 256
-overlap = 0         # px of a tile that its neighbour repeats
-min_tissue = 0.25   # share of a tile's area in the tissue mask
-slide_mpp = 0.0     # um/px of level 0 of every slide, overriding what the files say; 0 = believe the files
-mpp_from_objective = False  # where nothing better is stated, take 10 / objective power: a guess, off by up to 50 %
-exact_reads = True  # undo OpenSlide's interpolation
-mask_dir = ""       # folder that keeps tissue masks for the other scripts and for training; "" = none
-names = "stem"      # of outputs: the slide's file name, or "path": with its folders, where file names repeat
-part = ""           # "3/16": every 16th slide, from the third on
-workers = 2         # slides at a time, each in a process of its own
 
 
 def grid(slide, config, mpp):
@@ -54,12 +43,6 @@ def need_h5py():
     if h5py is None:
         raise ValueError("TRIDENT's and CLAM's files need h5py: pip install h5py")
 
-
-def need_coords(config):
-    """ValueError if the key `coords` names files that cannot be read."""
-    need_h5py()
-    if not os.path.isdir(config["coords"]):
-        raise ValueError(f"coords={config['coords']}: no such folder")
 
 
 def find_coords(slide, name, config):
@@ -148,4 +131,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run("coords", main, configure(globals()))
+    run("coords", main, globals())

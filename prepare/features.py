@@ -21,30 +21,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 import wsi
-from configurator import configure
 from prepare import coords as places
 from prepare.slides import open_slide, run, walk
 from prepare.tiles import check_damage
 
-slides = ""         # glob of whole-slide images
-out = ""            # folder to write
+# the keys of prepare/slides.py (slides, out, part, workers, ...) and these
 weights = ""        # the tile encoder's file
 arch = ""           # of weights that do not say it; "" = found out
 norm = None         # "imagenet", "half", (mean, std); None = the weights' own, else imagenet
 mpp = 0.5           # um/px of the tiles
 tile_px = 224       # a multiple of the encoder's patch
-overlap = 0         # px of a tile that its neighbour repeats
-min_tissue = 0.25   # share of a tile's area in the tissue mask
 coords = ""         # folder of TRIDENT's or CLAM's .h5 to take the places from; "" = the grid
-slide_mpp = 0.0     # um/px of level 0 of every slide, overriding what the files say; 0 = believe the files
-mpp_from_objective = False  # where nothing better is stated, take 10 / objective power: a guess, off by up to 50 %
-exact_reads = True  # undo OpenSlide's interpolation
-mask_dir = ""       # folder that keeps tissue masks for the other scripts and for training; "" = none
-names = "stem"      # of outputs: the slide's file name, or "path": with its folders, where file names repeat
-part = ""           # "3/16": every 16th slide, from the third on
 batch_size = 64     # tiles per forward pass
 device = ""         # "cuda" or "cpu"; "" = cuda if there is one
-workers = 2         # processes that read ahead
+workers = 2         # processes that read ahead of the GPU; slides come one after the other
 region_mb = 16      # memory of one read per worker; larger reads leave the cache and are slower
 
 
@@ -103,16 +93,16 @@ def write_features(path, name, file, part, config, encoder, about):
         places.write_h5(part, arrays, {"features": about, "coords": attrs})
     else:
         with open(part, "wb") as f:
-            np.savez(f, **arrays, **about, **attrs)
+            np.savez(f, **arrays, **(about | attrs))
     os.replace(part, file)
-    return f"{len(good)} tiles, {len(bad)} damaged ones left out"
+    return f"{len(good)} tiles" + (f", {len(bad)} damaged ones left out" if bad else "")
 
 
 def main(config):
     if not config["weights"]:
         raise ValueError("weights: give the tile encoder's file, --weights=FILE")
     if config["coords"]:
-        places.need_coords(config)
+        places.need_h5py()
     vit = model.load_backbone(config["weights"], config["arch"] or None).eval()
     patch = vit.arch.patch_size
     if config["tile_px"] % patch:
@@ -131,4 +121,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run("features", main, configure(globals()))
+    run("features", main, globals())

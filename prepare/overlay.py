@@ -13,23 +13,12 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import wsi
-from configurator import configure
 from prepare.report import tissue_mm2
 from prepare.slides import each, one_line, open_slide, run, slides_of
 
-slides = ""         # glob of whole-slide images
-out = ""            # folder to write; pictures that are there are drawn again
+# the keys of prepare/slides.py (slides, out, part, workers, ...) and these
 mpps = (0.5,)       # um/px of the tiles; the first that the slide is fine enough for is drawn
 tile_px = 256
-overlap = 0         # px of a tile that its neighbour repeats
-min_tissue = 0.25   # share of a tile's area in the tissue mask
-slide_mpp = 0.0     # um/px of level 0 of every slide, overriding what the files say; 0 = believe the files
-mpp_from_objective = False  # where nothing better is stated, take 10 / objective power: a guess, off by up to 50 %
-exact_reads = True  # undo OpenSlide's interpolation
-mask_dir = ""       # folder that keeps tissue masks for the other scripts and for training; "" = none
-names = "stem"      # of pictures: the slide's file name, or "path": with its folders, where file names repeat
-part = ""           # "3/16": every 16th slide, from the third on
-workers = 2         # slides at a time, each in a process of its own
 
 LONGER_SIDE = 1600  # px of a picture
 BLOCK = 128         # px of the picture that are read at a time, because the only level may have 10^10 pixels
@@ -116,4 +105,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run("overlay", main, configure(globals()))
+    run("overlay", main, globals())

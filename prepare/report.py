@@ -15,23 +15,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import wsi
-from configurator import configure
 from prepare.slides import each, one_line, open_slide, part_file, run, slides_of, write_csv
 
-slides = ""         # glob of whole-slide images
-out = ""            # folder to write
+# the keys of prepare/slides.py (slides, out, part, workers, ...) and these
 mpps = (0.5,)       # um/px of the tiles to count, one or several
 tile_px = 256
-overlap = 0         # px of a tile that its neighbour repeats
-min_tissue = 0.25   # share of a tile's area in the tissue mask
 patient = r"TCGA-\w\w-\w{4}"  # regular expression in the file name; without a match a slide is its own patient
-slide_mpp = 0.0     # um/px of level 0 of every slide, overriding what the files say; 0 = believe the files
-mpp_from_objective = False  # where nothing better is stated, take 10 / objective power: a guess, off by up to 50 %
-exact_reads = True  # undo OpenSlide's interpolation
-mask_dir = ""       # folder that keeps tissue masks for the other scripts and for training; "" = none
-names = "stem"      # of slides: the file name, or "path": with its folders, where file names repeat
-part = ""           # "3/16": every 16th slide, from the third on, into report.3of16.csv
-workers = 2         # slides at a time, each in a process of its own
 
 SURVEY_UM = 32.0    # um per cell of the picture in which scan defects are sought; a pen's line is 100 um or more
 BLUR_UM = 2.0       # um/px at which a slide's sharpness is measured
@@ -80,31 +69,35 @@ def slide_row(path, name, config):
 def describe(row, slide):
     """What the file says of itself. An mpp that was refused is shown if only the objective power contradicts it."""
     properties, power = slide.properties, slide.power
-    row["vendor"], (row["width"], row["height"]) = slide.vendor, slide.dimensions
+    row["vendor"] = slide.vendor
+    row["width"], row["height"] = slide.dimensions
     row["scanner"] = next((properties[key] for key in SCANNER_KEYS if properties.get(key)), "")
     factors = [np.divide(slide.dimensions, size).mean() for size in slide.level_dimensions]
     row["level_factors"] = " ".join(f"{factor:.4g}" for factor in factors)
-    row["objective_power"], row["agree"] = f"{power:g}" if power > 0 else "", "unknown"
+    row["agree"] = "unknown"
+    if power > 0:
+        row["objective_power"] = f"{power:g}"
     (mpp_x, mpp_y), source = slide.mpp_xy, slide.mpp_source
     if row["error"]:
-        no_power = {key: properties[key] for key in properties if key not in wsi.POWER_KEYS}
+        others = {key: properties[key] for key in properties if key not in wsi.POWER_KEYS}
         try:
-            mpp_x, mpp_y, source = wsi.find_mpp(no_power)
+            mpp_x, mpp_y, source = wsi.find_mpp(others)
         except wsi.SlideError:
             return
-    row["mpp_x"], row["mpp_y"], row["mpp_source"] = round(mpp_x, 5), round(mpp_y, 5), source
-    if power > 0 and not source.startswith("10 /"):  # that one is of the power itself
-        row["agree"] = "yes" if abs((mpp_x + mpp_y) / 2 * power / 10 - 1) <= 0.3 else "no"
+    row["mpp_x"], row["mpp_y"] = round(mpp_x, 5), round(mpp_y, 5)
+    row["mpp_source"] = source
+    if power > 0 and not source.startswith("10 /"):  # that one comes from the power itself
+        ratio = (mpp_x + mpp_y) / 2 * power / 10
+        row["agree"] = "yes" if abs(ratio - 1) <= 0.3 else "no"
 
 
 def measure(row, slide, config):
     """Defects, tissue, tiles, sharpness. What forbids the use of a slide, such as a level that lies, is an error."""
-    picture, damaged = survey(slide)
-    defects = [f"damaged (blocks of 1024 px) {100 * damaged:.1f} %"] if damaged else []
-    defects += scan_defects(picture)
+    defects = survey(slide)
     row["defects"] = "; ".join(defects)
     mask, _ = slide.tissue_mask()
-    row["tissue_share"], row["tissue_mm2"] = round(float(mask.mean()), 4), round(tissue_mm2(slide), 3)
+    row["tissue_share"] = round(float(mask.mean()), 4)
+    row["tissue_mm2"] = round(tissue_mm2(slide), 3)
     finest = max(slide.mpp_xy) / wsi.MAX_ENLARGE
     for mpp in config["mpps"]:
         if finest <= mpp:
@@ -113,17 +106,17 @@ def measure(row, slide, config):
     if not mask.any():
         defects.append("no tissue")
     elif finest <= BLUR_UM:
-        row["sharpness"] = median_sharpness(slide, defects)
+        row["sharpness"] = focus(slide, defects)
     row["defects"] = "; ".join(defects)
     if mask.any():
-        slide.check_levels()  # a mask from mask_dir came without this check
+        slide.check_levels()  # a mask from mask_dir comes without this check
 
 
-def median_sharpness(slide, defects):
-    """Sharpness of eight tiles of 0.5 mm with tissue, at the same places in every report."""
+def focus(slide, defects):
+    """Median sharpness of eight tiles of 0.5 mm with tissue, at the same places in every report."""
     rng = np.random.default_rng(0)
-    xy = [slide.random_tissue(rng, 256, BLUR_UM) for _ in range(8)]
-    tiles, errors = slide.read_tiles(xy, 256, BLUR_UM)
+    places = [slide.random_tissue(rng, 256, BLUR_UM) for _ in range(8)]
+    tiles, errors = slide.read_tiles(places, 256, BLUR_UM)
     values = [sharpness(tile) for i, tile in enumerate(tiles) if i not in errors]
     median = round(float(np.median(values)), 1)
     if errors:
@@ -134,40 +127,45 @@ def median_sharpness(slide, defects):
 
 
 def survey(slide):
-    """(uint8 RGBA (h, w, 4), share in damaged blocks): means over cells of SURVEY_UM, alpha 0 where not scanned."""
+    """Texts on damage and scan defects, from a picture with cells of SURVEY_UM whose alpha is 0 where not scanned."""
     level = max((i for i, mpp in enumerate(slide.level_mpp) if mpp <= SURVEY_UM), default=0)
     (sx, sy), (w, h) = slide.level_scale[level], slide.level_dimensions[level]
     k = max(1, round(SURVEY_UM / slide.level_mpp[level]))
     picture = Image.new("RGBA", (math.ceil(w / k), math.ceil(h / k)))
-    step, damaged, handle = max(1, 1024 // k) * k, 0, openslide.OpenSlide(slide.path)
+    step = max(1, 1024 // k) * k
+    damaged, handle = 0, openslide.OpenSlide(slide.path)
     for y in range(0, h, step):  # in blocks, because the only level may have 10^10 pixels
         for x in range(0, w, step):
-            size = min(step, w - x), min(step, h - y)
+            place, size = (round(x * sx), round(y * sy)), (min(step, w - x), min(step, h - y))
             try:
-                block = handle.read_region((round(x * sx), round(y * sy)), level, size)
+                block = handle.read_region(place, level, size)
                 picture.paste(block.reduce(k), (x // k, y // k))
             except openslide.OpenSlideError:
-                damaged += size[0] * size[1] / (w * h)
+                damaged += size[0] * size[1]
                 handle = openslide.OpenSlide(slide.path)  # after an error the old one fails everywhere
-    return np.asarray(picture), damaged
+    damage = [f"damaged (blocks of 1024 px) {100 * damaged / (w * h):.1f} %"] if damaged else []
+    return damage + scan_defects(np.asarray(picture))
 
 
 def scan_defects(rgba):
     """Texts on pen, black border and unscanned area, each with its share of the slide, where that is 0.1 % or more."""
-    picture, scanned = Image.fromarray(rgba[..., :3]), rgba[..., 3] > 127
-    hue, saturation, value = (np.asarray(band) for band in picture.convert("HSV").split())
+    hsv = np.asarray(Image.fromarray(rgba[..., :3]).convert("HSV"))
+    hue, saturation, value = np.moveaxis(hsv, 2, 0)
+    scanned = rgba[..., 3] > 127
     dark = scanned & (value < 50)
-    rows, columns = np.flatnonzero(dark.mean(1) < 0.5), np.flatnonzero(dark.mean(0) < 0.5)
-    inside = np.zeros_like(dark)
+    border = dark.copy()
+    rows = np.flatnonzero(dark.mean(1) < 0.5)
+    columns = np.flatnonzero(dark.mean(0) < 0.5)
     if len(rows) and len(columns):  # a border is lines from the edge inwards of which more than half is black
-        inside[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] = True
-    green, blue = (hue >= 50) & (hue <= 135), (hue > 135) & (hue <= 177)
-    ink = (green & (saturation > 40)) | (blue & (saturation > 100))
-    shares = {"pen": (ink & (value >= 50) & scanned) | (dark & inside), "black border": dark & ~inside,
-              "unscanned": ~scanned}
+        border[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] = False
+    green = (hue >= 50) & (hue <= 135) & (saturation > 40)
+    blue = (hue > 135) & (hue <= 177) & (saturation > 100)
+    ink = scanned & (green | blue) & (value >= 50)
+    shares = {"pen": ink | (dark & ~border), "black border": border, "unscanned": ~scanned}
     if dark.mean() > 0.5:
         shares = {"dark (fluorescence?)": dark}
-    return [f"{name} {100 * where.mean():.1f} %" for name, where in shares.items() if where.mean() >= 0.001]
+    percent = {name: 100 * where.mean() for name, where in shares.items()}
+    return [f"{name} {share:.1f} %" for name, share in percent.items() if share >= 0.1]
 
 
 def summary(rows, config):
@@ -177,31 +175,33 @@ def summary(rows, config):
         mpp = f"{(row['mpp_x'] + row['mpp_y']) / 2:.3f}" if row["mpp_x"] else "?"
         key = row["scanner"] or row["vendor"] or "?", mpp, row["objective_power"] or "?"
         groups.setdefault(key, []).append(row)
-    heads = "".join(f"{key:>12}" for key in tiles)
-    print(f"{'scanner':24}{'um/px':>7}{'power':>7}{'slides':>8}{'errors':>8}{'tissue mm2':>12}{heads}")
-    for (scanner, mpp, power), group in sorted(groups.items()):
+    lines = [("scanner", "um/px", "power", "slides", "errors", "tissue mm2", *tiles)]
+    for (scanner, *scale), group in sorted(groups.items()):
         errors = sum(row["error"] != "" for row in group)
         area, *counts = [sum(row[key] or 0 for row in group) for key in ("tissue_mm2", *tiles)]
-        columns = "".join(f"{count:12d}" for count in counts)
-        print(f"{scanner[:24]:24}{mpp:>7}{power:>7}{len(group):8d}{errors:8d}{area:12.1f}{columns}")
+        lines.append((scanner[:22], *scale, len(group), errors, f"{area:.1f}", *counts))
+    for first, *others in lines:
+        print(f"{first:24}" + "".join(f"{cell:>11}" for cell in others))
     usable = [row for row in rows if not row["error"] and any(row[key] for key in tiles)]
     print(f"{len(usable)} of {len(rows)} slides usable")
 
 
 def main(config):
     """Write report.csv, in the order of the paths, and print a summary. Returns the rows."""
-    paths, rows, file = slides_of(config), {}, part_file(config, "report.csv")
+    paths, found, rows = slides_of(config), {}, []
+    file = part_file(config, "report.csv")
     jobs = [(path, name, config) for path, name in paths.items()]
-    for (path, name, _), row, death in each(slide_row, jobs, config["workers"]):
-        rows[path] = row or new_row(path, name, config) | {"error": death}
-        print(f"{len(rows)} of {len(paths)}: {name}: {rows[path]['error'] or rows[path]['defects'] or 'sound'}")
-        if len(rows) % 100 == 0 or len(rows) == len(paths):
-            write_csv(file, [rows[path] for path in paths if path in rows])
-    rows = [rows[path] for path in paths]
+    for job, row, death in each(slide_row, jobs, config["workers"]):
+        row = row or new_row(*job) | {"error": death}
+        found[row["slide"]] = row
+        print(f"{len(found)} of {len(jobs)}: {row['name']}: {row['error'] or row['defects'] or 'no defects'}")
+        if len(found) % 100 == 0 or len(found) == len(jobs):
+            rows = [found[path] for path in paths if path in found]
+            write_csv(file, rows)
     summary(rows, config)
     print(file)
     return rows
 
 
 if __name__ == "__main__":
-    run("report", main, configure(globals()))
+    run("report", main, globals())

@@ -1,9 +1,9 @@
 """
-Many slides, one output folder: what the scripts tiles, coords, features, report and overlay have in common.
+Many slides, one output folder: what report.py, overlay.py, tiles.py, coords.py and features.py have in common.
 
 Each slide has a process of its own. If a slide kills it (out of memory, a fault in a codec), that slide is named and
 the others get done. A result is written under another name and renamed, and a rerun skips what is there. Several nodes
-share a folder by parts: --part=3/16 takes every 16th slide of the sorted list, from the third on.
+share a folder by parts: --part=3/16 takes every 16th slide of the sorted list, from the third on. Start each part once.
 
     keys.json     the keys that the folder was begun with: a rerun with others is refused
     failed.csv    the slides that failed, and why; failed.3of16.csv for a part
@@ -14,17 +14,34 @@ import json
 import os
 import shutil
 import signal
+import sys
 from multiprocessing import connection, get_context
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import wsi
+from configurator import configure
+
+# keys of these five scripts, beside their own
+slides = ""         # glob of whole-slide images
+out = ""            # folder to write
+names = "stem"      # of outputs: the slide's file name, or "path": with its folders, where file names repeat
+part = ""           # "3/16": every 16th slide, from the third on
+workers = 2         # slides at a time, each in a process of its own
+slide_mpp = 0.0     # um/px of level 0 of every slide, overriding what the files say; 0 = believe the files
+mpp_from_objective = False  # where nothing better is stated, take 10 / objective power: a guess, off by up to 50 %
+exact_reads = True  # undo OpenSlide's interpolation (wsi.py)
+mask_dir = ""       # folder that keeps tissue masks for these scripts and for training; "" = none
+overlap = 0         # px of a tile that its neighbour repeats
+min_tissue = 0.25   # share of a tile's area in the tissue mask
 
 FREE = """slides out part workers mask_dir region_mb batch_size device weights norm slide_mpp
 mpp_from_objective""".split()  # keys that a rerun may change: each result says what it was made with
 
 
-def run(script, function, config):
-    """Call function(config); an error that the user can mend ends the script with one line."""
+def run(script, function, namespace):
+    """A script: set its keys and those of this file, and call function(config). Errors of the user's are one line."""
+    config = configure({**globals(), **namespace})
     try:
         function(config)
     except (ValueError, OSError) as error:

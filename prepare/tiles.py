@@ -25,28 +25,17 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import wsi
-from configurator import configure
-from prepare.coords import find_coords, grid, need_coords
+from prepare.coords import find_coords, grid, need_h5py
 from prepare.slides import open_slide, run, walk
 
-slides = ""         # glob of whole-slide images
-out = ""            # folder to write
+# the keys of prepare/slides.py (slides, out, part, workers, ...) and these
 mpps = (0.5,)       # um/px of the tiles, one or several
 tile_px = 256
-overlap = 0         # px of a tile that its neighbour repeats
-min_tissue = 0.25   # share of a tile's area in the tissue mask
 tissue_share = 0.0  # share of a tile's pixels in Midnight's range of HSV; 0 = no test
 tiles_per_slide = 0 # random places per slide and mpp instead of the grid; 0 = the grid
 coords = ""         # folder of TRIDENT's or CLAM's .h5 to take the places from; "" = grid or random
 jpeg_quality = 90
 patient = r"TCGA-\w\w-\w{4}"  # regular expression in the file name; without a match a slide is its own patient
-slide_mpp = 0.0     # um/px of level 0 of every slide, overriding what the files say; 0 = believe the files
-mpp_from_objective = False  # where nothing better is stated, take 10 / objective power: a guess, off by up to 50 %
-exact_reads = True  # undo OpenSlide's interpolation
-mask_dir = ""       # folder that keeps tissue masks for the other scripts and for training; "" = none
-names = "stem"      # of outputs: the slide's file name, or "path": with its folders, where file names repeat
-part = ""           # "3/16": every 16th slide, from the third on
-workers = 2         # slides at a time, each in a process of its own
 region_mb = 16      # memory of one read per worker; larger reads leave the cache and are slower
 seed = 0            # of random places
 
@@ -162,7 +151,8 @@ def write_tiles(path, name, file, part, config):
     Path(part).write_text(json.dumps(side))
     os.replace(part, file)
     lacking = "".join(f"; at {mpp} um/px: {reason}" for mpp, reason in skipped.items())
-    return f"{len(table['x'])} tiles, {len(bad)} damaged ones left out{lacking}"
+    damaged = f", {len(bad)} damaged ones left out" if bad else ""
+    return f"{len(table['x'])} tiles{damaged}{lacking}"
 
 
 def main(config):
@@ -172,9 +162,9 @@ def main(config):
     if config["coords"] and config["tiles_per_slide"]:
         raise ValueError("coords, tiles_per_slide: places from files or random ones, not both")
     if config["coords"]:
-        need_coords(config)
+        need_h5py()
     walk("tiles", config, write_tiles, ".json", config["workers"])
 
 
 if __name__ == "__main__":
-    run("tiles", main, configure(globals()))
+    run("tiles", main, globals())
