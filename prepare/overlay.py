@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import wsi
@@ -36,38 +36,47 @@ def draw_slide(path, name, config):
 
 
 def draw(slide, name, config):
-    """The slide with the tissue's outline and the tiles of the grid, above a caption."""
-    (w, h), mpp_xy, size = slide.dimensions, np.array(slide.mpp_xy), config["tile_px"]
+    """The slide with the outline of its tissue and the tiles of its grid, above a caption."""
+    mpp_xy, size = np.array(slide.mpp_xy), config["tile_px"]
     fine = [mpp for mpp in config["mpps"] if max(mpp_xy) <= mpp * wsi.MAX_ENLARGE]
     mpp = fine[0] if fine else config["mpps"][0]
-    um = max(max(mpp_xy * (w, h)) / LONGER_SIDE, *mpp_xy)  # um per pixel of the picture
+    um = max(max(mpp_xy * slide.dimensions) / LONGER_SIDE, *mpp_xy)  # um per pixel of the picture
     image = thumbnail(slide, um)
-    mask, cell = slide.tissue_mask()
-    tissue = Image.fromarray(np.uint8(255) * mask)
-    corner = np.rint(mask.shape[::-1] * np.array(cell) * mpp_xy / um).astype(int)
-    tissue = tissue.resize(corner.tolist(), Image.NEAREST).crop((0, 0, *image.size))
-    edge = np.asarray(tissue.filter(ImageFilter.MaxFilter(3))) > np.asarray(tissue.filter(ImageFilter.MinFilter(3)))
     xy, _ = slide.grid(size, mpp, config["min_tissue"], config["overlap"])
     side = slide.extent(size, mpp) * mpp_xy / um
-    lines = Image.new("L", image.size)
     strength = 200 if max(side) > 30 else 110  # fainter where tiles are small: a line must not hide what it surrounds
-    for low in xy * mpp_xy / um:
-        ImageDraw.Draw(lines).rectangle((*low.round(), *(low + side).round()), outline=strength)
+    lines = Image.new("L", image.size)
+    pen = ImageDraw.Draw(lines)
+    for corner in xy * mpp_xy / um:
+        box = *corner.round(), *(corner + side).round()
+        pen.rectangle(box, outline=strength)
     image.paste((20, 60, 220), mask=lines)
-    image.paste((0, 140, 50), mask=Image.fromarray(np.uint8(255) * edge))
+    image.paste((0, 140, 50), mask=outline(slide, um, image.size))
+    w, h = slide.dimensions
     power = f", objective {slide.power:g}x" if slide.power > 0 else ""
-    return caption(image, um, [
-        name, f"{w} x {h} px of {slide.mpp:.4g} um ({slide.mpp_source}){power}",
-        f"tissue {tissue_mm2(slide):.3g} mm2: {len(xy)} tiles of {size} px at {mpp:g} um/px"])
+    texts = [
+        f"{w} x {h} px of {slide.mpp:.4g} um ({slide.mpp_source}){power}",
+        f"tissue {tissue_mm2(slide):.3g} mm2: {len(xy)} tiles of {size} px at {mpp:g} um/px"]
+    return caption(image, um, [name, *texts])
+
+
+def outline(slide, um, size):
+    """The edge of the tissue mask, white on black."""
+    mask, cell = slide.tissue_mask()
+    extent = mask.shape[::-1] * np.array(cell) * slide.mpp_xy / um
+    scaled = Image.fromarray(mask).resize(extent.round().astype(int).tolist())
+    tissue = Image.new("L", size)
+    tissue.paste(scaled.convert("L"))
+    return ImageChops.subtract(tissue.filter(ImageFilter.MaxFilter(3)), tissue.filter(ImageFilter.MinFilter(3)))
 
 
 def thumbnail(slide, um):
     """The whole slide at um/px as an image; what is damaged is orange."""
-    w, h = np.maximum(np.rint(np.array(slide.dimensions) * slide.mpp_xy / um), 1).astype(int).tolist()
-    image = Image.new("RGB", (w, h), (255, 200, 0))
-    for y in range(0, h, BLOCK):
-        for x in range(0, w, BLOCK):
-            place = np.rint((x, y) * np.array(um) / slide.mpp_xy).astype(int)
+    size = np.array(slide.dimensions) * slide.mpp_xy / um
+    image = Image.new("RGB", size.round().clip(1).astype(int).tolist(), (255, 200, 0))
+    for y in range(0, image.height, BLOCK):
+        for x in range(0, image.width, BLOCK):
+            place = np.rint(np.array([x, y]) * um / slide.mpp_xy).astype(int)
             tiles, errors = slide.read_tiles([place], BLOCK, um)
             if not errors:
                 image.paste(Image.fromarray(tiles[0]), (x, y))
@@ -77,21 +86,24 @@ def thumbnail(slide, um):
 def caption(image, um, texts):
     """The image above a white strip with a scale bar and lines of text; wider where the text needs it."""
     mm = scale_bar(image.width * um / 1000)
-    font, bar, y = ImageFont.load_default(22), round(mm * 1000 / um), image.height + 22
-    width = max(image.width, 24 + math.ceil(max(font.getlength(text) for text in texts)))
-    canvas = Image.new("RGB", (width, y + 20 + 30 * len(texts)), "white")
+    bar, y = round(mm * 1000 / um), image.height + 22
+    font = ImageFont.load_default(22)
+    width = max(font.getlength(text) for text in texts)
+    canvas = Image.new("RGB", (max(image.width, math.ceil(width) + 24), y + 20 + 30 * len(texts)), "white")
     canvas.paste(image)
-    draw = ImageDraw.Draw(canvas)
-    draw.rectangle((12, y - 4, 12 + bar - 1, y + 3), fill="black")
-    draw.text((12 + bar + 10, y), f"{mm:g} mm", "black", font, "lm")
-    draw.multiline_text((12, y + 14), "\n".join(texts), "black", font)
+    pen = ImageDraw.Draw(canvas)
+    pen.rectangle((12, y - 4, 12 + bar - 1, y + 3), fill="black")
+    pen.text((12 + bar + 10, y), f"{mm:g} mm", "black", font, "lm")
+    for i, text in enumerate(texts):
+        pen.text((12, y + 14 + 30 * i), text, "black", font)
     return canvas
 
 
 def scale_bar(width):
-    """mm: 1 where that is a third to a fortieth of the width, else a round length of at most a third."""
+    """A length in mm for a picture of that width: 1 if that is a third to a fortieth of it, else a round third."""
     rounds = [digit * 10.0 ** power for power in range(-3, 3) for digit in (1, 2, 5)]
-    return 1.0 if 3 <= width <= 40 else max((mm for mm in rounds if mm <= width / 3), default=rounds[0])
+    fitting = [mm for mm in rounds if mm <= width / 3]
+    return 1.0 if 3 <= width <= 40 else max(fitting, default=rounds[0])
 
 
 def main(config):
