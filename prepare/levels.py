@@ -4,8 +4,8 @@ A sample list as OpenMidnight's: a random tile with tissue from each pyramid lev
     python prepare/levels.py --slides='data/TCGA/**/*.svs' --out=data/levels.txt --passes=1000
     python prepare/levels.py --slides='data/toy/slides/*' --out=data/toy/levels.txt --tile_px=128 --passes=350
 
-Lines are `path x y level`, where (x, y) is a corner in level-0 pixels, uniform over the slide, from which tile_px pixels
-are read at the level. Up to `draws` places are tried until `tissue_share` of one passes Midnight's HSV rule. So every
+Lines are `path x y level`: (x, y) is a corner in level-0 pixels, uniform over the slide, from which tile_px pixels are
+read at the level. Up to `draws` places are tried until `tissue_share` of one passes Midnight's HSV rule. So every
 level of every slide has the same share of the tiles, whatever its um/px; train.py's `mpps` asks for scales instead.
 OpenMidnight's list has 29 million lines, and its tissue test saw black outside the slide where ours sees white.
 A tile takes about 5 ms. For many slides make lists of parts of them at the same time, and join them by `cat`.

@@ -14,7 +14,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import wsi
 from prepare.report import tissue_mm2
-from prepare.slides import each, one_line, open_slide, run, slides_of
+from prepare.slides import each, open_slide, run, slides_of
 
 # the keys of prepare/slides.py (slides, out, part, workers, ...) and these
 mpps = (0.5,)       # um/px of the tiles; the first that the slide is fine enough for is drawn
@@ -25,14 +25,10 @@ BLOCK = 128         # px of the picture that are read at a time, because the onl
 
 
 def draw_slide(path, name, config):
-    """Save one overlay; returns "" or the reason why not."""
+    """Save one overlay."""
     part = os.path.join(config["out"], f".{name}.{os.getpid()}.png")
-    try:
-        draw(open_slide(path, config), name, config).save(part)
-        os.replace(part, os.path.join(config["out"], f"{name}.png"))
-    except Exception as e:  # of any kind: the others are drawn
-        return one_line(e, path)
-    return ""
+    draw(open_slide(path, config), name, config).save(part)
+    os.replace(part, os.path.join(config["out"], f"{name}.png"))
 
 
 def draw(slide, name, config):
@@ -107,13 +103,11 @@ def scale_bar(width):
 
 
 def main(config):
-    jobs = [(path, name, config) for path, name in slides_of(config).items()]
-    errors = 0
-    for number, ((path, *_), error, death) in enumerate(each(draw_slide, jobs, config["workers"]), 1):
-        error = death if error is None else error
-        errors += error != ""
-        print(f"{number} of {len(jobs)}: {path}: {error or 'drawn'}")
-    print(f"{len(jobs) - errors} of {len(jobs)} slides drawn in {config['out']}")
+    jobs, drawn = [(path, name, config) for path, name in slides_of(config).items()], 0
+    for (path, *_), _, error in each(draw_slide, jobs, config["workers"]):
+        drawn += not error
+        print(f"{path}: {error or 'drawn'}")
+    print(f"{drawn} of {len(jobs)} slides drawn in {config['out']}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ share a folder by parts: --part=3/16 takes every 16th slide of the sorted list, 
     failed.csv    the slides that failed, and why; failed.3of16.csv for a part
 """
 import csv
-import functools
+import glob
 import json
 import os
 import shutil
@@ -94,10 +94,16 @@ def part_file(config, name):
 
 
 def each(function, jobs, workers):
-    """Yields (job, function(*job), "") as they end, each in its own process, or (job, None, reason) if that died."""
+    """Yields (job, function(*job), "") as they end, each in its own process; without workers all are in this one.
+
+    Yields (job, None, reason) for a job that failed or whose process died. Raises OSError: a full disk concerns all.
+    """
+    if not workers:
+        yield from ((job, *call(function, job)) for job in jobs)
+        return
     todo, running, context = list(reversed(jobs)), {}, get_context("fork")
     while todo or running:
-        while todo and len(running) < max(workers, 1):
+        while todo and len(running) < workers:
             job = todo.pop()
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=send, args=(sender, function, job), daemon=True)  # it ends with this one
@@ -107,17 +113,38 @@ def each(function, jobs, workers):
         for receiver in connection.wait(running):
             process, job = running.pop(receiver)
             try:
-                yield job, receiver.recv(), ""
+                result, error = receiver.recv()
             except EOFError:
                 process.join()
                 code = process.exitcode
                 how = signal.strsignal(-code) if code < 0 else f"exit status {code}"
-                yield job, None, f"its process died: {how} (out of memory? try fewer workers)"
+                result, error = None, f"its process died: {how} (out of memory? try fewer workers)"
+            if isinstance(error, OSError):
+                raise error
+            yield job, result, error
 
 
 def send(sender, function, job):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    sender.send(function(*job))
+    try:
+        outcome = call(function, job)
+    except OSError as error:
+        outcome = None, error
+    sender.send(outcome)
+
+
+def call(function, job):
+    try:
+        return function(*job), ""
+    except OSError:
+        raise
+    except Exception as error:  # whatever one slide of 10,000 brings, the others get done
+        return None, one_line(error, job[0])
+
+
+def one_line(error, path):
+    text = " ".join(str(error).split()).removeprefix(f"{path}: ")
+    return text if isinstance(error, wsi.SlideError) else f"{type(error).__name__}: {text}"
 
 
 def write_csv(file, rows):
@@ -127,11 +154,6 @@ def write_csv(file, rows):
         writer.writeheader()
         writer.writerows(rows)
     os.replace(f"{file}.part", file)
-
-
-def one_line(error, path):
-    text = " ".join(str(error).split()).removeprefix(f"{path}: ")
-    return text if isinstance(error, wsi.SlideError) else f"{type(error).__name__}: {text}"
 
 
 def settle(script, config, more):
@@ -160,57 +182,39 @@ def refuse_other(path, file):
         raise ValueError(f"{file} is of {other}, not of {path}: use another --out for these slides")
 
 
-def attempt(job, config, folder, path, name, file):
-    """("done", the job's text), ("failed", why), or ("stop", why) if other slides would fare no better."""
-    part = os.path.join(folder, f"{name}.{os.getpid()}")
-    try:
-        return "done", job(path, name, file, part, config)
-    except OSError as error:
-        return "stop", f"{error.strerror or error} ({error.filename or config['out']})"
-    except Exception as error:  # whatever one slide of 10,000 brings, the others get done
-        return "failed", one_line(error, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
-
-
 def walk(script, config, job, ending, workers, more=()):
     """
     Call job(path, name, file, part, config) for each slide whose file, its name + ending, is missing.
 
-    A job writes `part`, renames it to `file`, and returns what to print. `more` are keys of keys.json. Without workers
-    the jobs run in this process. Raises SystemExit with the first reasons if any slide failed.
+    A job writes `part`, renames it to `file`, and returns what to print. `more` are keys of keys.json. Raises
+    SystemExit with the first reasons if any slide failed.
     """
     names = slides_of(config, dots=ending != ".json")  # a key in a WebDataset's tar has no dots
     settle(script, config, dict(more))
-    files = {path: os.path.join(config["out"], name + ending) for path, name in names.items()}
-    jobs = [(path, names[path], files[path]) for path in names if not os.path.exists(files[path])]
-    if ending == ".json":
-        for path in files.keys() - {path for path, *_ in jobs}:
-            refuse_other(path, files[path])
-    folder = part_file(config, ".unfinished")
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder, jobs, failed = part_file(config, f".unfinished.{os.getpid()}"), [], []
+    for path, name in names.items():
+        file = os.path.join(config["out"], name + ending)
+        if not os.path.exists(file):
+            jobs.append((path, name, file, os.path.join(folder, name), config))
+        elif ending == ".json":
+            refuse_other(path, file)
+    for killed in glob.glob(glob.escape(part_file(config, ".unfinished")) + ".*"):
+        shutil.rmtree(killed)
     os.mkdir(folder)
-    function, failed = functools.partial(attempt, job, config, folder), []
-    results = each(function, jobs, workers) if workers else ((job, function(*job), "") for job in jobs)
     try:
-        for number, ((path, *_), result, death) in enumerate(results, 1):
-            state, text = result or ("failed", death)
-            if state == "stop":
-                raise OSError(f"{text}; the slides that are done are kept, and a rerun does the others")
-            if state == "failed":
-                failed.append({"slide": path, "reason": text})
-            print(f"{script}: {number} of {len(jobs)}: {path}: {text}", flush=True)
+        for number, ((path, _, _, part, _), text, error) in enumerate(each(job, jobs, workers), 1):
+            print(f"{script}: {number} of {len(jobs)}: {path}: {error or text}", flush=True)
+            if error:
+                failed.append({"slide": path, "reason": error})
+                Path(part).unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"{config['out']}: {error}; what is done is kept, and a rerun does the rest") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    conclude(script, config, failed, len(names), len(names) - len(jobs))
-
-
-def conclude(script, config, failed, count, before):
-    """Write failed.csv, or remove it if no slide failed. SystemExit with the first reasons if any did."""
-    file = part_file(config, "failed.csv")
+    before, file = len(names) - len(jobs), part_file(config, "failed.csv")
+    print(f"{script}: {len(jobs) - len(failed)} slides done, {before} were done before, {len(failed)} failed")
     Path(file).unlink(missing_ok=True)
-    print(f"{script}: {count - before - len(failed)} slides done, {before} were done before, {len(failed)} failed")
     if failed:
         write_csv(file, failed)
         reasons = "\n".join(f"  {row['slide']}: {row['reason']}" for row in failed[:5])
-        raise SystemExit(f"{reasons}\n{script}: {len(failed)} of {count} slides failed, see {file}")
+        raise SystemExit(f"{reasons}\n{script}: {len(failed)} of {len(names)} slides failed, see {file}")
