@@ -5,6 +5,7 @@ What to know of slides before using them: their scale, tissue and scan defects, 
 
 A slide that cannot be read, or whose process dies, has a row as well, with the reason and whatever could be learnt.
 """
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -34,8 +35,10 @@ tissue_share tissue_mm2""".split()  # then tiles_0.5 and so on, sharpness, defec
 def sharpness(tile):
     """Variance of a 3 x 3 Laplacian in grey levels; it depends on um/px and on the tissue: compare like with like."""
     gray = np.asarray(Image.fromarray(tile).convert("L"), np.float32)
-    around = gray[:-2, 1:-1] + gray[2:, 1:-1] + gray[1:-1, :-2] + gray[1:-1, 2:]
-    return float((around - 4 * gray[1:-1, 1:-1]).var())
+    beside = gray[1:-1, :-2] + gray[1:-1, 2:]
+    above_below = gray[:-2, 1:-1] + gray[2:, 1:-1]
+    laplacian = beside + above_below - 4 * gray[1:-1, 1:-1]
+    return float(laplacian.var())
 
 
 def tissue_mm2(slide):
@@ -128,78 +131,77 @@ def focus(slide, defects):
 
 def survey(slide):
     """Texts on damage and scan defects, from a picture with cells of SURVEY_UM whose alpha is 0 where not scanned."""
-    level = max((i for i, mpp in enumerate(slide.level_mpp) if mpp <= SURVEY_UM), default=0)
-    (sx, sy), (w, h) = slide.level_scale[level], slide.level_dimensions[level]
+    fine = [level for level, mpp in enumerate(slide.level_mpp) if mpp <= SURVEY_UM]
+    level = max(fine, default=0)
+    scale, (w, h) = slide.level_scale[level], slide.level_dimensions[level]
     k = max(1, round(SURVEY_UM / slide.level_mpp[level]))
-    picture = Image.new("RGBA", (math.ceil(w / k), math.ceil(h / k)))
     step = max(1, 1024 // k) * k
+    picture = Image.new("RGBA", (math.ceil(w / k), math.ceil(h / k)))
     damaged, handle = 0, openslide.OpenSlide(slide.path)
-    for y in range(0, h, step):  # in blocks, because the only level may have 10^10 pixels
-        for x in range(0, w, step):
-            place, size = (round(x * sx), round(y * sy)), (min(step, w - x), min(step, h - y))
-            try:
-                block = handle.read_region(place, level, size)
-                picture.paste(block.reduce(k), (x // k, y // k))
-            except openslide.OpenSlideError:
-                damaged += size[0] * size[1]
-                handle = openslide.OpenSlide(slide.path)  # after an error the old one fails everywhere
-    damage = [f"damaged (blocks of 1024 px) {100 * damaged / (w * h):.1f} %"] if damaged else []
-    return damage + scan_defects(np.asarray(picture))
+    for y, x in itertools.product(range(0, h, step), range(0, w, step)):  # the only level may have 10^10 pixels
+        place = round(x * scale[0]), round(y * scale[1])
+        size = min(step, w - x), min(step, h - y)
+        try:
+            block = handle.read_region(place, level, size)
+            picture.paste(block.reduce(k), (x // k, y // k))
+        except openslide.OpenSlideError:
+            damaged += size[0] * size[1]
+            handle = openslide.OpenSlide(slide.path)  # after an error the old one fails everywhere
+    shares = scan_defects(np.asarray(picture))
+    texts = [f"{name} {100 * share:.1f} %" for name, share in shares.items() if share >= 0.001]
+    if damaged:
+        texts.insert(0, f"damaged (blocks of 1024 px) {100 * damaged / (w * h):.1f} %")
+    return texts
 
 
 def scan_defects(rgba):
-    """Texts on pen, black border and unscanned area, each with its share of the slide, where that is 0.1 % or more."""
+    """{defect: share of the slide} of pen, black border and unscanned area."""
     hsv = np.asarray(Image.fromarray(rgba[..., :3]).convert("HSV"))
     hue, saturation, value = np.moveaxis(hsv, 2, 0)
     scanned = rgba[..., 3] > 127
     dark = scanned & (value < 50)
-    border = dark.copy()
+    if dark.mean() >= 0.5:
+        return {"dark (fluorescence?)": dark.mean()}
     rows = np.flatnonzero(dark.mean(1) < 0.5)
     columns = np.flatnonzero(dark.mean(0) < 0.5)
-    if len(rows) and len(columns):  # a border is lines from the edge inwards of which more than half is black
-        border[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] = False
+    border = dark.copy()  # lines from the edge inwards of which more than half is black
+    border[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] = False
     green = (hue >= 50) & (hue <= 135) & (saturation > 40)
     blue = (hue > 135) & (hue <= 177) & (saturation > 100)
     ink = scanned & (green | blue) & (value >= 50)
-    shares = {"pen": ink | (dark & ~border), "black border": border, "unscanned": ~scanned}
-    if dark.mean() > 0.5:
-        shares = {"dark (fluorescence?)": dark}
-    percent = {name: 100 * where.mean() for name, where in shares.items()}
-    return [f"{name} {share:.1f} %" for name, share in percent.items() if share >= 0.1]
+    pen = ink | (dark & ~border)
+    return {"pen": pen.mean(), "black border": border.mean(), "unscanned": 1 - scanned.mean()}
 
 
 def summary(rows, config):
     """Print slides, errors, tissue and tiles by scanner (or vendor), um/px and objective power."""
-    tiles, groups = [f"tiles_{mpp:g}" for mpp in config["mpps"]], {}
+    tiles = [f"tiles_{mpp:g}" for mpp in config["mpps"]]
+    totals = {}
     for row in rows:
         mpp = f"{(row['mpp_x'] + row['mpp_y']) / 2:.3f}" if row["mpp_x"] else "?"
         key = row["scanner"] or row["vendor"] or "?", mpp, row["objective_power"] or "?"
-        groups.setdefault(key, []).append(row)
-    lines = [("scanner", "um/px", "power", "slides", "errors", "tissue mm2", *tiles)]
-    for (scanner, *scale), group in sorted(groups.items()):
-        errors = sum(row["error"] != "" for row in group)
-        area, *counts = [sum(row[key] or 0 for row in group) for key in ("tissue_mm2", *tiles)]
-        lines.append((scanner[:22], *scale, len(group), errors, f"{area:.1f}", *counts))
-    for first, *others in lines:
-        print(f"{first:24}" + "".join(f"{cell:>11}" for cell in others))
-    usable = [row for row in rows if not row["error"] and any(row[key] for key in tiles)]
+        counts = [row[column] or 0 for column in ("tissue_mm2", *tiles)]
+        totals[key] = np.add(totals.get(key, 0), [1, row["error"] != "", *counts])
+    heads = "um/px", "power", "slides", "errors", "tissue_mm2", *tiles
+    print("scanner".ljust(24), *(f"{head:>10}" for head in heads))
+    for (scanner, mpp, power), total in sorted(totals.items()):
+        print(f"{scanner[:24]:24} {mpp:>10} {power:>10}", *(f"{value:10.7g}" for value in total))
+    usable = [row for row in rows if not row["error"] and any(row[column] for column in tiles)]
     print(f"{len(usable)} of {len(rows)} slides usable")
 
 
 def main(config):
     """Write report.csv, in the order of the paths, and print a summary. Returns the rows."""
     paths, found, rows = slides_of(config), {}, []
-    file = part_file(config, "report.csv")
     jobs = [(path, name, config) for path, name in paths.items()]
-    for job, row, death in each(slide_row, jobs, config["workers"]):
-        row = row or new_row(*job) | {"error": death}
+    for job, row, error in each(slide_row, jobs, config["workers"]):
+        row = row or new_row(*job) | {"error": error}
         found[row["slide"]] = row
         print(f"{len(found)} of {len(jobs)}: {row['name']}: {row['error'] or row['defects'] or 'no defects'}")
         if len(found) % 100 == 0 or len(found) == len(jobs):
             rows = [found[path] for path in paths if path in found]
-            write_csv(file, rows)
+            write_csv(part_file(config, "report.csv"), rows)
     summary(rows, config)
-    print(file)
     return rows
 
 
