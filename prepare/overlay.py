@@ -36,7 +36,8 @@ def draw(slide, name, config):
     mpp_xy, size = np.array(slide.mpp_xy), config["tile_px"]
     fine = [mpp for mpp in config["mpps"] if max(mpp_xy) <= mpp * wsi.MAX_ENLARGE]
     mpp = fine[0] if fine else config["mpps"][0]
-    um = max(max(mpp_xy * slide.dimensions) / LONGER_SIDE, *mpp_xy)  # um per pixel of the picture
+    longer = max(mpp_xy * slide.dimensions)  # um
+    um = max(longer / LONGER_SIDE, *mpp_xy)  # per pixel of the picture
     image = thumbnail(slide, um)
     xy, _ = slide.grid(size, mpp, config["min_tissue"], config["overlap"])
     side = slide.extent(size, mpp) * mpp_xy / um
@@ -44,34 +45,36 @@ def draw(slide, name, config):
     lines = Image.new("L", image.size)
     pen = ImageDraw.Draw(lines)
     for corner in xy * mpp_xy / um:
-        box = *corner.round(), *(corner + side).round()
-        pen.rectangle(box, outline=strength)
+        (left, top), (right, bottom) = corner.round(), (corner + side).round()
+        pen.rectangle((left, top, right, bottom), outline=strength)
     image.paste((20, 60, 220), mask=lines)
     image.paste((0, 140, 50), mask=outline(slide, um, image.size))
     w, h = slide.dimensions
     power = f", objective {slide.power:g}x" if slide.power > 0 else ""
-    texts = [
-        f"{w} x {h} px of {slide.mpp:.4g} um ({slide.mpp_source}){power}",
-        f"tissue {tissue_mm2(slide):.3g} mm2: {len(xy)} tiles of {size} px at {mpp:g} um/px"]
-    return caption(image, um, [name, *texts])
+    scale = f"{w} x {h} px of {slide.mpp:.4g} um ({slide.mpp_source}){power}"
+    tissue = f"tissue {tissue_mm2(slide):.3g} mm2: {len(xy)} tiles of {size} px at {mpp:g} um/px"
+    return caption(image, um, [name, scale, tissue])
 
 
 def outline(slide, um, size):
     """The edge of the tissue mask, white on black."""
     mask, cell = slide.tissue_mask()
     extent = mask.shape[::-1] * np.array(cell) * slide.mpp_xy / um
-    scaled = Image.fromarray(mask).resize(extent.round().astype(int).tolist())
+    width, height = extent.round().astype(int).tolist()
     tissue = Image.new("L", size)
-    tissue.paste(scaled.convert("L"))
-    return ImageChops.subtract(tissue.filter(ImageFilter.MaxFilter(3)), tissue.filter(ImageFilter.MinFilter(3)))
+    tissue.paste(Image.fromarray(mask).resize((width, height)).convert("L"))
+    wider = tissue.filter(ImageFilter.MaxFilter(3))
+    narrower = tissue.filter(ImageFilter.MinFilter(3))
+    return ImageChops.subtract(wider, narrower)
 
 
 def thumbnail(slide, um):
     """The whole slide at um/px as an image; what is damaged is orange."""
     size = np.array(slide.dimensions) * slide.mpp_xy / um
-    image = Image.new("RGB", size.round().clip(1).astype(int).tolist(), (255, 200, 0))
-    for y in range(0, image.height, BLOCK):
-        for x in range(0, image.width, BLOCK):
+    width, height = size.round().clip(1).astype(int).tolist()
+    image = Image.new("RGB", (width, height), (255, 200, 0))
+    for y in range(0, height, BLOCK):
+        for x in range(0, width, BLOCK):
             place = np.rint(np.array([x, y]) * um / slide.mpp_xy).astype(int)
             tiles, errors = slide.read_tiles([place], BLOCK, um)
             if not errors:
@@ -84,8 +87,9 @@ def caption(image, um, texts):
     mm = scale_bar(image.width * um / 1000)
     bar, y = round(mm * 1000 / um), image.height + 22
     font = ImageFont.load_default(22)
-    width = max(font.getlength(text) for text in texts)
-    canvas = Image.new("RGB", (max(image.width, math.ceil(width) + 24), y + 20 + 30 * len(texts)), "white")
+    longest = max(font.getlength(text) for text in texts)
+    size = max(image.width, math.ceil(longest) + 24), y + 20 + 30 * len(texts)
+    canvas = Image.new("RGB", size, "white")
     canvas.paste(image)
     pen = ImageDraw.Draw(canvas)
     pen.rectangle((12, y - 4, 12 + bar - 1, y + 3), fill="black")
@@ -97,17 +101,20 @@ def caption(image, um, texts):
 
 def scale_bar(width):
     """A length in mm for a picture of that width: 1 if that is a third to a fortieth of it, else a round third."""
-    rounds = [digit * 10.0 ** power for power in range(-3, 3) for digit in (1, 2, 5)]
-    fitting = [mm for mm in rounds if mm <= width / 3]
-    return 1.0 if 3 <= width <= 40 else max(fitting, default=rounds[0])
+    if 3 <= width <= 40:
+        return 1.0
+    lengths = [digit * 10.0 ** power for power in range(-3, 3) for digit in (1, 2, 5)]
+    return max((mm for mm in lengths if mm <= width / 3), default=0.001)
 
 
 def main(config):
-    jobs, drawn = [(path, name, config) for path, name in slides_of(config).items()], 0
+    jobs = [(path, name, config) for path, name in slides_of(config).items()]
+    drawn = []
     for (path, *_), _, error in each(draw_slide, jobs, config["workers"]):
-        drawn += not error
-        print(f"{path}: {error or 'drawn'}")
-    print(f"{drawn} of {len(jobs)} slides drawn in {config['out']}")
+        print(f"{path}: {error or 'drawn'}", flush=True)
+        if not error:
+            drawn.append(path)
+    print(f"{len(drawn)} of {len(jobs)} slides drawn in {config['out']}")
 
 
 if __name__ == "__main__":

@@ -181,7 +181,8 @@ def summary(rows, config):
         mpp = f"{(row['mpp_x'] + row['mpp_y']) / 2:.3f}" if row["mpp_x"] else "?"
         key = row["scanner"] or row["vendor"] or "?", mpp, row["objective_power"] or "?"
         counts = [row[column] or 0 for column in ("tissue_mm2", *tiles)]
-        totals[key] = np.add(totals.get(key, 0), [1, row["error"] != "", *counts])
+        errors = 1 if row["error"] else 0
+        totals[key] = np.add(totals.get(key, 0), [1, errors, *counts])
     heads = "um/px", "power", "slides", "errors", "tissue_mm2", *tiles
     print("scanner".ljust(24), *(f"{head:>10}" for head in heads))
     for (scanner, mpp, power), total in sorted(totals.items()):
@@ -197,7 +198,8 @@ def main(config):
     for job, row, error in each(slide_row, jobs, config["workers"]):
         row = row or new_row(*job) | {"error": error}
         found[row["slide"]] = row
-        print(f"{len(found)} of {len(jobs)}: {row['name']}: {row['error'] or row['defects'] or 'no defects'}")
+        finding = row["error"] or row["defects"] or "no defects"
+        print(f"{len(found)} of {len(jobs)}: {row['name']}: {finding}", flush=True)
         if len(found) % 100 == 0 or len(found) == len(jobs):
             rows = [found[path] for path in paths if path in found]
             write_csv(part_file(config, "report.csv"), rows)

@@ -199,7 +199,7 @@ def walk(script, config, job, ending, workers, more=()):
         elif ending == ".json":
             refuse_other(path, file)
     for killed in glob.glob(glob.escape(part_file(config, ".unfinished")) + ".*"):
-        shutil.rmtree(killed)
+        shutil.rmtree(killed, ignore_errors=True)
     os.mkdir(folder)
     try:
         for number, ((path, _, _, part, _), text, error) in enumerate(each(job, jobs, workers), 1):
