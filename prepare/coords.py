@@ -44,7 +44,6 @@ def need_h5py():
         raise ValueError("TRIDENT's and CLAM's files need h5py: pip install h5py")
 
 
-
 def find_coords(slide, name, config):
     """read_coords of the slide's file in the folder `coords`, each place once. SlideError if it has none."""
     stem = Path(slide.path).stem

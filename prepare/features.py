@@ -53,7 +53,10 @@ def encode(slide, xy, size, mpp, encoder, config):
 
     def forward(rows, tiles):
         x = torch.stack(tiles).to(device).permute(0, 3, 1, 2).float() / 255
-        features[rows] = vit((x - mean) / std)["cls"].half()
+        try:
+            features[rows] = vit((x - mean) / std)["cls"].half()
+        except RuntimeError as error:  # such as a full GPU: the next slide would fare no better, so stop
+            raise OSError(f"the encoder failed: {' '.join(str(error).split())[:300]}") from error
 
     regions = slide.regions(xy, size, mpp, config["region_mb"])
     collate = functools.partial(read_region, slide, xy, size, mpp)

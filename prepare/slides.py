@@ -134,6 +134,7 @@ def send(sender, function, job):
 
 
 def call(function, job):
+    """(function(*job), ""), or (None, why it failed). Raises OSError."""
     try:
         return function(*job), ""
     except OSError:
@@ -143,6 +144,7 @@ def call(function, job):
 
 
 def one_line(error, path):
+    """The message of a slide's error without line breaks and without the slide's path."""
     text = " ".join(str(error).split()).removeprefix(f"{path}: ")
     return text if isinstance(error, wsi.SlideError) else f"{type(error).__name__}: {text}"
 

@@ -441,6 +441,13 @@ def test_a_killed_reader_costs_its_own_slide(encoder, monkeypatch):
     assert "a.tif: RuntimeError: DataLoader worker" in text and not hidden()
 
 
+def test_an_encoder_that_fails_stops_the_features(encoder, monkeypatch):
+    write(size=(512, 384))
+    monkeypatch.setattr(model.ViT, "forward", lambda *a: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(OSError, match="the encoder failed: The size of tensor a .*; what is done is kept"):
+        features.main(config(features, **encoder))
+
+
 def test_without_h5py_features_are_npz_and_damaged_tiles_have_none(encoder, monkeypatch):
     monkeypatch.setattr(coords, "h5py", None)
     path = write(size=(3072, 2304))
