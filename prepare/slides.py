@@ -96,7 +96,7 @@ def part_file(config, name):
 def each(function, jobs, workers):
     """Yields (job, function(*job), "") as they end, each in its own process; without workers all are in this one.
 
-    Yields (job, None, reason) for a job that failed or whose process died. Raises OSError: a full disk concerns all.
+    Yields (job, None, reason) for a job that failed or whose process died. The reason is an OSError for a full disk.
     """
     if not workers:
         yield from ((job, *call(function, job)) for job in jobs)
@@ -119,26 +119,20 @@ def each(function, jobs, workers):
                 code = process.exitcode
                 how = signal.strsignal(-code) if code < 0 else f"exit status {code}"
                 result, error = None, f"its process died: {how} (out of memory? try fewer workers)"
-            if isinstance(error, OSError):
-                raise error
             yield job, result, error
 
 
 def send(sender, function, job):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    try:
-        outcome = call(function, job)
-    except OSError as error:
-        outcome = None, error
-    sender.send(outcome)
+    sender.send(call(function, job))
 
 
 def call(function, job):
-    """(function(*job), ""), or (None, why it failed). Raises OSError."""
+    """(function(*job), ""), or (None, why it failed)."""
     try:
         return function(*job), ""
-    except OSError:
-        raise
+    except OSError as error:
+        return None, error
     except Exception as error:  # whatever one slide of 10,000 brings, the others get done
         return None, one_line(error, job[0])
 
@@ -205,12 +199,12 @@ def walk(script, config, job, ending, workers, more=()):
     os.mkdir(folder)
     try:
         for number, ((path, _, _, part, _), text, error) in enumerate(each(job, jobs, workers), 1):
+            if isinstance(error, OSError):  # the next slide would fare no better
+                raise OSError(f"{config['out']}: {error}; what is done is kept, and a rerun does the rest")
             print(f"{script}: {number} of {len(jobs)}: {path}: {error or text}", flush=True)
             if error:
                 failed.append({"slide": path, "reason": error})
                 Path(part).unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(f"{config['out']}: {error}; what is done is kept, and a rerun does the rest") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     before, file = len(names) - len(jobs), part_file(config, "failed.csv")
