@@ -26,9 +26,10 @@ BLOCK = 128         # px of the picture that are read at a time, because the onl
 
 def draw_slide(path, name, config):
     """Save one overlay."""
-    part = os.path.join(config["out"], f".{name}.{os.getpid()}.png")
+    out = config["out"]
+    part = f"{out}/.{name}.{os.getpid()}.png"
     draw(open_slide(path, config), name, config).save(part)
-    os.replace(part, os.path.join(config["out"], f"{name}.png"))
+    os.replace(part, f"{out}/{name}.png")
 
 
 def draw(slide, name, config):
@@ -59,7 +60,8 @@ def draw(slide, name, config):
 def outline(slide, um, size):
     """The edge of the tissue mask, white on black."""
     mask, cell = slide.tissue_mask()
-    extent = mask.shape[::-1] * np.array(cell) * slide.mpp_xy / um
+    cells = mask.shape[::-1]
+    extent = cells * np.array(cell) * slide.mpp_xy / um
     width, height = extent.round().astype(int).tolist()
     tissue = Image.new("L", size)
     tissue.paste(Image.fromarray(mask).resize((width, height)).convert("L"))
@@ -75,8 +77,8 @@ def thumbnail(slide, um):
     image = Image.new("RGB", (width, height), (255, 200, 0))
     for y in range(0, height, BLOCK):
         for x in range(0, width, BLOCK):
-            place = np.rint(np.array([x, y]) * um / slide.mpp_xy).astype(int)
-            tiles, errors = slide.read_tiles([place], BLOCK, um)
+            place = np.array([x, y]) * um / slide.mpp_xy
+            tiles, errors = slide.read_tiles([place.round().astype(int)], BLOCK, um)
             if not errors:
                 image.paste(Image.fromarray(tiles[0]), (x, y))
     return image
@@ -85,11 +87,13 @@ def thumbnail(slide, um):
 def caption(image, um, texts):
     """The image above a white strip with a scale bar and lines of text; wider where the text needs it."""
     mm = scale_bar(image.width * um / 1000)
-    bar, y = round(mm * 1000 / um), image.height + 22
+    bar = round(mm * 1000 / um)  # px
+    y = image.height + 22
     font = ImageFont.load_default(22)
     longest = max(font.getlength(text) for text in texts)
-    size = max(image.width, math.ceil(longest) + 24), y + 20 + 30 * len(texts)
-    canvas = Image.new("RGB", size, "white")
+    width = max(image.width, math.ceil(longest) + 24)
+    height = y + 20 + 30 * len(texts)
+    canvas = Image.new("RGB", (width, height), "white")
     canvas.paste(image)
     pen = ImageDraw.Draw(canvas)
     pen.rectangle((12, y - 4, 12 + bar - 1, y + 3), fill="black")
@@ -104,7 +108,8 @@ def scale_bar(width):
     if 3 <= width <= 40:
         return 1.0
     lengths = [digit * 10.0 ** power for power in range(-3, 3) for digit in (1, 2, 5)]
-    return max((mm for mm in lengths if mm <= width / 3), default=0.001)
+    fitting = [mm for mm in lengths if mm <= width / 3]
+    return max(fitting, default=0.001)
 
 
 def main(config):

@@ -35,9 +35,10 @@ tissue_share tissue_mm2""".split()  # then tiles_0.5 and so on, sharpness, defec
 def sharpness(tile):
     """Variance of a 3 x 3 Laplacian in grey levels; it depends on um/px and on the tissue: compare like with like."""
     gray = np.asarray(Image.fromarray(tile).convert("L"), np.float32)
-    beside = gray[1:-1, :-2] + gray[1:-1, 2:]
-    above_below = gray[:-2, 1:-1] + gray[2:, 1:-1]
-    laplacian = beside + above_below - 4 * gray[1:-1, 1:-1]
+    middle_rows, middle_columns = gray[1:-1], gray[:, 1:-1]
+    beside = middle_rows[:, :-2] + middle_rows[:, 2:]
+    above_below = middle_columns[:-2] + middle_columns[2:]
+    laplacian = beside + above_below - 4 * middle_rows[:, 1:-1]
     return float(laplacian.var())
 
 
@@ -87,7 +88,8 @@ def describe(row, slide):
             mpp_x, mpp_y, source = wsi.find_mpp(others)
         except wsi.SlideError:
             return
-    row["mpp_x"], row["mpp_y"] = round(mpp_x, 5), round(mpp_y, 5)
+    row["mpp_x"] = round(mpp_x, 5)
+    row["mpp_y"] = round(mpp_y, 5)
     row["mpp_source"] = source
     if power > 0 and not source.startswith("10 /"):  # that one comes from the power itself
         ratio = (mpp_x + mpp_y) / 2 * power / 10
@@ -136,7 +138,8 @@ def survey(slide):
     scale, (w, h) = slide.level_scale[level], slide.level_dimensions[level]
     k = max(1, round(SURVEY_UM / slide.level_mpp[level]))
     step = max(1, 1024 // k) * k
-    picture = Image.new("RGBA", (math.ceil(w / k), math.ceil(h / k)))
+    cells = math.ceil(w / k), math.ceil(h / k)
+    picture = Image.new("RGBA", cells)
     damaged, handle = 0, openslide.OpenSlide(slide.path)
     for y, x in itertools.product(range(0, h, step), range(0, w, step)):  # the only level may have 10^10 pixels
         place = round(x * scale[0]), round(y * scale[1])
@@ -148,7 +151,8 @@ def survey(slide):
             damaged += size[0] * size[1]
             handle = openslide.OpenSlide(slide.path)  # after an error the old one fails everywhere
     shares = scan_defects(np.asarray(picture))
-    texts = [f"{name} {100 * share:.1f} %" for name, share in shares.items() if share >= 0.001]
+    found = {name: share for name, share in shares.items() if share >= 0.001}
+    texts = [f"{name} {100 * share:.1f} %" for name, share in found.items()]
     if damaged:
         texts.insert(0, f"damaged (blocks of 1024 px) {100 * damaged / (w * h):.1f} %")
     return texts
@@ -164,8 +168,9 @@ def scan_defects(rgba):
         return {"dark (fluorescence?)": dark.mean()}
     rows = np.flatnonzero(dark.mean(1) < 0.5)
     columns = np.flatnonzero(dark.mean(0) < 0.5)
+    inside = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     border = dark.copy()  # lines from the edge inwards of which more than half is black
-    border[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] = False
+    border[inside] = False
     green = (hue >= 50) & (hue <= 135) & (saturation > 40)
     blue = (hue > 135) & (hue <= 177) & (saturation > 100)
     ink = scanned & (green | blue) & (value >= 50)
@@ -186,8 +191,10 @@ def summary(rows, config):
     heads = "um/px", "power", "slides", "errors", "tissue_mm2", *tiles
     print("scanner".ljust(24), *(f"{head:>10}" for head in heads))
     for (scanner, mpp, power), total in sorted(totals.items()):
-        print(f"{scanner[:24]:24} {mpp:>10} {power:>10}", *(f"{value:10.7g}" for value in total))
-    usable = [row for row in rows if not row["error"] and any(row[column] for column in tiles)]
+        values = [f"{value:10.7g}" for value in total]
+        print(f"{scanner[:24]:24} {mpp:>10} {power:>10}", *values)
+    sound = [row for row in rows if not row["error"]]
+    usable = [row for row in sound if any(row[column] for column in tiles)]
     print(f"{len(usable)} of {len(rows)} slides usable")
 
 
