@@ -1,109 +1,127 @@
 """
-The tile encoder over whole slides, one file of embeddings each. The task features of wsi.py.
+The tile encoder over whole slides: one file of embeddings per slide, in TRIDENT's layout.
 
-    python wsi.py --task=features --slides='slides/*.svs' --out=data/features --weights=teacher.pth --tile_px=224
+    python prepare/features.py --slides='slides/*.svs' --out=data/features --weights=teacher.pth --tile_px=224
 
-    data/features/A.h5         TRIDENT's layout: features (N, D) fp16, coords (N, 2) level-0 px, row by row of the grid;
-                               A.npz with the same names where h5py is missing
+    data/features/A.h5    features (N, D) fp16, coords (N, 2) in level-0 px, row by row of the grid; where h5py is
+                          missing A.npz with the same names
 
-A rerun goes on: prepare/slides.py. Two processes on one GPU keep it busy between slides.
+A rerun skips the slides whose file is there. Several GPUs take parts of the list: --part=3/8 (prepare/slides.py).
 """
 import functools
 import hashlib
-import itertools
 import os
-from concurrent.futures.process import BrokenProcessPool
+import sys
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model
 import wsi
-from prepare import slides, tiles
+from prepare import coords as places
+from prepare.slides import open_slide, run, walk
+from prepare.tiles import check_damage
+
+# the keys of prepare/slides.py (slides, out, part, workers, ...) and these
+weights = ""        # the tile encoder's file
+arch = ""           # of weights that do not say it; "" = found out
+norm = None         # "imagenet", "half", (mean, std); None = the weights' own, else imagenet
+mpp = 0.5           # um/px of the tiles
+tile_px = 224       # a multiple of the encoder's patch
+coords = ""         # folder of TRIDENT's or CLAM's .h5 to take the places from; "" = the grid
+batch_size = 64     # tiles per forward pass
+device = ""         # "cuda" or "cpu"; "" = cuda if there is one
+workers = 2         # processes that read ahead of the GPU; slides come one after the other
+region_mb = 16      # memory of one read per worker; larger reads leave the cache and are slower
 
 
 def read_region(slide, xy, size, mpp, rows):
-    """(rows, tiles) of those that are not damaged, and {row: message} of the others; in a worker, which opens its own
-    handle."""
-    import torch
-
+    """(rows, tiles) of the sound ones and {row: message} of the damaged ones; each worker has its own handle."""
     tiles, errors = slide.read_tiles(xy[rows], size, mpp)
     good = [i for i in range(len(rows)) if i not in errors]
     return rows[good].tolist(), torch.from_numpy(tiles[good]), {int(rows[i]): errors[i] for i in errors}
 
 
-def encode(slide, xy, size, mpp, c, encoder, claim):
-    """(class tokens fp16 (N, D), {damaged row: message}); workers read ahead, and a batch spans regions."""
-    import torch
-
-    (vit, mean, std, device), rows, tiles, bad, n = encoder, [], [], {}, c["batch_size"]
-    loader = torch.utils.data.DataLoader(slide.regions(xy, size, mpp, c["region_mb"]), batch_size=None,
-                                         num_workers=c["workers"],
-                                         collate_fn=functools.partial(read_region, slide, xy, size, mpp))
+def encode(slide, xy, size, mpp, encoder, config):
+    """(class tokens fp16 (N, D), {damaged row: message}). Workers read ahead, and a batch spans regions."""
+    vit, mean, std, device = encoder
     features = torch.zeros(len(xy), vit.arch.embed_dim, dtype=torch.float16, device=device)
+    rows, tiles, bad, n = [], [], {}, config["batch_size"]
+
+    def forward(rows, tiles):
+        x = torch.stack(tiles).to(device).permute(0, 3, 1, 2).float() / 255
+        try:
+            features[rows] = vit((x - mean) / std)["cls"].half()
+        except RuntimeError as error:  # such as a full GPU: the next slide would fare no better, so stop
+            raise OSError(f"the encoder failed: {' '.join(str(error).split())[:300]}") from error
+
+    regions = slide.regions(xy, size, mpp, config["region_mb"])
+    collate = functools.partial(read_region, slide, xy, size, mpp)
+    loader = torch.utils.data.DataLoader(regions, batch_size=None, num_workers=config["workers"], collate_fn=collate)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
-        for more_rows, more_tiles, errors in itertools.chain(loader, [(None, None, {})]):
-            os.utime(claim)
+        for more_rows, more_tiles, errors in loader:
+            rows, tiles = rows + more_rows, [*tiles, *more_tiles]
             bad.update(errors)
-            rows, tiles = (rows, tiles) if more_rows is None else (rows + more_rows, [*tiles, *more_tiles])
-            while len(rows) >= n or (rows and more_rows is None):
-                x = torch.stack(tiles[:n]).to(device).permute(0, 3, 1, 2).float() / 255
-                features[rows[:n]] = vit((x - mean) / std)["cls"].half()
+            while len(rows) >= n:
+                forward(rows[:n], tiles[:n])
                 rows, tiles = rows[n:], tiles[n:]
+        if rows:
+            forward(rows, tiles)
     return features.cpu().numpy(), bad
 
 
-def write_features(path, name, file, c, claim, encoder, about):
-    """The class tokens of one slide's tiles, row by row. Returns (tiles, damaged)."""
-    with closing(wsi.open_slide(path, c)) as slide:
+def write_features(path, name, file, part, config, encoder, about):
+    """Write the class tokens of one slide's tiles, row by row."""
+    with closing(open_slide(path, config)) as slide:
         slide.check_levels()
-        xy, size, mpp = tiles.places_from_file(slide, path, name, c) if c["coords"] else (
-            tiles.grid(slide, c, c["mpps"][0])[0], c["tile_px"], c["mpps"][0])
+        if config["coords"]:
+            xy, size, mpp = places.find_coords(slide, name, config)
+        else:
+            size, mpp = config["tile_px"], config["mpp"]
+            xy, _ = places.grid(slide, config, mpp)
         if size % about["patch_size"]:
             raise wsi.SlideError(f"tiles of {size} px do not divide into patches of {about['patch_size']} px")
-        try:
-            features, bad = encode(slide, xy, size, mpp, c, encoder, claim)
-        except RuntimeError as e:
-            if "DataLoader worker" in str(e):
-                raise BrokenProcessPool from e
-            raise SystemExit(f"features: {path}: {' '.join(str(e).split())[:300]}") from e  # the GPU's memory, say
-        attrs = tiles.trident_attrs(slide, c, slides.label(path, name, c, "features"), size, mpp)
-    tiles.check_damage(bad, len(xy))
+        features, bad = encode(slide, xy, size, mpp, encoder, config)
+        attrs = places.trident_attrs(slide, config, name, size, mpp)
+    check_damage(bad, len(xy))
     if not np.isfinite(features).all():
         raise wsi.SlideError("features that are not finite in fp16; are the weights sound?")
     good = np.setdiff1d(np.arange(len(xy)), list(bad))
     arrays = {"features": features[good], "coords": xy[good].astype(np.int64)}
-    about = about | {"mpp": mpp, "tile_px": size, "damaged": len(bad), "name": attrs["name"]}
-    slides.replace(file, tiles.pack(arrays, {"features": about, "coords": attrs}, os.path.splitext(file)[1]))
-    return len(good), len(bad)
+    about = about | {"mpp": mpp, "tile_px": size, "damaged": len(bad), "name": name}
+    if file.endswith(".h5"):
+        places.write_h5(part, arrays, {"features": about, "coords": attrs})
+    else:
+        with open(part, "wb") as f:
+            np.savez(f, **arrays, **(about | attrs))
+    os.replace(part, file)
+    return f"{len(good)} tiles" + (f", {len(bad)} damaged ones left out" if bad else "")
 
 
-def features(c):
-    """--task=features: the class token of every tile of the grid, or of places from files; one file a slide."""
-    import torch
-
-    import model
-
-    if not c["weights"]:
-        raise ValueError("weights: --task=features needs the tile encoder's file, --weights=FILE")
-    vit = model.load_backbone(c["weights"], c["arch"] or None).eval()
-    if c["device"] not in ("", "cpu", "cuda") or (c["device"] == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device={c['device']}: cuda or cpu; cuda needs a GPU that torch sees")
-    if c["batch_size"] < 1:
-        raise ValueError(f"batch_size={c['batch_size']}: at least 1")
-    if c["tile_px"] % vit.arch.patch_size:
-        raise ValueError(f"tile_px={c['tile_px']}: not a multiple of the patch of {vit.arch.patch_size} px")
-    with open(c["weights"], "rb") as f:
+def main(config):
+    if not config["weights"]:
+        raise ValueError("weights: give the tile encoder's file, --weights=FILE")
+    if config["coords"]:
+        places.need_h5py()
+    vit = model.load_backbone(config["weights"], config["arch"] or None).eval()
+    patch = vit.arch.patch_size
+    if config["tile_px"] % patch:
+        raise ValueError(f"tile_px={config['tile_px']}: not a multiple of the patch of {patch} px")
+    with open(config["weights"], "rb") as f:
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    mean, std = model.stored_norm(c["weights"]) if c["norm"] is None else model.norm_values(c["norm"])
-    more = {"weights_sha256": sha256, "norm": [mean, std]}
-    about = {"encoder": c["arch"] or Path(c["weights"]).stem, "patch_size": vit.arch.patch_size,
-             "weights": os.path.basename(c["weights"]), "weights_sha256": sha256}
-    device = torch.device(c["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
-    mean, std = (torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1) for v in (mean, std))
-    try:
-        ending = tiles.import_h5py() and ".h5"
-    except ValueError:
-        ending = ".npz"
-    job = functools.partial(write_features, encoder=(vit.to(device), mean, std, device), about=about)
-    slides.walk("features", c, job, ending, 0, more)
+    norm = config["norm"]
+    mean, std = model.stored_norm(config["weights"]) if norm is None else model.norm_values(norm)
+    about = {"encoder": config["arch"] or Path(config["weights"]).stem, "patch_size": patch,
+             "weights": os.path.basename(config["weights"]), "weights_sha256": sha256}
+    device = torch.device(config["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
+    columns = [torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1) for values in (mean, std)]
+    job = functools.partial(write_features, encoder=(vit.to(device), *columns, device), about=about)
+    keys = {"weights_sha256": sha256, "norm": [mean, std]}
+    walk("features", config, job, ".h5" if places.h5py else ".npz", 0, keys)
+
+
+if __name__ == "__main__":
+    run("features", main, globals())

@@ -1,14 +1,14 @@
 """
-A sample list as OpenMidnight's: from each pyramid level of each slide a random tile with tissue, again and again.
+A sample list as OpenMidnight's: a random tile with tissue from each pyramid level of each slide, again and again.
 
     python prepare/levels.py --slides='data/TCGA/**/*.svs' --out=data/levels.txt --passes=1000
     python prepare/levels.py --slides='data/toy/slides/*' --out=data/toy/levels.txt --tile_px=128 --passes=350
 
-Lines `path x y level`: the path as the glob gives it; the corner in level-0 pixels, uniform over the slide, from which
-tile_px pixels are read at the level. Of `draws` places the first is taken of which `tissue_share` passes Midnight's HSV
-rule. So every level of every slide has an equal share of the tiles, whatever its um/px, where train.py's `mpps` asks
-for scales. OpenMidnight's list has 29 million lines and black, not white, outside the slide when tissue is judged.
-A tile takes some 5 ms: of many slides make several lists at once, of a part of the slides each, and join them by `cat`.
+Lines are `path x y level`: (x, y) is a corner in level-0 pixels, uniform over the slide, from which tile_px pixels are
+read at the level. Up to `draws` places are tried until `tissue_share` of one passes Midnight's HSV rule. So every
+level of every slide has the same share of the tiles, whatever its um/px; train.py's `mpps` asks for scales instead.
+OpenMidnight's list has 29 million lines, and its tissue test saw black outside the slide where ours sees white.
+A tile takes about 5 ms. For many slides make lists of parts of them at the same time, and join them by `cat`.
 """
 import os
 import sys
@@ -31,9 +31,9 @@ seed = 0
 
 
 def lines(slide, number):
-    """A text `path x y level` for each level with enough tissue, `passes` times; a level without is given up."""
+    """Yields `path x y level` for each level, `passes` times; a level without enough tissue is given up."""
     rng, levels = np.random.default_rng((seed, number)), list(range(len(slide.level_mpp)))
-    high = np.maximum(np.subtract(slide.dimensions, tile_px), 0) + 1  # as theirs: level-0 pixels at whatever level
+    high = np.maximum(np.subtract(slide.dimensions, tile_px), 0) + 1  # as theirs: level-0 pixels at any level
     for _ in range(passes):
         for level in list(levels):
             for x, y in rng.integers(high, size=(draws, 2)).tolist():
@@ -47,25 +47,18 @@ def lines(slide, number):
 def main():
     if not slides or not out or os.path.exists(out):
         raise ValueError(f"give --slides='*.svs' and an --out=FILE that does not exist yet (out = {out!r})")
-    if min(passes, tile_px, draws) < 1:
-        raise ValueError("passes, tile_px and draws must be at least 1")
-    paths, written = wsi.expand(slides, "slides"), 0
-    try:
-        with open(f"{out}.unfinished", "w") as file:
-            for number, path in enumerate(tqdm(paths, "slides", unit="slide")):
-                try:
-                    for line in lines(wsi.Slide(path, mpp=1.0), number):  # its um/px does not matter
-                        file.write(line)
-                        written += 1
-                except wsi.SlideError as e:
-                    tqdm.write(f"no more tiles of this one: {e}")
-        if not written:
-            raise ValueError(f"no tile with tissue in {len(paths):,} slides; see tissue_share")
-        os.replace(f"{out}.unfinished", out)
-    finally:
-        if os.path.exists(f"{out}.unfinished"):
-            os.remove(f"{out}.unfinished")
-    print(f"{out}: {written:,} tiles of {len(paths):,} slides")
+    paths, unfinished = wsi.expand(slides, "slides"), f"{out}.unfinished"
+    with open(unfinished, "w") as file:
+        for number, path in enumerate(tqdm(paths, "slides", unit="slide")):
+            try:
+                file.writelines(lines(wsi.Slide(path, mpp=1.0), number))  # its um/px does not matter
+            except wsi.SlideError as e:
+                tqdm.write(f"no more tiles of this one: {e}")
+    if not os.path.getsize(unfinished):
+        os.remove(unfinished)
+        raise ValueError(f"no tile with tissue in {len(paths):,} slides; see tissue_share")
+    os.replace(unfinished, out)
+    print(f"{out}: tiles of {len(paths):,} slides")
 
 
 if __name__ == "__main__":

@@ -1,196 +1,108 @@
 """
-From slides to files: places and JPEG tiles for training. The tasks tiles and coords of wsi.py.
+JPEG tiles of slides for training, one tar per slide, which train.py reads as --shards=data/tiles.
 
-    python wsi.py --task=tiles --slides='slides/*.svs' --out=data/tiles --mpps=0.5,1.0 --workers=16  # all tissue
-    python wsi.py --task=tiles ... --tiles_per_slide=500 --tissue_share=0.6                          # a random sample
-    python wsi.py --task=coords --slides='slides/*.svs' --out=data/coords --coords_format=clam       # or trident
-    python wsi.py --task=tiles ... --coords=data/coords                        # the places of TRIDENT's or CLAM's files
+    python prepare/tiles.py --slides='slides/*.svs' --out=data/tiles --mpps=0.5,1.0 --workers=16   # all tissue
+    python prepare/tiles.py ... --tiles_per_slide=500 --tissue_share=0.6                           # a random sample
+    python prepare/tiles.py ... --coords=data/coords            # the places in TRIDENT's or CLAM's files
 
-    data/tiles/A.tar           A_500nm_10240_8192.jpg, A_500nm_10240_8192.json, ...: WebDataset's convention
-    data/tiles/A.json          written last, so the slide is complete; where each tile lies in A.tar, what was left out
-    data/coords/A_patches.h5   TRIDENT's layout, or A.h5 in CLAM's
+    data/tiles/A.tar     A_500nm_10240_8192.jpg, A_500nm_10240_8192.json, ...: WebDataset's convention
+    data/tiles/A.json    where each tile lies in A.tar and what was left out; written last, so A.tar is complete
 
-A rerun goes on, on several nodes at once if you like: prepare/slides.py.
+A rerun skips the slides whose .json is there. Several nodes take parts of the list: --part=3/16 (prepare/slides.py).
 """
-import functools
 import hashlib
 import io
 import json
 import os
+import sys
 import tarfile
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import wsi
-from prepare import slides
+from prepare.coords import find_coords, grid, need_h5py
+from prepare.slides import open_slide, run, walk
 
-MAX_DAMAGED = 0.05  # share of damaged tiles above which a slide is of no use
+# the keys of prepare/slides.py (slides, out, part, workers, ...) and these
+mpps = (0.5,)       # um/px of the tiles, one or several
+tile_px = 256
+tissue_share = 0.0  # share of a tile's pixels in Midnight's range of HSV; 0 = no test
+tiles_per_slide = 0 # random places per slide and mpp instead of the grid; 0 = the grid
+coords = ""         # folder of TRIDENT's or CLAM's .h5 to take the places from; "" = grid or random
+jpeg_quality = 90
+patient = r"TCGA-\w\w-\w{4}"  # regular expression in the file name; without a match a slide is its own patient
+region_mb = 16      # memory of one read per worker; larger reads leave the cache and are slower
+seed = 0            # of random places
+
+MAX_DAMAGED = 0.05  # share of damaged tiles above which a slide fails
 ROUNDS = 20         # of random draws, until tiles_per_slide tiles have passed min_tissue and tissue_share
-
-# ---- places ---------------------------------------------------------------------------------------------------------
-
-
-def grid(slide, c, mpp):
-    """(xy, tissue) of the slide's grid; SlideError if that is empty."""
-    xy, tissue = slide.grid(c["tile_px"], mpp, c["min_tissue"], c["overlap"])
-    if not len(xy):
-        raise wsi.SlideError(f"no tile of {c['tile_px']} px at {mpp:g} um/px has {c['min_tissue']:.0%} of tissue")
-    return xy, tissue
 
 
 def mask_share(slide, xy, size, mpp):
     """Share of tissue in tiles at any places (N, 2), to whole cells of the mask: (N,)."""
     mask, cell = slide.tissue_mask()
-    extent = np.array(slide.extent(size, mpp))
-    first, last = (np.maximum(np.rint(at / np.array(cell)), 0).astype(int) for at in (xy, xy + extent))
-    area = np.maximum(last - first, 1).prod(1)
-    return np.array([mask[y:Y, x:X].sum() for (x, y), (X, Y) in zip(first, last)]).reshape(-1) / area
+    first = np.maximum(np.rint(xy / np.array(cell)), 0).astype(int)
+    last = np.maximum(np.rint((xy + np.array(slide.extent(size, mpp))) / np.array(cell)), 0).astype(int)
+    inside = [mask[top:bottom, left:right].sum() for (left, top), (right, bottom) in zip(first, last)]
+    return np.array(inside).reshape(-1) / np.maximum(last - first, 1).prod(1)
 
 
-def random_places(slide, c, name, mpp, kept):
-    """Batches (xy, tissue) of distinct random places, until kept(), the tiles that came of them, is tiles_per_slide.
+def random_places(slide, name, config, mpp, kept):
+    """Batches (xy, tissue share) of distinct random places, until kept[mpp] tiles have come of them.
 
-    A function of the seed, the slide's name and the mpp.
+    The places are a function of the seed, the slide's name and the mpp.
     """
-    digest = hashlib.blake2b(f"{c['seed']} {name} {mpp:g}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{config['seed']} {name} {mpp:g}".encode(), digest_size=8).digest()
     rng, seen = np.random.default_rng(int.from_bytes(digest, "big")), set()
     for _ in range(ROUNDS):
-        missing = c["tiles_per_slide"] - kept()
+        missing = config["tiles_per_slide"] - kept[mpp]
         if not missing:
             return
-        drawn = dict.fromkeys(slide.random_tissue(rng, c["tile_px"], mpp) for _ in range(missing))
+        drawn = dict.fromkeys(slide.random_tissue(rng, config["tile_px"], mpp) for _ in range(missing))
         xy = np.array([place for place in drawn if place not in seen], np.int32).reshape(-1, 2)
         seen.update(drawn)
-        tissue = mask_share(slide, xy, c["tile_px"], mpp)
-        yield xy[tissue >= c["min_tissue"]], tissue[tissue >= c["min_tissue"]]
+        tissue = mask_share(slide, xy, config["tile_px"], mpp)
+        enough = tissue >= config["min_tissue"]
+        yield xy[enough], tissue[enough]
 
 
-def import_h5py():
-    try:
-        import h5py
-    except ImportError:
-        raise ValueError("TRIDENT's and CLAM's files need h5py: pip install h5py") from None
-    return h5py
-
-
-def places_from_file(slide, path, name, c):
-    """(xy, size, mpp) of the slide's file in the folder `coords`."""
-    wanted = [stem + ending for stem in dict.fromkeys((Path(path).stem, name)) for ending in ("_patches.h5", ".h5")]
-    found = [f for f in (os.path.join(c["coords"], w) for w in wanted) if os.path.exists(f)]
-    if not found:
-        raise wsi.SlideError(f"no {' or '.join(wanted)} in coords={c['coords']}")
-    xy, size, mpp = read_coords(found[0], slide)
-    return xy[np.sort(np.unique(xy, axis=0, return_index=True)[1])], size, mpp  # CLAM repeats places
-
-
-def read_coords(file, slide):
-    """(xy int32 (N, 2) in level-0 px, size, mpp) from TRIDENT's or CLAM's .h5, for slide.read(x, y, size, mpp).
-
-    The scale is what was read, by the slide's own um/px: the magnification in such files is a rounded label.
-    """
-    try:
-        with import_h5py().File(file) as h5:
-            xy, a = h5["coords"][:], dict(h5["coords"].attrs)
-    except (OSError, KeyError) as e:
-        raise wsi.SlideError(f"{file}: neither TRIDENT's nor CLAM's: {e}") from None
-    if xy.ndim != 2 or xy.shape[1] != 2 or a.get("patch_size", 1) <= 0:
-        raise wsi.SlideError(f"{file}: coords of shape {xy.shape} and patch_size {a.get('patch_size')}, not (N, 2)")
-    xy = xy.astype(np.int32)
-    if not (xy < slide.dimensions).all():
-        raise wsi.SlideError(f"{file}: places of another slide; this one has {slide.dimensions} px")
-    if tuple(a.get(f"level0_{side}", n) for side, n in zip(("width", "height"), slide.dimensions)) != slide.dimensions:
-        raise wsi.SlideError(f"{file}: places of another slide; this one has {slide.dimensions} px")
-    if "patch_size_level0" in a:
-        return xy, int(a["patch_size"]), float(a["patch_size_level0"] / a["patch_size"] * slide.mpp)
-    if "patch_level" in a and a["patch_level"] < len(slide.level_mpp):
-        return xy, int(a["patch_size"]), slide.level_mpp[int(a["patch_level"])]
-    raise wsi.SlideError(f"{file}: coords lack patch_size_level0 (TRIDENT) or a patch_level of this slide (CLAM)")
-
-
-def trident_attrs(slide, c, name, size, mpp):
-    return {"patch_size": size, "patch_size_level0": round(sum(slide.extent(size, mpp)) / 2),
-            "level0_magnification": round(10 / slide.mpp), "target_magnification": round(10 / mpp),
-            "overlap": c["overlap"], "name": name, "savetodir": os.path.abspath(c["out"]),
-            "level0_width": slide.dimensions[0], "level0_height": slide.dimensions[1]}
-
-
-def clam_attrs(slide, c, name, size, mpp):
-    level = max((i for i, m in enumerate(slide.level_mpp) if m <= mpp * (1 + wsi.TOLERANCE)), default=0)
-    scale, level_dim = slide.level_scale[level], slide.level_dimensions[level]
-    return {"patch_size": round(sum(e / s for e, s in zip(slide.extent(size, mpp), scale)) / 2), "patch_level": level,
-            "downsample": scale, "downsampled_level_dim": level_dim, "level_dim": level_dim, "name": name,
-            "save_path": os.path.abspath(c["out"])}
-
-
-def pack(arrays, attrs, suffix):
-    """The bytes of an .h5 of arrays and the attributes of each, or of an .npz with all of them side by side."""
-    buffer = io.BytesIO()  # in memory first: HDF5 reports a full disk as it likes
-    if suffix == ".npz":
-        np.savez(buffer, **arrays, **{key: value for of in attrs.values() for key, value in of.items()})
-        return buffer.getvalue()
-    with import_h5py().File(buffer, "w") as h5:
-        for name, array in arrays.items():
-            h5.create_dataset(name, data=array).attrs.update(attrs[name])
-    return buffer.getvalue()
-
-
-def write_coords(path, name, file, c, claim):
-    with closing(wsi.open_slide(path, c)) as slide:
-        slide.check_levels()
-        xy, _ = grid(slide, c, c["mpps"][0])
-        attrs = trident_attrs if c["coords_format"] == "trident" else clam_attrs
-        attrs = attrs(slide, c, slides.label(path, name, c, "coords"), c["tile_px"], c["mpps"][0])
-    slides.replace(file, pack({"coords": xy.astype(np.int64)}, {"coords": attrs}, ".h5"))
-    return len(xy), 0
-
-
-def coords(c):
-    """--task=coords: the places of each slide's grid, as TRIDENT's A_patches.h5 or CLAM's A.h5."""
-    if c["coords_format"] not in ("trident", "clam"):
-        raise ValueError(f"coords_format={c['coords_format']}: trident or clam")
-    import_h5py()
-    slides.walk("coords", c, write_coords, "_patches.h5" if c["coords_format"] == "trident" else ".h5", c["workers"])
-
-
-# ---- tiles ----------------------------------------------------------------------------------------------------------
-
-
-def plan(slide, path, name, c, mpps):
-    """([(size, mpp, batches of (xy, tissue))], {mpp: why the slide has none}); mpps: those of the tiles so far."""
-    if c["coords"]:
-        xy, size, mpp = places_from_file(slide, path, name, c)
-        return [(size, mpp, [(xy, mask_share(slide, xy, size, mpp))])], {}
-    found, skipped = [], {}
-    for mpp in c["mpps"]:
+def places(slide, name, config, kept, skipped):
+    """Yields (size, mpp, xy, tissue share) in batches; skipped[mpp] says why a scale has none, or too few."""
+    if config["coords"]:
+        xy, size, mpp = find_coords(slide, name, config)
+        yield size, mpp, xy, mask_share(slide, xy, size, mpp)
+        return
+    size, wanted = config["tile_px"], config["tiles_per_slide"]
+    for mpp in config["mpps"]:
         try:
-            slide.extent(c["tile_px"], mpp)  # is the slide fine enough?
-            kept = functools.partial(mpps.count, mpp)
-            batches = random_places(slide, c, name, mpp, kept) if c["tiles_per_slide"] else [grid(slide, c, mpp)]
-            found.append((c["tile_px"], mpp, batches))
+            slide.extent(size, mpp)  # is the slide fine enough?
+            batches = random_places(slide, name, config, mpp, kept) if wanted else [grid(slide, config, mpp)]
         except wsi.SlideError as e:
-            skipped[f"{mpp:g}"] = str(e).removeprefix(f"{path}: ")
-    return found, skipped
+            skipped[f"{mpp:g}"] = str(e).removeprefix(f"{slide.path}: ")
+            continue
+        for xy, tissue in batches:
+            yield size, mpp, xy, tissue
+        if kept[mpp] < wanted:
+            skipped[f"{mpp:g}"] = f"{kept[mpp]} of {wanted} tiles, after {ROUNDS} draws"
 
 
-def read_all(slide, size, mpp, batches, c, bad, claim):
-    """(x, y, tissue, tile) of all places, region by region; tile is None where the slide is damaged, see `bad`."""
-    for xy, tissue in batches:
-        for rows in slide.regions(xy, size, mpp, c["region_mb"]):
-            os.utime(claim)
+def read(slide, batches, config):
+    """Yields (mpp, x, y, tissue share, tile, error), region by region; only a damaged tile has an error."""
+    for size, mpp, xy, tissue in batches:
+        for rows in slide.regions(xy, size, mpp, config["region_mb"]):
             tiles, errors = slide.read_tiles(xy[rows], size, mpp)
             for i, row in enumerate(rows):
-                x, y = xy[row].tolist()
-                if i in errors:
-                    bad[f"{x},{y},{mpp:g}"] = errors[i].removeprefix(f"{slide.path}: ")
-                yield x, y, round(float(tissue[row]), 4), None if i in errors else tiles[i]
+                yield mpp, *xy[row].tolist(), round(float(tissue[row]), 4), tiles[i], errors.get(i)
 
 
-def check_damage(bad, seen):
-    if len(bad) > MAX_DAMAGED * seen:
-        raise wsi.SlideError(f"{len(bad)} of {seen} tiles are damaged, such as {next(iter(bad.values()))}")
+def check_damage(bad, count):
+    if len(bad) > MAX_DAMAGED * count:
+        raise wsi.SlideError(f"{len(bad)} of {count} tiles are damaged, such as {next(iter(bad.values()))}")
 
 
 def jpeg(tile, quality):
@@ -200,52 +112,59 @@ def jpeg(tile, quality):
 
 
 def add(tar, name, data):
-    """Append a file of which only name and data are told, so that equal tiles are equal bytes; where its data is."""
+    """Append a file and return where its data begins. It has no time and no owner: equal tiles give equal bytes."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
-    return tar.fileobj.tell() - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    blocks = -(-len(data) // tarfile.BLOCKSIZE)
+    return tar.fileobj.tell() - blocks * tarfile.BLOCKSIZE
 
 
-def write_tiles(path, name, file, c, claim):
-    """One slide's shard and then its sidecar, see the header. Returns (tiles, damaged)."""
-    table, bad, seen = {key: [] for key in ("offset", "size", "x", "y", "mpp", "tissue")}, {}, 0
-    about = {"slide": os.path.basename(path), "patient": wsi.patient_of(path, c["patient"])}
-    with closing(wsi.open_slide(path, c)) as slide, open(claim, "wb") as f:
+def write_tiles(path, name, file, part, config):
+    """Write one slide's tar and then its sidecar, see the header."""
+    table = {column: [] for column in ("offset", "size", "x", "y", "mpp", "tissue")}
+    kept, skipped, bad, seen = Counter(), {}, {}, 0
+    about = {"slide": os.path.basename(path), "patient": wsi.patient_of(path, config["patient"])}
+    with closing(open_slide(path, config)) as slide, tarfile.open(part, "w", format=tarfile.GNU_FORMAT) as tar:
         slide.check_levels()
-        found, skipped = plan(slide, path, name, c, table["mpp"])
-        with tarfile.open(fileobj=f, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            for size, mpp, batches in found:
-                for x, y, tissue, tile in read_all(slide, size, mpp, batches, c, bad, claim):
-                    seen += 1
-                    if tile is None or (c["tissue_share"] and not wsi.is_tissue(tile, c["tissue_share"])):
-                        continue
-                    row, key = {"x": x, "y": y, "mpp": mpp, "tissue": tissue}, f"{name}_{round(1000 * mpp)}nm_{x}_{y}"
-                    data = jpeg(tile, c["jpeg_quality"])
-                    where = {"offset": add(tar, f"{key}.jpg", data), "size": len(data)}
-                    add(tar, f"{key}.json", json.dumps(about | row).encode())
-                    for column, value in (row | where).items():
-                        table[column].append(value)
-        f.flush()
-        os.fsync(f.fileno())
+        batches = places(slide, name, config, kept, skipped)
+        for mpp, x, y, tissue, tile, error in read(slide, batches, config):
+            seen += 1
+            if error:
+                bad[f"{x},{y},{mpp:g}"] = error.removeprefix(f"{path}: ")
+            elif not config["tissue_share"] or wsi.is_tissue(tile, config["tissue_share"]):
+                kept[mpp] += 1
+                key, place = f"{name}_{round(1000 * mpp)}nm_{x}_{y}", {"x": x, "y": y, "mpp": mpp, "tissue": tissue}
+                data = jpeg(tile, config["jpeg_quality"])
+                row = {"offset": add(tar, f"{key}.jpg", data), "size": len(data), **place}
+                add(tar, f"{key}.json", json.dumps(about | place).encode())
+                for column, value in row.items():
+                    table[column].append(value)
     check_damage(bad, seen)
-    if not table["x"]:
+    if not kept:
         raise wsi.SlideError("; ".join(skipped.values()) or f"none of {seen} tiles passed min_tissue and tissue_share")
     shard = file.removesuffix(".json") + ".tar"
-    short = {mpp: table["mpp"].count(mpp) for _, mpp, _ in found if table["mpp"].count(mpp) < c["tiles_per_slide"]}
-    skipped |= {f"{mpp:g}": f"{n} of {c['tiles_per_slide']} tiles, after {ROUNDS} draws" for mpp, n in short.items()}
-    side = {"version": 1, "tar": os.path.basename(shard), "bytes": os.path.getsize(claim), "slide": path, "name": name,
+    side = {"version": 1, "tar": os.path.basename(shard), "bytes": os.path.getsize(part), "slide": path, "name": name,
             "patient": about["patient"], "slide_mpp": slide.mpp_xy, "mpp_source": slide.mpp_source,
-            "tile_px": found[0][0], "bad": bad, "skipped": skipped, **table}
-    os.replace(claim, shard)
-    slides.replace(file, json.dumps(side).encode())
-    return len(table["x"]), len(bad), "; ".join(skipped.values())
+            "tile_px": len(tile), "bad": bad, "skipped": skipped, **table}
+    os.replace(part, shard)
+    Path(part).write_text(json.dumps(side))
+    os.replace(part, file)
+    lacking = "".join(f"; at {mpp} um/px: {reason}" for mpp, reason in skipped.items())
+    damaged = f", {len(bad)} damaged ones left out" if bad else ""
+    return f"{len(table['x'])} tiles{damaged}{lacking}"
 
 
-def tiles(c):
-    """--task=tiles: a shard of JPEGs a slide, of its grid, of random places, or of places from files."""
-    if c["coords"]:
-        import_h5py()
-        if c["tiles_per_slide"]:
-            raise ValueError("coords, tiles_per_slide: places from files or random ones, not both")
-    slides.walk("tiles", c, write_tiles, ".json", c["workers"])
+def main(config):
+    mpps = config["mpps"]
+    if not mpps or min(mpps) <= 0 or len({round(1000 * mpp) for mpp in mpps}) < len(mpps):
+        raise ValueError(f"mpps={mpps}: give um/px above 0, such as 0.5,1.0, that differ by at least 0.001")
+    if config["coords"] and config["tiles_per_slide"]:
+        raise ValueError("coords, tiles_per_slide: places from files or random ones, not both")
+    if config["coords"]:
+        need_h5py()
+    walk("tiles", config, write_tiles, ".json", config["workers"])
+
+
+if __name__ == "__main__":
+    run("tiles", main, globals())

@@ -1,4 +1,4 @@
-"""Tiles, coordinates and features: what is written, that nothing damaged is, and that every kind of stop can go on."""
+"""Tiles, coordinates and features: what is written, that nothing damaged is, and that a rerun ends what was stopped."""
 import csv
 import io
 import json
@@ -13,24 +13,44 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import model
 import wsi
-from prepare import features, slides, tiles, toy
+from configurator import configure
+from prepare import coords, features, slides, tiles, toy
 
 ROOT = Path(__file__).parents[1]
 
 
-def config(folder, out, **keys):
-    """The keys of wsi.py's command line, with its defaults but for smaller tiles."""
-    c = {f"mask_{key}": value for key, value in wsi.TISSUE.items()}
-    c |= {"slides": f"{folder}/*.*", "out": str(out), "slide_mpp": 0.0, "mpp_from_objective": False,
-          "exact_reads": True, "names": "stem", "patient": r"TCGA-\w\w-\w{4}", "mask_dir": "", "mpps": (0.5,),
-          "tile_px": 128, "overlap": 0, "min_tissue": 0.25, "tissue_share": 0.0, "tiles_per_slide": 0, "coords": "",
-          "coords_format": "trident", "jpeg_quality": 90, "weights": "", "arch": "", "batch_size": 5, "device": "cpu",
-          "norm": None, "region_mb": 4, "workers": 0, "seed": 0}
-    assert keys.keys() <= c.keys()
-    return c | keys
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Slides are written to in/, results to out/, below a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+
+def config(script, out="out", **keys):
+    """The keys of a script with its defaults, except for smaller tiles, and without processes of its own."""
+    defaults = configure({**vars(slides), **vars(script)}, [])
+    assert keys.keys() <= defaults.keys()
+    return defaults | {"slides": "in/*.*", "out": out, "tile_px": 128, "workers": 0} | keys
+
+
+def cut(out="out", **keys):
+    tiles.main(config(tiles, out, **keys))
+
+
+def fails(script, out="out", **keys):
+    """Run a script on slides of which some fail; its text."""
+    with pytest.raises(SystemExit, match="slides failed, see") as error:
+        script.main(config(script, out, **keys))
+    return str(error.value)
+
+
+def failures(out="out"):
+    with open(f"{out}/failed.csv", newline="") as f:
+        return {Path(row["slide"]).name: row["reason"] for row in csv.DictReader(f)}
 
 
 def tissue(w, h, seed=0):
@@ -43,10 +63,10 @@ def tissue(w, h, seed=0):
     return Image.fromarray(image).resize((w, h), Image.BICUBIC)
 
 
-def write(folder, name="a.tif", size=(1024, 768), mpp=0.5, factors=(1, 4), seed=0):
+def write(name="a.tif", size=(1024, 768), mpp=0.5, factors=(1, 4), seed=0, folder="in"):
     Path(folder).mkdir(exist_ok=True)
-    toy.write_tiff(Path(folder) / name, tissue(*size, seed), mpp, factors)
-    return str(Path(folder) / name)
+    toy.write_tiff(Path(folder, name), tissue(*size, seed), mpp, factors)
+    return f"{folder}/{name}"
 
 
 def damage(path, count):
@@ -59,50 +79,37 @@ def damage(path, count):
     Path(path).write_bytes(data)
 
 
-def fails(task, c):
-    """Run a task that ends with an error; its text."""
-    with pytest.raises(SystemExit) as error:
-        task(c)
-    assert error.value.code not in (0, None)
-    return str(error.value)
+def sidecar(out="out", name="a"):
+    return SimpleNamespace(**json.loads(Path(out, f"{name}.json").read_text()))
 
 
-def failures(out):
-    with open(Path(out) / "failed.csv", newline="") as f:
-        return {Path(row["slide"]).name: row["reason"] for row in csv.DictReader(f)}
-
-
-def sidecar(out, name="a"):
-    return SimpleNamespace(**json.loads((Path(out) / f"{name}.json").read_text()))
-
-
-def shard(out, name="a"):
+def shard(out="out", name="a"):
     """{place: pixels} by the sidecar's offsets, checked against what tarfile finds; every shard must be sound."""
     s, found = sidecar(out, name), {}
-    data = (Path(out) / s.tar).read_bytes()
+    data = Path(out, s.tar).read_bytes()
     assert len(data) == s.bytes
-    with tarfile.open(Path(out) / s.tar) as tar:
+    with tarfile.open(Path(out, s.tar)) as tar:
         members = {m.name: tar.extractfile(m).read() for m in tar}
     assert list(members)[1::2] == [key.replace(".jpg", ".json") for key in list(members)[::2]]
     for offset, size, x, y, mpp, share in zip(s.offset, s.size, s.x, s.y, s.mpp, s.tissue, strict=True):
         key, jpeg = f"{name}_{round(1000 * mpp)}nm_{x}_{y}", data[offset:offset + size]
-        assert members[f"{key}.jpg"] == jpeg
-        about = json.loads(members[f"{key}.json"])
-        assert about == {"slide": os.path.basename(s.slide), "patient": s.patient, "x": x, "y": y, "mpp": mpp,
-                         "tissue": share}
+        about = {"slide": os.path.basename(s.slide), "patient": s.patient, "x": x, "y": y, "mpp": mpp, "tissue": share}
+        assert members[f"{key}.jpg"] == jpeg and json.loads(members[f"{key}.json"]) == about
         found[x, y, mpp] = np.asarray(Image.open(io.BytesIO(jpeg)))
     assert len(found) == len(s.x) == len(members) / 2
     return found
 
 
-def hidden(out):
+def hidden(out="out"):
     return [f for f in os.listdir(out) if f.startswith(".")]
 
 
-def script(text, *arguments):
-    """A Python process in the repository's root."""
-    return subprocess.Popen([sys.executable, "-c", text, *map(str, arguments)], cwd=ROOT, text=True,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def start(patch, *flags):
+    """prepare/tiles.py after some lines of Python, in a process group of its own."""
+    code = f"from tests.test_tiles import *\n{patch}\nslides.run('tiles', tiles.main, vars(tiles))"
+    command = [sys.executable, "-c", code, "--slides=in/*", "--out=out", "--tile_px=128", *flags]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
 def wait_for(condition):
@@ -114,11 +121,10 @@ def wait_for(condition):
 
 # tiles
 
-def test_a_shard_holds_the_pixels_of_the_grid_at_each_scale(tmp_path):
-    path, out = write(tmp_path / "in", "TCGA-A1-B2C3.x.tif"), tmp_path / "out"
-    tiles.tiles(config(tmp_path / "in", out, mpps=(0.5, 0.8)))
-    slide, name = wsi.Slide(path), "TCGA-A1-B2C3_x"
-    s, pixels = sidecar(out, name), shard(out, name)
+def test_a_shard_holds_the_pixels_of_the_grid_at_each_scale_and_a_second_run_the_same_bytes():
+    path, name = write("TCGA-A1-B2C3.x.tif"), "TCGA-A1-B2C3_x"
+    cut(mpps=(0.5, 0.8))
+    slide, s, pixels = wsi.Slide(path), sidecar("out", name), shard("out", name)
     wanted = {mpp: slide.grid(128, mpp) for mpp in (0.5, 0.8)}
     places = {(x, y, mpp): share for mpp, (xy, tissue) in wanted.items() for (x, y), share in zip(xy.tolist(), tissue)}
     written = {(x, y, mpp): share for x, y, mpp, share in zip(s.x, s.y, s.mpp, s.tissue)}
@@ -126,93 +132,94 @@ def test_a_shard_holds_the_pixels_of_the_grid_at_each_scale(tmp_path):
     assert (s.patient, s.slide, s.tile_px, s.bad, s.skipped) == ("TCGA-A1-B2C3", path, 128, {}, {})
     for (x, y, mpp), tile in pixels.items():
         assert np.abs(tile.astype(int) - slide.read(x, y, 128, mpp)).mean() < 4, (x, y, mpp)
+    cut("2", mpps=(0.5, 0.8), workers=2)
+    assert Path("2", s.tar).read_bytes() == Path("out", s.tar).read_bytes()
 
 
-def test_a_rerun_does_nothing_and_other_keys_are_refused_before_anything_is_done(tmp_path, monkeypatch):
-    write(tmp_path / "in")
-    out = tmp_path / "out"
-    tiles.tiles(config(tmp_path / "in", out))
-    before = {f: os.stat(out / f).st_mtime_ns for f in os.listdir(out) if f != "failed.csv"}
-    monkeypatch.setattr(slides, "attempt", None)  # may not even be tried
-    tiles.tiles(config(tmp_path / "in", out, workers=2, region_mb=9, mask_dir=str(tmp_path / "x")))
-    with pytest.raises(ValueError, match=r"keys.tiles.json: tile_px was 128 and is 64 now; use another --out"):
-        tiles.tiles(config(tmp_path / "in", out, tile_px=64))
-    with pytest.raises(ValueError, match=r"mask_otsu was \[8, 40\] and is \[9, 40\] now"):
-        tiles.tiles(config(tmp_path / "in", out, mask_otsu=(9, 40)))
-    with pytest.raises(ValueError, match="holds the output of --task=tiles; use another --out"):
-        slides.settle("features", config(tmp_path / "in", out), {})
-    assert before == {f: os.stat(out / f).st_mtime_ns for f in os.listdir(out) if f != "failed.csv"}
+def test_a_rerun_does_nothing_and_other_keys_are_refused_before_anything_is_done(monkeypatch):
+    write()
+    cut()
+    before = {f: os.stat(f"out/{f}").st_mtime_ns for f in os.listdir("out")}
+    monkeypatch.setattr(tiles, "write_tiles", lambda *a: 1 / 0)  # may not even be tried
+    cut(workers=2, region_mb=9, mask_dir="x")
+    with pytest.raises(ValueError, match=r"keys.json: tile_px was 128 and is 64 now; use another --out"):
+        cut(tile_px=64)
+    with pytest.raises(ValueError, match="script was 'tiles' and is 'coords' now; use another --out"):
+        coords.main(config(coords))
+    monkeypatch.setitem(wsi.TISSUE, "otsu", (9, 40))
+    with pytest.raises(ValueError, match=r"TISSUE was .*\[8, 40\].* and is .*\[9, 40\].* now"):
+        cut()
+    assert before == {f: os.stat(f"out/{f}").st_mtime_ns for f in os.listdir("out")}
 
 
-@pytest.mark.parametrize("keys", [{"overlap": 128}, {"mpps": ()}, {"mpps": (0.5, 0.5001)}, {"mpps": (0.0,)}])
-def test_keys_that_make_no_sense_are_refused(tmp_path, keys):
-    write(tmp_path / "in")
-    with pytest.raises(ValueError, match=f"{next(iter(keys))}="):
-        tiles.tiles(config(tmp_path / "in", tmp_path / "out", **keys))
+@pytest.mark.parametrize("keys", [
+    {"overlap": 128}, {"mpps": ()}, {"mpps": (0.5, 0.5001)}, {"mpps": (0.0,)}, {"part": "0/2"}, {"part": "3/2"},
+    {"part": "2"}, {"out": ""}, {"coords": "x", "tiles_per_slide": 3}])
+def test_keys_that_make_no_sense_are_refused(keys):
+    write()
+    with pytest.raises(ValueError, match=next(iter(keys))):
+        cut(**keys)
 
 
-def test_a_random_sample_is_distinct_and_a_function_of_the_seed_and_the_slides_name(tmp_path):
-    write(tmp_path / "in")
+def test_slides_that_would_share_a_name_are_refused_and_named_by_their_path_on_demand():
+    assert slides.slide_names(["/d/a/s.1.svs", "/d/b/t.svs"]) == {"/d/a/s.1.svs": "s_1", "/d/b/t.svs": "t"}
+    assert slides.slide_names(["/d/a/s.1.svs"], dots=True) == {"/d/a/s.1.svs": "s.1"}
+    with pytest.raises(ValueError, match="/d/a/s.svs and /d/b/s.svs would share the name s; use --names=path"):
+        slides.slide_names(["/d/a/s.svs", "/d/b/s.svs"])
+    assert list(slides.slide_names(["/d/a/s.svs", "/d/b/s.svs"], "path").values()) == ["a__s_svs", "b__s_svs"]
+
+
+def test_a_random_sample_is_distinct_and_a_function_of_the_seed_and_the_slides_name():
+    write()
     sample = {"tiles_per_slide": 15, "tissue_share": 0.3, "mpps": (0.5, 0.8)}
     for i, keys in enumerate([{}, {"region_mb": 1}, {"seed": 1}, {"mpps": (0.8,)}]):
-        tiles.tiles(config(tmp_path / "in", tmp_path / str(i), **sample | keys))
-    found = [shard(tmp_path / str(i)) for i in range(4)]
+        cut(str(i), **sample | keys)
+    found = [shard(str(i)) for i in range(4)]
     assert [sum(mpp == wanted for _, _, mpp in found[0]) for wanted in (0.5, 0.8)] == [15, 15]  # shard: all distinct
     assert found[0].keys() == found[1].keys() and not found[0].keys() & found[2].keys()
-    assert sidecar(tmp_path / "0").skipped == {}
+    assert sidecar("0").skipped == {}
     assert found[3].keys() < found[0].keys()  # a scale does not depend on the others asked for
     assert all(wsi.is_tissue(tile, 0.25) for tile in found[0].values())
-    write(tmp_path / "small", size=(120, 96), mpp=2.0, factors=(1,))
-    tiles.tiles(config(tmp_path / "small", tmp_path / "4", tile_px=8, mpps=(2.0,), tiles_per_slide=600))
-    assert len(shard(tmp_path / "4")) == 600  # of 8000 places
-    tiles.tiles(config(tmp_path / "in", tmp_path / "5", tiles_per_slide=15, min_tissue=1.0, tile_px=512))
-    assert sidecar(tmp_path / "5").skipped["0.5"].endswith("of 15 tiles, after 20 draws")
+    cut("5", tiles_per_slide=15, min_tissue=1.0, tile_px=512)
+    assert sidecar("5").skipped["0.5"].endswith("of 15 tiles, after 20 draws")
+    write("small.tif", size=(120, 96), mpp=2.0, factors=(1,))
+    cut("4", slides="in/small.tif", tile_px=8, mpps=(2.0,), tiles_per_slide=600)
+    assert len(shard("4", "small")) == 600  # of 8000 places
 
 
-def test_two_runs_write_the_same_bytes(tmp_path):
-    write(tmp_path / "in")
-    for out in "01":
-        tiles.tiles(config(tmp_path / "in", tmp_path / out))
-    assert (tmp_path / "0/a.tar").read_bytes() == (tmp_path / "1/a.tar").read_bytes()
-
-
-def test_a_scale_that_a_slide_is_too_coarse_for_is_noted_and_the_others_are_written(tmp_path):
-    write(tmp_path / "in")
-    tiles.tiles(config(tmp_path / "in", tmp_path / "out", mpps=(0.25, 0.5)))
-    s = sidecar(tmp_path / "out")
-    assert set(s.mpp) == {0.5} and "asked for 0.25 um/px, but the slide has 0.5" in s.skipped["0.25"]
-    assert "asked for 0.25" in fails(tiles.tiles, config(tmp_path / "in", tmp_path / "other", mpps=(0.25,)))
+def test_a_scale_that_a_slide_is_too_coarse_for_is_noted_and_the_others_are_written(capsys):
+    write()
+    cut(mpps=(0.25, 0.5))
+    reason = "asked for 0.25 um/px, but the slide has 0.5"
+    assert set(sidecar().mpp) == {0.5} and reason in sidecar().skipped["0.25"] and reason in capsys.readouterr().out
+    assert reason in fails(tiles, "other", mpps=(0.25,))
 
 
 # bad input
 
-def test_bad_slides_are_listed_with_reasons_the_others_are_done_and_a_repaired_one_leaves_the_list(tmp_path):
-    folder, out = tmp_path / "in", tmp_path / "out"
-    good = write(folder)
-    write(folder, "cut.tif")
-    whole = (folder / "cut.tif").read_bytes()
-    (folder / "cut.tif").write_bytes(whole[:len(whole) // 2])
-    toy.write_tiff(folder / "glass.tif", Image.new("RGB", (600, 500), (244, 244, 244)), 0.5)
-    toy.write_tiff(folder / "bare.tif", tissue(600, 500), 1e4 / 0.5)  # junk for an mpp
-    text = fails(tiles.tiles, config(folder, out, workers=2))
-    assert "3 of 4 slides failed" in text and "glass.tif: no t" in text
-    reasons = failures(out)
-    assert set(reasons) == {"cut.tif", "glass.tif", "bare.tif"} and "no usable mpp" in reasons["bare.tif"]
-    assert shard(out) and not hidden(out)
-    (folder / "cut.tif").write_bytes(whole)
-    assert "2 of 4" in fails(tiles.tiles, config(folder, out))
-    assert set(failures(out)) == {"glass.tif", "bare.tif"} and shard(out, "cut")
-    tiles.tiles(config(folder, out, slides=good))  # another list does not clear the rest
-    assert set(failures(out)) == {"glass.tif", "bare.tif"}
+def test_bad_slides_are_listed_with_reasons_the_others_are_done_and_a_repaired_one_leaves_the_list():
+    write()
+    whole = Path(write("cut.tif")).read_bytes()
+    Path("in/cut.tif").write_bytes(whole[:len(whole) // 2])
+    short = write("short.tif", factors=(1,), size=(2048, 1536))
+    os.truncate(short, os.path.getsize(short) * 6 // 10)
+    toy.write_tiff(Path("in/glass.tif"), Image.new("RGB", (600, 500), (244, 244, 244)), 0.5)
+    toy.write_tiff(Path("in/bare.tif"), tissue(600, 500), 1e4 / 0.5)  # junk for an mpp
+    text, reasons = fails(tiles, workers=2), failures()
+    assert "4 of 5 slides failed" in text and "glass.tif: no t" in text
+    assert set(reasons) == {"cut.tif", "short.tif", "glass.tif", "bare.tif"} and "no usable mpp" in reasons["bare.tif"]
+    assert "tiles are damaged" in reasons["short.tif"] or "not a slide" in reasons["short.tif"]
+    assert shard() and not hidden()
+    Path("in/cut.tif").write_bytes(whole)
+    assert "3 of 5" in fails(tiles)
+    assert set(failures()) == {"short.tif", "glass.tif", "bare.tif"} and shard("out", "cut")
 
 
-def test_a_damaged_tile_is_counted_and_never_written_and_a_slide_of_them_fails(tmp_path, capsys, monkeypatch):
-    folder, out = tmp_path / "in", tmp_path / "out"
-    path = write(folder, size=(3072, 2304))
+def test_a_damaged_tile_is_counted_and_never_written_and_a_slide_of_them_fails(capsys, monkeypatch):
+    path = write(size=(3072, 2304))
     damage(path, 1)
-    tiles.tiles(config(folder, out, tile_px=256))
-    s, pixels = sidecar(out), shard(out)
-    damaged = {tuple(map(float, key.split(","))) for key in s.bad}
+    cut(tile_px=256)
+    damaged, pixels = {tuple(map(float, key.split(","))) for key in sidecar().bad}, shard()
     assert 1 <= len(damaged) <= 4 and not damaged & pixels.keys()
     xy, _ = wsi.Slide(path).grid(256, 0.5)
     assert len(pixels) + len(damaged) == len(xy)
@@ -220,304 +227,238 @@ def test_a_damaged_tile_is_counted_and_never_written_and_a_slide_of_them_fails(t
     assert f"{len(damaged)} damaged ones left out" in capsys.readouterr().out
     damage(path, 12)
     monkeypatch.setattr(wsi.Slide, "check_levels", lambda slide: None)  # it may come across the damage first
-    text = fails(tiles.tiles, config(folder, tmp_path / "2", tile_px=256))
-    assert "tiles are damaged, such as cannot read x=" in text
-    assert sorted(os.listdir(tmp_path / "2")) == ["failed.csv", "keys.tiles.json"]
+    assert "tiles are damaged, such as cannot read x=" in fails(tiles, "2", tile_px=256)
+    assert sorted(os.listdir("2")) == ["failed.csv", "keys.json"]
 
+
+def test_slides_of_one_name_from_two_folders_do_not_pass_for_done():
+    for folder in "12":
+        write(size=(512, 384), seed=int(folder), folder=folder)
+    cut(slides="1/*")
+    with pytest.raises(ValueError, match="a.json is of 1/a.tif, not of 2/a.tif: use another --out"):
+        cut(slides="2/*")
+    Path("1").rename("moved")
+    cut(slides="moved/*")  # the same slide from elsewhere
+
+
+# many processes
 
 SLOW = """
-import sys, time
-from prepare import tiles
-from tests.test_tiles import config
-jpeg = tiles.jpeg
+signal.signal(signal.SIGINT, signal.default_int_handler)
+jpeg, write_tiles = tiles.jpeg, tiles.write_tiles
 tiles.jpeg = lambda *a: time.sleep(0.05) or jpeg(*a)
-tiles.tiles(config(sys.argv[1], sys.argv[2], workers=2))
+def logged(path, name, *a):
+    open("log", "a").write(f"{os.getpid()} {name}\\n")
+    return write_tiles(path, name, *a)
+tiles.write_tiles = logged
 """
 
 
-@pytest.mark.parametrize("victim", ["worker", "parent"])
-def test_after_kill_9_the_folder_is_sound_no_process_is_left_and_a_rerun_completes(tmp_path, victim):
-    folder, out = tmp_path / "in", tmp_path / "out"
+@pytest.mark.parametrize("victim", ["worker", "parent", "ctrl-c"])
+def test_after_a_kill_the_folder_is_sound_no_process_is_left_and_a_rerun_completes(victim):
     for i in range(3):
-        write(folder, f"{i}.tif", seed=i)
-    process = script(SLOW, folder, out)
-    wait_for(lambda: out.exists() and len([f for f in hidden(out) if f.endswith(".part")]) == 2)
-    workers = [int(f.split(".")[-2]) for f in hidden(out)]
-    os.kill(workers[0] if victim == "worker" else process.pid, signal.SIGKILL)
+        write(f"{i}.tif", seed=i)
+    process, log = start(SLOW), Path("log")
+    wait_for(lambda: log.exists() and log.read_text().count("\n") == 2)
+    (pid, name), (other, _) = (line.split() for line in log.read_text().splitlines())
+    if victim == "ctrl-c":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        os.kill(int(pid) if victim == "worker" else process.pid, signal.SIGKILL)
     _, text = process.communicate(timeout=60)
     assert process.returncode != 0
+    wait_for(lambda: not any(Path(f"/proc/{number}").exists() for number in (pid, other)))
+    done = [f.stem for f in Path("out").glob("?.json")]
+    assert all(shard("out", name) for name in done)
     if victim == "worker":
-        assert "a worker process was killed" in text and "rerun goes on" in text and "Traceback" not in text
-        assert not hidden(out)
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
-    for name in {Path(f).stem for f in os.listdir(out) if f[0].isdigit() and f.endswith(".json")}:
-        shard(out, name)
-    tiles.tiles(config(folder, out))
-    assert all(shard(out, str(i)) for i in range(3)) and not hidden(out)
+        assert f"/{name}.tif: its process died: Killed" in text and "1 of 3 slides failed" in text and len(done) == 2
+    if victim == "ctrl-c":
+        assert text == "tiles: interrupted\n" and not hidden()
+    cut()
+    assert all(shard("out", str(i)) for i in range(3)) and not hidden()
 
 
-TWO = """
-import sys
-from prepare import tiles
-from tests.test_tiles import config
-write_tiles = tiles.write_tiles
-def logged(path, *a):
-    open(sys.argv[3], "a").write(path + "\\n")
-    return write_tiles(path, *a)
-tiles.write_tiles = logged
-tiles.tiles(config(sys.argv[1], sys.argv[2]))
-"""
+def test_parts_that_run_at_once_share_a_folder_and_do_each_slide_once():
+    for i in range(5):
+        write(f"{i}.tif", size=(512, 384), seed=i)
+    Path("in/1.tif").write_bytes(b"no slide")
+    parts = [start("", f"--part={i}/2") for i in (1, 2)]
+    texts = [part.communicate(timeout=60)[0] for part in parts]
+    assert "3 slides done, 0 were done before, 0 failed" in texts[0] and parts[0].returncode == 0
+    assert "1 slides done, 0 were done before, 1 failed" in texts[1] and parts[1].returncode == 1
+    assert all(shard("out", name) for name in "0234") and not hidden()
+    assert 'in/1.tif,"not a slide' in Path("out/failed.2of2.csv").read_text()
+    assert not Path("out/failed.1of2.csv").exists()
 
 
-def test_two_processes_on_one_folder_do_each_slide_once(tmp_path):
-    folder, out, log = tmp_path / "in", tmp_path / "out", tmp_path / "log"
-    for i in range(6):
-        write(folder, f"{i}.tif", seed=i)
-    processes = [script(TWO, folder, out, log) for _ in range(2)]
-    for process in processes:
-        assert "0 failed" in process.communicate(timeout=60)[0] and process.returncode == 0
-    assert sorted(log.read_text().split()) == [str(folder / f"{i}.tif") for i in range(6)]
-    assert all(shard(out, str(i)) for i in range(6)) and not hidden(out)
+def kill_itself_on_b(path, name, file, part, config):
+    if name == "b":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tiles.write_tiles(path, name, file, part, config)
 
 
-def test_a_claim_of_another_node_is_respected_until_it_is_old(tmp_path):
-    write(tmp_path / "in")
-    out = tmp_path / "out"
-    out.mkdir()
-    claim = out / ".a.node7.cluster.4242.part"
-    claim.touch()
-    c = config(tmp_path / "in", out)
-    job = (tiles.write_tiles, str(tmp_path / "in/a.tif"), "a", str(out / "a.json"), c)
-    assert slides.attempt(*job)[0] == "busy" and hidden(out) == [claim.name]
-    os.utime(claim, (0, time.time() - slides.STALE - 1))
-    assert slides.attempt(*job)[0] == "done" and not hidden(out)
-    assert slides.attempt(*job)[0] == "before"
+def test_a_slide_that_kills_its_process_is_named_and_keeps_no_other_from_being_done():
+    for k, name in enumerate("abcd"):
+        write(f"{name}.tif", size=(512, 384), seed=k)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="b.tif: its process died: Killed"):
+            slides.walk("tiles", config(tiles), kill_itself_on_b, ".json", 2)
+    assert {f.stem for f in Path("out").glob("*.tar")} == set("acd") and not hidden()
+    assert list(failures()) == ["b.tif"]
+    cut()  # without the bug that killed it
+    assert shard("out", "b") and not Path("out/failed.csv").exists()
 
 
-FULL = """
-import resource, sys
-from prepare import tiles
-from tests.test_tiles import config
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-tiles.tiles(config(sys.argv[1], sys.argv[2], workers=1))
-"""
-
-
-def test_a_full_disk_stops_with_one_line_and_leaves_what_is_done(tmp_path):
-    folder, out = tmp_path / "in", tmp_path / "out"
-    write(folder)
-    write(folder, "small.tif", size=(512, 384))
-    tiles.tiles(config(folder, out, slides=f"{folder}/small.tif"))
-    process = script(FULL, folder, out)
-    text = process.communicate(timeout=60)[1].strip().splitlines()
-    assert process.returncode == 1 and "File too large" in text[-1] and "rerun goes on" in text[-1]
-    assert not any("Traceback" in line for line in text)
-    assert shard(out, "small")
-    assert sorted(os.listdir(out)) == ["failed.csv", "keys.tiles.json", "small.json", "small.tar"]
-    tiles.tiles(config(folder, out))
-    assert shard(out)
-
-
-def test_the_command_line_writes_shards_that_train_py_reads(tmp_path):
-    write(tmp_path / "in")
-    command = [sys.executable, "wsi.py", "--task=tiles", f"--slides={tmp_path}/in/*.tif", "--tile_px=128"]
-    done = subprocess.run([*command, f"--out={tmp_path}/out"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stderr.splitlines()) < 6 and "1 slides done" in done.stdout  # no bar where nobody sees it
-    assert len(shard(tmp_path / "out")) > 20
-    command += [f"--slides={tmp_path}/none/*.svs", f"--out={tmp_path}/none"]
-    empty = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert empty.returncode == 1 and "no file matches" in empty.stderr and "Traceback" not in empty.stderr
-    assert not (tmp_path / "none").exists()
+def test_a_full_disk_stops_with_one_line_and_leaves_what_is_done():
+    write()
+    write("small.tif", size=(512, 384))
+    cut(slides="in/small.tif")
+    process = start("import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))")
+    text = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and text.startswith("tiles: out: ") and text.count("\n") == 1
+    assert "File too large; what is done is kept" in text
+    assert shard("out", "small") and sorted(os.listdir("out")) == ["keys.json", "small.json", "small.tar"]
+    cut()
+    assert shard()
 
 
 # coordinates
 
-@pytest.mark.parametrize("kind, mpp, file", [
+TRIDENT = {"patch_size": 256, "patch_size_level0": 512, "level0_magnification": 40, "target_magnification": 20,
+           "overlap": 0, "name": "a", "savetodir": "x", "level0_width": 1024, "level0_height": 768}
+CLAM = {"patch_size": 256, "patch_level": 1, "downsample": (4.0, 4.0), "downsampled_level_dim": (256, 192),
+        "level_dim": (256, 192), "name": "a", "save_path": "x"}
+
+
+def write_h5(xy, attrs):
+    with pytest.importorskip("h5py").File("a.h5", "w") as h5:
+        h5.create_dataset("coords", data=np.array(xy)).attrs.update(attrs)
+
+
+@pytest.mark.parametrize("layout, mpp, file", [
     ("trident", 0.5, "a.b_patches.h5"), ("clam", 0.5, "a.b.h5"),
     ("trident", 0.37, "a.b_patches.h5"), ("clam", 0.37, "a.b.h5"), ("clam", 1.03, "a.b.h5")])
-def test_coordinates_read_back_as_the_same_places_and_scale(tmp_path, kind, mpp, file):
+def test_coordinates_read_back_as_the_same_places_and_scale(layout, mpp, file):
     pytest.importorskip("h5py")
-    path = write(tmp_path / "in", "a.b.svs", mpp=0.2527, size=(2048, 1536))
-    c = config(tmp_path / "in", tmp_path / "out", mpps=(mpp,), coords_format=kind, workers=2)
-    tiles.coords(c)
-    slide = wsi.Slide(path)
-    xy, size, read_mpp = tiles.read_coords(tmp_path / "out" / file, slide)
+    slide = wsi.Slide(write("a.b.svs", mpp=0.2527, size=(2048, 1536)))
+    coords.main(config(coords, mpp=mpp, layout=layout, workers=2))
+    xy, size, read_mpp = coords.read_coords(f"out/{file}", slide)
     places, _ = slide.grid(128, mpp)
     assert len(xy) and np.array_equal(xy, places)
     true = slide.extent(128, mpp)[0] * slide.mpp  # um
     assert size * read_mpp == pytest.approx(true, rel=0.005)
-    assert kind == "clam" or (size == 128 and read_mpp == pytest.approx(mpp, rel=0.03))
-    tiles.coords(c | {"workers": 0})  # done
+    assert layout == "clam" or (size == 128 and read_mpp == pytest.approx(mpp, rel=0.03))
     if mpp == 0.37:
-        tiles.tiles(config(tmp_path / "in", tmp_path / "tiles", coords=str(tmp_path / "out")))
-        s = sidecar(tmp_path / "tiles", "a_b")
+        cut("tiles", coords="out")
+        s = sidecar("tiles", "a_b")
         assert sorted(zip(s.x, s.y)) == sorted(map(tuple, xy.tolist())) and s.tile_px == size
         assert set(s.mpp) == {read_mpp} and min(s.tissue) > 0.15
 
 
-def test_coordinates_as_trident_and_clam_write_them_give_the_true_scale(tmp_path):
-    h5py = pytest.importorskip("h5py")
-    slide = wsi.Slide(write(tmp_path / "in", mpp=0.2527))
-    trident = {"patch_size": 256, "patch_size_level0": 512, "level0_magnification": 40, "target_magnification": 20,
-               "overlap": 0, "name": "a", "savetodir": "x", "level0_width": 1024, "level0_height": 768}
-    clam = {"patch_size": 256, "patch_level": 1, "downsample": (4.0, 4.0), "downsampled_level_dim": (256, 192),
-            "level_dim": (256, 192), "name": "a", "save_path": "x"}
-    for attrs, mpp in ((trident, 2 * 0.2527), (clam, 4 * 0.2527)):
-        with h5py.File(tmp_path / "a.h5", "w") as h5:
-            h5.create_dataset("coords", data=np.array([[0, 512]])).attrs.update(attrs)
-        xy, size, read_mpp = tiles.read_coords(tmp_path / "a.h5", slide)
-        assert (xy.tolist(), size) == ([[0, 512]], 256) and read_mpp == pytest.approx(mpp)
-    (tmp_path / "b.h5").write_bytes(b"cut short")
-    with pytest.raises(wsi.SlideError, match="b.h5: neither"):
-        tiles.read_coords(tmp_path / "b.h5", slide)
-    for attrs in (trident | {"level0_width": 999}, clam | {"patch_level": 7}, {}):
-        with h5py.File(tmp_path / "a.h5", "w") as h5:
-            h5.create_dataset("coords", data=np.array([[0, 512]])).attrs.update(attrs)
-        with pytest.raises(wsi.SlideError, match="a.h5: "):
-            tiles.read_coords(tmp_path / "a.h5", slide)
+@pytest.mark.parametrize("attrs, mpp", [(TRIDENT, 2 * 0.2527), (CLAM, 4 * 0.2527)])
+def test_coordinates_as_trident_and_clam_write_them_give_the_true_scale(attrs, mpp):
+    write_h5([[0, 512]], attrs)
+    xy, size, read_mpp = coords.read_coords("a.h5", wsi.Slide(write(mpp=0.2527)))
+    assert (xy.tolist(), size) == ([[0, 512]], 256) and read_mpp == pytest.approx(mpp)
 
 
-def test_without_h5py_coordinates_say_what_to_install_and_slides_without_a_file_fail_alone(tmp_path, monkeypatch):
-    write(tmp_path / "in")
-    (tmp_path / "empty").mkdir()
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "h5py", None)
-        with pytest.raises(ValueError, match="pip install h5py"):
-            tiles.coords(config(tmp_path / "in", tmp_path / "out"))
-        with pytest.raises(ValueError, match="pip install h5py"):
-            tiles.tiles(config(tmp_path / "in", tmp_path / "out", coords=str(tmp_path / "empty")))
+@pytest.mark.parametrize("xy, attrs, reason", [
+    ([(0, 512)], TRIDENT | {"level0_width": 999}, "places of another slide"),
+    ([(0, 512)], CLAM | {"patch_level": 7}, "a patch_level of this slide"),
+    ([(0, 512)], {}, "coords lack patch_size_level0"),
+    ([(50000, 50000)], {"patch_size": 128, "patch_level": 0}, "places of another slide"),
+    ([(0, 0, 128, 128, 0)], {"patch_size": 128, "patch_level": 0}, "coords of shape (1, 5)"),
+    ([(0, 0)], {"patch_size": 0, "patch_level": 0}, "patch_size 0"),
+    (None, {}, "neither TRIDENT's nor CLAM's")])
+def test_places_of_another_slide_or_of_another_tool_are_refused(xy, attrs, reason):
+    write()
+    write_h5(xy or [(0, 0)], attrs)
+    if xy is None:
+        os.truncate("a.h5", 99)
+    text = fails(tiles, coords=".")
+    assert "a.h5: " in text and reason in text
+
+
+def test_without_h5py_coordinates_say_what_to_install_and_slides_without_a_file_fail_alone(monkeypatch):
     pytest.importorskip("h5py")
-    text = fails(tiles.tiles, config(tmp_path / "in", tmp_path / "out", coords=str(tmp_path / "empty")))
-    assert "no a_patches.h5 or a.h5 in coords=" in text
+    write()
+    assert "no a_patches.h5 or a.h5 in coords=nowhere" in fails(tiles, coords="nowhere")
+    monkeypatch.setattr(coords, "h5py", None)
+    for script, keys in ((coords, {}), (tiles, {"coords": "."})):
+        with pytest.raises(ValueError, match="pip install h5py"):
+            script.main(config(script, **keys))
 
 
 # features
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    torch, model = pytest.importorskip("torch"), pytest.importorskip("model")
+@pytest.fixture
+def encoder():
+    """Keys of features for a random encoder."""
     torch.manual_seed(0)
-    vit, path = model.ViT(model.ARCHS["toy"]), tmp_path_factory.mktemp("weights") / "5.pth"
+    vit = model.ViT(model.ARCHS["toy"])
     vit.init_weights()
-    torch.save({"teacher": vit.state_dict(), "arch": "toy", "step": 5, "config": {"norm": "half"}}, path)
-    return str(path)
+    torch.save({"teacher": vit.state_dict(), "arch": "toy", "step": 5, "config": {"norm": "half"}}, "5.pth")
+    return {"tile_px": 112, "weights": "5.pth", "device": "cpu"}
 
 
-def direct(path, weights, xy, mean=(0.5,) * 3, std=(0.5,) * 3):
+def direct(path, xy, mean=(0.5,) * 3, std=(0.5,) * 3):
     """Class tokens of tiles read one by one."""
-    import torch
-
-    import model
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
-    slide, vit = wsi.Slide(path), model.load_backbone(weights).eval()
+    slide, vit = wsi.Slide(path), model.load_backbone("5.pth").eval()
     x = np.stack([slide.read(x, y, 112, 0.5) for x, y in xy.tolist()])
     with torch.no_grad():
         return vit((torch.tensor(x).permute(0, 3, 1, 2) / 255 - mean) / std)["cls"].numpy()
 
 
-def test_features_are_the_encoders_of_the_grid_in_its_order(tmp_path, teacher):
+def test_features_are_the_encoders_of_the_grid_in_its_order(encoder):
     h5py = pytest.importorskip("h5py")
-    path, out = write(tmp_path / "in", "a.b.tif", size=(512, 384)), tmp_path / "out"
-    c = config(tmp_path / "in", out, tile_px=112, weights=teacher, workers=2, region_mb=1)
-    features.features(c)
-    with h5py.File(out / "a.b.h5") as h5:
+    path = write("a.b.tif", size=(512, 384))
+    keys = config(features, **encoder, workers=2, region_mb=1, batch_size=5)
+    features.main(keys)
+    with h5py.File("out/a.b.h5") as h5:
         found, xy, about, attrs = h5["features"][:], h5["coords"][:], dict(h5["features"].attrs), h5["coords"].attrs
         assert attrs["patch_size_level0"] == 112 and attrs["name"] == "a.b"
     assert found.dtype == np.float16 and found.shape == (len(xy), 128)
     assert np.array_equal(xy, wsi.Slide(path).grid(112, 0.5)[0]) and len(xy) > 5
-    assert np.abs(found - direct(path, teacher, xy)).max() < 0.01 and np.ptp(found, axis=0).max() > 0.05
+    assert np.abs(found - direct(path, xy)).max() < 0.01 and np.ptp(found, axis=0).max() > 0.05
     assert (about["weights"], about["mpp"], about["tile_px"], len(about["weights_sha256"])) == ("5.pth", 0.5, 112, 64)
-    before = os.stat(out / "a.b.h5").st_mtime_ns
-    features.features(c | {"workers": 0})
-    assert os.stat(out / "a.b.h5").st_mtime_ns == before
+    before = os.stat("out/a.b.h5").st_mtime_ns
+    features.main(keys | {"workers": 0})
+    assert os.stat("out/a.b.h5").st_mtime_ns == before
     with pytest.raises(ValueError, match="norm was .* use another --out"):
-        features.features(c | {"norm": "imagenet"})
+        features.main(keys | {"norm": "imagenet"})
     with pytest.raises(ValueError, match="tile_px=128: not a multiple of the patch of 14 px"):
-        features.features(c | {"tile_px": 128, "out": str(tmp_path / "other")})
-    features.features(c | {"coords": str(out), "out": str(tmp_path / "again")})  # from the places of a features file
-    with h5py.File(tmp_path / "again/a.b.h5") as h5:
+        features.main(keys | {"tile_px": 128, "out": "other"})
+    features.main(keys | {"coords": "out", "out": "again"})  # from the places of a features file
+    with h5py.File("again/a.b.h5") as h5:
         assert np.array_equal(h5["coords"][:], xy) and np.abs(h5["features"][:] - found).max() < 0.01
 
 
-def test_a_killed_reader_stops_the_features_with_one_line(tmp_path, teacher, monkeypatch):
-    write(tmp_path / "in")
+def test_a_killed_reader_costs_its_own_slide(encoder, monkeypatch):
+    write(size=(512, 384))
     monkeypatch.setattr(features, "read_region", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
-    c = config(tmp_path / "in", tmp_path / "out", tile_px=112, weights=teacher, workers=1)
-    assert "a worker process was killed" in fails(features.features, c) and not hidden(tmp_path / "out")
+    text = fails(features, **encoder, workers=1)
+    assert "a.tif: RuntimeError: DataLoader worker" in text and not hidden()
 
 
-def test_without_h5py_features_are_npz_and_damaged_tiles_have_none(tmp_path, teacher, monkeypatch):
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    path, out = write(tmp_path / "in", size=(3072, 2304)), tmp_path / "out"
+def test_an_encoder_that_fails_stops_the_features(encoder, monkeypatch):
+    write(size=(512, 384))
+    monkeypatch.setattr(model.ViT, "forward", lambda *a: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(OSError, match="the encoder failed: The size of tensor a .*; what is done is kept"):
+        features.main(config(features, **encoder))
+
+
+def test_without_h5py_features_are_npz_and_damaged_tiles_have_none(encoder, monkeypatch):
+    monkeypatch.setattr(coords, "h5py", None)
+    path = write(size=(3072, 2304))
     sound, _ = wsi.Slide(path).grid(112, 0.5)
     damage(path, 1)
-    features.features(config(tmp_path / "in", out, tile_px=112, weights=teacher, norm="imagenet", batch_size=64))
-    with np.load(out / "a.npz") as found:
+    features.main(config(features, **encoder, norm="imagenet"))
+    with np.load("out/a.npz") as found:
         assert found["features"].shape == (len(found["coords"]), 128) and found["tile_px"] == 112
         xy, damaged = found["coords"], int(found["damaged"])
         pick = slice(None, None, 49)
-        expected = direct(path, teacher, xy[pick], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        expected = direct(path, xy[pick], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         assert np.abs(found["features"][pick] - expected).max() < 0.02
     assert damaged > 0 and len(xy) + damaged == len(sound)
     assert [p for p in sound.tolist() if p in xy.tolist()] == xy.tolist()
-
-
-def kill_itself_on_b(path, name, file, c, claim):
-    if name == "b":
-        time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return tiles.write_tiles(path, name, file, c, claim)
-
-
-def test_a_slide_that_kills_its_process_is_named_and_keeps_no_other_from_being_done(tmp_path):
-    for k, name in enumerate("abcd"):
-        write(tmp_path / "in", f"{name}.tif", size=(512, 384), seed=k)
-    c = config(tmp_path / "in", tmp_path / "out", workers=2)
-    for _ in range(2):
-        text = fails(lambda c: slides.walk("tiles", c, kill_itself_on_b, ".json", c["workers"]), c)
-    assert {f.stem for f in (tmp_path / "out").glob("*.tar")} == set("acd") and not hidden(tmp_path / "out")
-    assert failures(tmp_path / "out") == {"b.tif": slides.KILLED} and "b.tif" in text
-    tiles.tiles(c)  # without the bug that killed it
-    assert (tmp_path / "out" / "b.tar").exists() and not failures(tmp_path / "out")
-
-
-def test_places_of_another_slide_or_of_another_tool_are_refused(tmp_path):
-    h5py = pytest.importorskip("h5py")
-    write(tmp_path / "in")
-    for k, (xy, attrs, reason) in enumerate((
-            ([(50000, 50000)], {"patch_size": 128, "patch_level": 0}, "places of another slide"),
-            ([(0, 0, 128, 128, 0)], {"patch_size": 128, "patch_level": 0}, "coords of shape (1, 5)"),
-            ([(0, 0)], {"patch_size": 0, "patch_level": 0}, "patch_size 0"))):
-        folder = tmp_path / f"coords{k}"
-        folder.mkdir()
-        with h5py.File(folder / "a.h5", "w") as h5:
-            h5.create_dataset("coords", data=np.array(xy)).attrs.update(attrs)
-        fails(tiles.tiles, config(tmp_path / "in", tmp_path / f"out{k}", coords=str(folder)))
-        assert reason in failures(tmp_path / f"out{k}")["a.tif"]
-
-
-def test_a_slide_cut_in_half_fails_instead_of_being_done_with_what_is_left(tmp_path):
-    path = write(tmp_path / "in", factors=(1,), size=(2048, 1536))
-    os.truncate(path, os.path.getsize(path) * 6 // 10)
-    fails(tiles.tiles, config(tmp_path / "in", tmp_path / "out"))
-    reason = failures(tmp_path / "out")["a.tif"]
-    assert "tiles are damaged" in reason or "not a slide" in reason
-
-
-def test_slides_of_one_name_from_two_folders_do_not_pass_for_done(tmp_path):
-    for k in "12":
-        (tmp_path / k).mkdir()
-        write(tmp_path / k, "slide.tif", size=(512, 384), seed=int(k))
-    out = tmp_path / "out"
-    tiles.tiles(config(tmp_path / "1", out))
-    with pytest.raises(ValueError, match="slide.json is of .*/1/slide.tif, not of .*/2/slide.tif: use another --out"):
-        tiles.tiles(config(tmp_path / "2", out))
-    (tmp_path / "1").rename(tmp_path / "moved")
-    tiles.tiles(config(tmp_path / "moved", out))  # the same slide from elsewhere
-
-
-def test_scales_that_a_slide_lacks_are_counted_in_the_summary(tmp_path, capsys):
-    write(tmp_path / "in", size=(512, 384))
-    tiles.tiles(config(tmp_path / "in", tmp_path / "out", mpps=(0.1, 0.5)))
-    assert "1 slides lack some of mpps" in capsys.readouterr().out and "0.1" in sidecar(tmp_path / "out").skipped

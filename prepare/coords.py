@@ -1,0 +1,133 @@
+"""
+Places of tiles in TRIDENT's or CLAM's files: written from the grid over the tissue, read by tiles.py and features.py.
+
+    python prepare/coords.py --slides='slides/*.svs' --out=data/coords                   # A_patches.h5, as TRIDENT's
+    python prepare/coords.py --slides='slides/*.svs' --out=data/coords --layout=clam     # A.h5, as CLAM's
+    python prepare/tiles.py ... --coords=data/coords                                     # tiles at these places
+
+A rerun skips the slides whose file is there; prepare/slides.py says more.
+"""
+import io
+import os
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+try:
+    import h5py
+except ImportError:
+    h5py = None
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import wsi
+from prepare.slides import open_slide, run, walk
+
+# the keys of prepare/slides.py (slides, out, part, workers, ...) and these
+layout = "trident"  # or "clam"
+mpp = 0.5           # um/px of the tiles
+tile_px = 256
+
+
+def grid(slide, config, mpp):
+    """(xy, tissue share) of the tiles in the slide's grid; SlideError if there are none."""
+    xy, tissue = slide.grid(config["tile_px"], mpp, config["min_tissue"], config["overlap"])
+    if not len(xy):
+        least = f"{config['min_tissue']:.0%} of tissue"
+        raise wsi.SlideError(f"no tile of {config['tile_px']} px at {mpp:g} um/px has {least}")
+    return xy, tissue
+
+
+def need_h5py():
+    if h5py is None:
+        raise ValueError("TRIDENT's and CLAM's files need h5py: pip install h5py")
+
+
+def find_coords(slide, name, config):
+    """read_coords of the slide's file in the folder `coords`, each place once. SlideError if it has none."""
+    stem = Path(slide.path).stem
+    wanted = [f"{stem}_patches.h5", f"{stem}.h5", f"{name}_patches.h5", f"{name}.h5"]
+    files = [os.path.join(config["coords"], file) for file in wanted]
+    file = next(filter(os.path.exists, files), None)
+    if file is None:
+        raise wsi.SlideError(f"no {' or '.join(dict.fromkeys(wanted))} in coords={config['coords']}")
+    xy, size, mpp = read_coords(file, slide)
+    first = np.unique(xy, axis=0, return_index=True)[1]  # CLAM repeats places
+    return xy[np.sort(first)], size, mpp
+
+
+def read_coords(file, slide):
+    """(xy int32 (N, 2) in level-0 px, size, mpp) from TRIDENT's or CLAM's .h5, for slide.read(x, y, size, mpp).
+
+    The scale is computed from the slide's own um/px, because the magnification in such files is a rounded label.
+    Raises SlideError if the file is damaged, of another slide, or of another tool.
+    """
+    try:
+        with h5py.File(file) as h5:
+            xy, attrs = h5["coords"][:], dict(h5["coords"].attrs)
+    except (OSError, KeyError) as e:
+        raise wsi.SlideError(f"{file}: neither TRIDENT's nor CLAM's: {e}") from None
+    size, level = attrs.get("patch_size", 1), attrs.get("patch_level", len(slide.level_mpp))
+    if xy.ndim != 2 or xy.shape[1] != 2 or size <= 0:
+        raise wsi.SlideError(f"{file}: coords of shape {xy.shape} and patch_size {size}, not (N, 2)")
+    width, height = slide.dimensions
+    stated = attrs.get("level0_width", width), attrs.get("level0_height", height)
+    if stated != slide.dimensions or not (xy < slide.dimensions).all():
+        raise wsi.SlideError(f"{file}: places of another slide; this one has {slide.dimensions} px")
+    xy, size = xy.astype(np.int32), int(size)
+    if "patch_size_level0" in attrs:
+        return xy, size, float(attrs["patch_size_level0"] / size * slide.mpp)
+    if level < len(slide.level_mpp):
+        return xy, size, slide.level_mpp[int(level)]
+    raise wsi.SlideError(f"{file}: coords lack patch_size_level0 (TRIDENT) or a patch_level of this slide (CLAM)")
+
+
+def trident_attrs(slide, config, name, size, mpp):
+    width, height = slide.dimensions
+    return {"patch_size": size, "patch_size_level0": round(sum(slide.extent(size, mpp)) / 2),
+            "level0_magnification": round(10 / slide.mpp), "target_magnification": round(10 / mpp),
+            "overlap": config["overlap"], "name": name, "savetodir": os.path.abspath(config["out"]),
+            "level0_width": width, "level0_height": height}
+
+
+def clam_attrs(slide, config, name, size, mpp):
+    fine = [i for i, level_mpp in enumerate(slide.level_mpp) if level_mpp <= mpp * (1 + wsi.TOLERANCE)]
+    level = max(fine, default=0)
+    (sx, sy), level_dim = slide.level_scale[level], slide.level_dimensions[level]
+    w, h = slide.extent(size, mpp)
+    return {"patch_size": round((w / sx + h / sy) / 2), "patch_level": level, "downsample": (sx, sy),
+            "downsampled_level_dim": level_dim, "level_dim": level_dim, "name": name,
+            "save_path": os.path.abspath(config["out"])}
+
+
+def write_h5(file, arrays, attrs):
+    """Write arrays, and the attributes of each, both by name."""
+    buffer = io.BytesIO()  # in memory first: HDF5 reports a full disk as it likes
+    with h5py.File(buffer, "w") as h5:
+        for name, array in arrays.items():
+            h5.create_dataset(name, data=array).attrs.update(attrs[name])
+    Path(file).write_bytes(buffer.getvalue())
+
+
+def write_coords(path, name, file, part, config):
+    attrs_of = trident_attrs if config["layout"] == "trident" else clam_attrs
+    with closing(open_slide(path, config)) as slide:
+        slide.check_levels()
+        xy, _ = grid(slide, config, config["mpp"])
+        attrs = attrs_of(slide, config, name, config["tile_px"], config["mpp"])
+    write_h5(part, {"coords": xy.astype(np.int64)}, {"coords": attrs})
+    os.replace(part, file)
+    return f"{len(xy)} places"
+
+
+def main(config):
+    need_h5py()
+    endings = {"trident": "_patches.h5", "clam": ".h5"}
+    if config["layout"] not in endings:
+        raise ValueError(f"layout={config['layout']}: give trident or clam")
+    walk("coords", config, write_coords, endings[config["layout"]], config["workers"])
+
+
+if __name__ == "__main__":
+    run("coords", main, globals())
