@@ -54,6 +54,22 @@ def refused(path, **arguments):
     return message
 
 
+@pytest.fixture
+def damage(monkeypatch):
+    """damage(hit): reads for which hit(handle, at, level, size) is true fail. All reads are listed in damage.sizes."""
+    read = openslide.OpenSlide.read_region
+
+    def install(hit):
+        def broken(self, at, level, size):
+            install.sizes.append(tuple(size))
+            if hit(self, at, level, size):
+                raise openslide.OpenSlideError("bad tile")
+            return read(self, at, level, size)
+        monkeypatch.setattr(openslide.OpenSlide, "read_region", broken)
+    install.sizes = []
+    return install
+
+
 # mpp
 
 OPENSLIDE = {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.26"}
@@ -72,7 +88,7 @@ MIRAX = "mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL_"
     ({MIRAX + "X": "0.23", MIRAX + "Y": "0.24"} | TIFF, None, (0.23, 0.24, MIRAX + "X")),
     ({"ventana.ScanRes": "0.465"}, None, (0.465, 0.465, "ventana.ScanRes")),
     ({"tiff.XResolution": "50800,0", "tiff.ResolutionUnit": "Inch"}, None, (0.5, 0.5, "tiff.XResolution")),
-    (JUNK, "0,5", (0.5, 0.5, "stated")),
+    (JUNK, 0.5, (0.5, 0.5, "stated")),
     (OPENSLIDE | {"openslide.objective-power": "40.000000"}, None, (0.25, 0.26, "openslide.mpp-x")),
     (OPENSLIDE | {"openslide.objective-power": "0"}, None, (0.25, 0.26, "openslide.mpp-x")),
     (OPENSLIDE | {"openslide.objective-power": "20"}, 0.25, (0.25, 0.25, "stated")),
@@ -112,25 +128,32 @@ def test_an_objective_power_that_contradicts_the_mpp_is_an_error(power, ok):
             find_mpp(properties)
 
 
-@pytest.mark.parametrize("stated", [0, 0.01, 40, -0.5, float("nan"), "fine"])
+@pytest.mark.parametrize("stated", [0, 0.01, 40, -0.5, float("nan")])
 def test_a_stated_mpp_out_of_range_is_an_error(stated):
     with pytest.raises(SlideError, match="stated mpp="):
         find_mpp(OPENSLIDE, stated)
 
 
-def test_a_slide_without_mpp_is_refused_and_opens_when_the_mpp_is_stated(tmp_path):
+def test_the_objective_is_a_fallback_only_where_it_is_asked_for():
+    power = {"openslide.objective-power": "20"}
+    with pytest.raises(SlideError, match="or guess 10 / 20 with mpp_from_objective=true"):
+        find_mpp(power)
+    assert find_mpp(power, from_objective=True) == (0.5, 0.5, "10 / objective power")
+    assert find_mpp(OPENSLIDE, from_objective=True)[2] == "openslide.mpp-x", "never before a stated one"
+    for odd in ("0", "x", "4000"):
+        with pytest.raises(SlideError, match="no usable mpp"):
+            find_mpp({"openslide.objective-power": odd}, from_objective=True)
+
+
+def test_slides_open_with_their_mpp_or_a_stated_one_and_are_refused_without(tmp_path):
     path = write_slide(tmp_path / "bare.tif", [texture(600, 500)])
     assert "no usable mpp" in refused(path)
     slide = Slide(path, mpp=0.5)
     assert (slide.mpp, slide.mpp_xy, slide.mpp_source) == (0.5, (0.5, 0.5), "stated")
     assert slide.dimensions == (600, 500) and slide.level_mpp == [0.5] and slide.path == path
-
-
-def test_an_aperio_slide_opens_with_its_mpp_and_is_refused_if_its_objective_contradicts_it(tmp_path):
-    aperio = "Aperio Image Library v12|AppMag = {}|MPP = {}"
-    levels = pyramid(texture(1024, 900), 2)
+    aperio, levels = "Aperio Image Library v12|AppMag = {}|MPP = {}", pyramid(texture(1024, 900), 2)
     slide = Slide(write_slide(tmp_path / "a.svs", levels, description=aperio.format(40, 0.25)))
-    assert slide.properties["openslide.vendor"] == "aperio" and slide.mpp == 0.25 and slide.level_mpp == [0.25, 0.5]
+    assert slide.vendor == "aperio" and slide.power == 40 and slide.mpp == 0.25 and slide.level_mpp == [0.25, 0.5]
     path = write_slide(tmp_path / "b.svs", levels, description=aperio.format(40, 0.5))
     assert "objective of 40x is about 0.25" in refused(path)
     assert Slide(path, mpp=0.5).mpp == 0.5
@@ -157,8 +180,8 @@ def test_an_aperio_slide_opens_with_its_mpp_and_is_refused_if_its_objective_cont
 ])
 def test_the_coarsest_level_that_is_fine_enough_serves_a_target(tmp_path, factors, mpp, target, level, extent):
     slide, _ = open_texture(tmp_path, *factors, mpp=mpp, size=(8000, 64))
-    slide.level_scale = [(sx, sx) for sx, _ in slide.level_scale]  # the height is too small for exact factors
-    plan_level, *plan_extent = slide._plan(100, target)
+    slide.level_scale[:, 1] = slide.level_scale[:, 0]  # the height is too small for exact factors
+    plan_level, plan_extent = slide._plan(100, target)
     assert plan_level == level and plan_extent == pytest.approx(extent, rel=2e-4)
 
 
@@ -198,12 +221,8 @@ def test_tiles_are_the_stored_pixels_and_can_be_written_to(tmp_path):
     assert np.array_equal(slide.read(100, 60, 160, 0.4), shrunk)
     exact = Image.fromarray(levels[0][60:74, 100:114]).resize((10, 10), Image.BILINEAR, box=(0, 0, 13.2, 13.2))
     assert np.array_equal(slide.read(100, 60, 10, 0.33), exact)  # not 14 pixels squeezed into 10
-
-
-def test_a_sample_list_with_a_level_that_the_slide_lacks_is_an_error(tmp_path):
-    slide, _ = open_texture(tmp_path, 2)
-    for level in (2, -1):
-        with pytest.raises(SlideError, match=f"texture.tif: no level {level}, it has levels 0-1"):
+    for level in (3, -1):
+        with pytest.raises(SlideError, match=f"texture.tif: no level {level}, it has levels 0-2"):
             slide.read_level(0, 0, 64, level)
 
 
@@ -310,22 +329,18 @@ def test_the_correction_is_left_out_where_openslide_does_not_interpolate(tmp_pat
     assert wsi.OPENSLIDE["interpolates"] is False
 
 
-def test_glass_that_looks_like_its_shifted_copy_does_not_switch_the_correction_off(tmp_path, monkeypatch):
+def test_a_flat_place_does_not_decide_whether_openslide_interpolates(tmp_path, monkeypatch):
     monkeypatch.setattr(wsi, "OPENSLIDE", {"interpolates": None})
     image = flat(GLASS, 1027).copy()
-    image[:, 500:] = PINK  # one straight edge
+    image[:, 500:] = PINK  # one straight edge: it looks like its own shifted copy
     slide = Slide(write_slide(tmp_path / "edge.tif", pyramid(image, 2.003), (0.25, 0.25)))
     for x in range(430, 460):
         slide.read_level(x, 301, 64, 1)
     assert wsi.OPENSLIDE["interpolates"] is None
-
-
-def test_a_flat_place_does_not_decide_whether_openslide_interpolates(tmp_path, monkeypatch):
-    monkeypatch.setattr(wsi, "OPENSLIDE", {"interpolates": None})
     image = texture(1027, 901).copy()
-    image[:300] = 90
+    image[:300] = 90 + np.arange(1027)[:, None] // 4 % 2  # differences of one grey level vanish in the rounding
     slide = Slide(write_slide(tmp_path / "flat.tif", pyramid(image, 2.003), (0.25, 0.25)))
-    assert (slide.read_level(333, 33, 64, 1) == 90).all() and wsi.OPENSLIDE["interpolates"] is None
+    assert abs(slide.read_level(333, 33, 64, 1) - 90.5).max() <= 1 and wsi.OPENSLIDE["interpolates"] is None
     slide.read_level(333, 733, 64, 1)
     assert wsi.OPENSLIDE["interpolates"] is True
 
@@ -366,7 +381,7 @@ def test_a_grid_tile_is_kept_if_half_of_it_lies_inside_and_bounds_are_respected(
     slide.properties |= {"openslide.bounds-x": "300", "openslide.bounds-y": "100", "openslide.bounds-width": "512",
                          "openslide.bounds-height": "256"}
     assert slide.grid(256, 0.5)[0].tolist() == [[300, 100], [556, 100]]
-    tiny = Slide(write_slide(tmp_path / "tiny.tif", [tissue[:100, :100]], (0.5, 0.5)), tissue=rule(speck_mm2=0))
+    tiny = Slide(write_slide(tmp_path / "tiny.tif", [tissue[:100, :100]], (0.5, 0.5)), rule=rule(speck_mm2=0))
     assert len(tiny.grid(256, 0.5, 0.1)[0]) == 1
 
 
@@ -386,48 +401,36 @@ def test_tiles_read_together_are_those_read_one_by_one(tmp_path, factors, mpp):
         assert np.array_equal(tile, naive.read(x, y, 64, mpp))
 
 
-def test_fewer_pixels_are_decoded_together_and_memory_is_bounded(tmp_path, monkeypatch):
+def test_fewer_pixels_are_decoded_together_and_memory_is_bounded(tmp_path, damage):
     slide, _ = toy_slide(tmp_path / "toy.tif")
-    read, sizes = openslide.OpenSlide.read_region, []
-    monkeypatch.setattr(openslide.OpenSlide, "read_region",
-                        lambda self, at, level, size: sizes.append(size) or read(self, at, level, size))
+    damage(lambda *read: False)
     xy, _ = slide.grid(64, 0.5)
     for mb, most in ((64, 3), (2, 30)):
-        sizes.clear()
+        damage.sizes.clear()
         for rows in slide.regions(xy, 64, 0.5, mb):
             slide.read_tiles(xy[rows], 64, 0.5)
-        pixels = np.prod(sizes, axis=1)
+        pixels = np.prod(damage.sizes, axis=1)
         assert pixels.max() * wsi.REGION_BYTES <= mb * 1e6 and pixels.sum() <= 1.3 * len(xy) * 64 * 64
-        assert len(sizes) < len(xy) / most ** 0.5, (len(sizes), len(xy))
+        assert len(pixels) < len(xy) / most ** 0.5, (len(pixels), len(xy))
 
 
-def test_a_place_damaged_in_the_masks_level_counts_as_tissue_so_that_its_tiles_are_tried(tmp_path, monkeypatch):
+@pytest.mark.parametrize("broken_level", [0, 1])
+def test_a_place_damaged_in_the_masks_level_is_tissue_so_that_its_tiles_are_tried(tmp_path, damage, broken_level):
     """The bug: half a slide that was cut short lay beyond the mask, and the slide counted as done."""
     path = write_slide(tmp_path / "glass.tif", pyramid(flat(GLASS, 3000), 4), (0.5, 0.5))
-    read, broken_level = openslide.OpenSlide.read_region, None
 
-    def broken(self, at, level, size):
-        scale = self.level_downsamples[level]
-        inside = all(a <= 1500 < a + s * scale for a, s in zip(at, size))
-        if level == broken_level and inside:
-            raise openslide.OpenSlideError("bad tile")
-        return read(self, at, level, size)
-    monkeypatch.setattr(openslide.OpenSlide, "read_region", broken)
-    for broken_level in (0, 1):
-        mask, (cell, _) = Slide(path, tissue=rule(hole_mm2=0)).tissue_mask()
-        middle = int(1500 / cell)
-        assert mask.mean() < (300 * 4 / 3000) ** 2 and mask[middle, middle] == (broken_level == 1)
+    def hit(handle, at, level, size):
+        scale = handle.level_downsamples[level]
+        return level == broken_level and all(a <= 1500 < a + s * scale for a, s in zip(at, size))
+    damage(hit)
+    mask, (cell, _) = Slide(path, rule=rule(hole_mm2=0)).tissue_mask()
+    middle = int(1500 / cell)
+    assert mask.mean() < (300 * 4 / 3000) ** 2 and mask[middle, middle] == (broken_level == 1)
 
 
-def test_a_damaged_place_costs_its_tiles_and_no_others(tmp_path, monkeypatch):
+def test_a_damaged_place_costs_its_tiles_and_no_others(tmp_path, damage):
     slide, levels = open_texture(tmp_path)
-    read = openslide.OpenSlide.read_region
-
-    def broken(self, at, level, size):
-        if at[0] <= 300 < at[0] + size[0] and at[1] <= 300 < at[1] + size[1]:
-            raise openslide.OpenSlideError("bad tile")
-        return read(self, at, level, size)
-    monkeypatch.setattr(openslide.OpenSlide, "read_region", broken)
+    damage(lambda handle, at, level, size: all(a <= 300 < a + s for a, s in zip(at, size)))
     xy = np.array([(x, y) for y in range(0, 640, 64) for x in range(0, 640, 64)])
     tiles, errors = slide.read_tiles(xy, 64, 0.25)
     assert list(errors) == [44] and "texture.tif: cannot read x=256 y=256 level=0: bad tile" in errors[44]
@@ -459,27 +462,13 @@ def test_a_truncated_slide_that_opens_fails_where_it_is_cut_and_reads_elsewhere(
     assert np.array_equal(slide.read(0, 0, 64, 0.25), levels[0][:64, :64])  # the failed handle was replaced
 
 
-def test_a_read_that_fails_once_is_retried_on_a_new_handle(tmp_path, monkeypatch):
-    slide, levels = open_texture(tmp_path)
-    read, failed, opened, opener = openslide.OpenSlide.read_region, [], [], wsi._open
-
-    def flaky(self, *arguments):
-        failed.append(self)
-        if self is failed[0]:
-            raise openslide.OpenSlideError("latched")
-        return read(self, *arguments)
-    monkeypatch.setattr(openslide.OpenSlide, "read_region", flaky)
-    monkeypatch.setattr(wsi, "_open", lambda path: opened.append(path) or opener(path))
+def test_a_read_that_fails_is_retried_once_on_a_new_handle(tmp_path, damage):
+    slide, levels = open_texture(tmp_path, 2)
+    first = slide._slide
+    damage(lambda handle, *read: handle is first)
     assert np.array_equal(slide.read(0, 0, 64, 0.25), levels[0][:64, :64])
-    assert opened == [slide.path] and len(failed) == 2
-
-
-def test_a_read_that_fails_twice_stops_with_file_place_and_level(tmp_path, monkeypatch):
-    slide, _ = open_texture(tmp_path, 2)
-
-    def broken(self, *arguments):
-        raise openslide.OpenSlideError("bad tile")
-    monkeypatch.setattr(openslide.OpenSlide, "read_region", broken)
+    assert slide._slide is not first and len(damage.sizes) == 2
+    damage(lambda *read: True)
     with pytest.raises(SlideError, match="texture.tif: cannot read x=6 y=8 level=1: bad tile"):
         slide.read(6, 8, 64, 0.5)
 
@@ -567,33 +556,27 @@ def test_the_mask_covers_tissue_and_neither_glass_nor_ink_nor_a_hair(tmp_path, f
     assert not mask[~near].any(), "something else is taken for tissue"
 
 
-def test_a_slide_of_glass_or_in_the_dark_opens_and_has_no_tissue(tmp_path):
+def test_a_slide_of_glass_or_in_the_dark_has_no_tissue_and_one_of_tissue_has_no_glass(tmp_path):
     slide, _ = toy_slide(tmp_path / "glass.tif", tissue=False)
     assert not slide.tissue_mask()[0].any()
     for _ in range(2):
-        with pytest.raises(SlideError, match="glass.tif: no tissue found"):
+        with pytest.raises(SlideError, match='glass.tif: no tissue found.*TISSUE."hue". = False in wsi.py'):
             slide.random_tissue(np.random.default_rng(0), 224, 0.5)
     tinted = flat((243, 243, 243), 512)
     tinted[:256] = (243, 238, 243)  # Otsu's threshold alone would call this half tissue
-    assert not Slide(write_slide(tmp_path / "tinted.tif", [tinted], (0.5, 0.5))).tissue_mask()[0].any()
-    night = Slide(write_slide(tmp_path / "night.tif", [flat((0, 0, 6), 512)], (0.5, 0.5)))
-    assert not night.tissue_mask()[0].any()
-
-
-def test_a_slide_that_is_all_tissue_is_all_tissue(tmp_path):
     tissue = np.where(np.random.default_rng(0).random((1024, 1024, 1)) < 0.3, PURPLE, PINK).astype(np.uint8)
-    assert Slide(write_slide(tmp_path / "full.tif", [tissue], (0.5, 0.5))).tissue_mask()[0].all()
+    for name, image in {"tinted": tinted, "night": flat((0, 0, 6), 512), "full": tissue}.items():
+        mask, _ = Slide(write_slide(tmp_path / f"{name}.tif", [image], (0.5, 0.5))).tissue_mask()
+        assert mask.mean() == (name == "full"), name
 
 
-def test_a_large_single_level_is_read_in_blocks(tmp_path, monkeypatch):
+def test_a_large_single_level_is_read_in_blocks(tmp_path, damage, monkeypatch):
     image = texture(9000, 400)
     slide = Slide(write_slide(tmp_path / "wide.tif", [image], (0.5, 0.5)))
-    read, sizes = openslide.OpenSlide.read_region, []
-    monkeypatch.setattr(openslide.OpenSlide, "read_region",
-                        lambda self, at, level, size: sizes.append(size) or read(self, at, level, size))
+    damage(lambda *read: False)
     thumbnail, damaged, cell = slide._thumbnail(8.0)
-    assert not damaged.any()
-    assert len(sizes) == 5 and max(w for w, _ in sizes) <= 2048 and cell == (16, 16)
+    assert not damaged.any() and cell == (16, 16)
+    assert len(damage.sizes) == 5 and max(w for w, _ in damage.sizes) <= 2048
     assert np.array_equal(thumbnail[:, :562], np.asarray(Image.fromarray(image[:, :8992]).reduce(16)))
     monkeypatch.setattr(wsi, "MAX_MASK_CELLS", 1000)
     with pytest.raises(SlideError, match="wide.tif: a mask of 563 x 25 cells"):
@@ -604,28 +587,12 @@ def rule(**changes):
     return {**wsi.TISSUE, **changes}
 
 
-def test_small_parts_go_and_small_holes_are_filled_but_large_ones_stay():
-    mask = np.zeros((60, 80), bool)
-    mask[5:45, 5:45] = True
-    mask[10:13, 10:13] = mask[20:40, 20:40] = False  # a lumen of 9 cells, a tear of 400
-    mask[50:53, 60:63] = mask[2, 70:75] = True       # specks
-    mask[25:30, 25:30] = True                        # an island in the tear: 25 cells
-    ring = np.zeros_like(mask)
-    ring[5:45, 50], ring[44, 50:70], ring[5:45, 70], ring[5, 60:70] = True, True, True, True  # one part, found late
-    kept = wsi._drop_small(mask | ring, 26)
-    assert kept[5:45, 50].all() and kept[5:45, 70].all() and kept[5:20, 5:45][:, :5].all()
-    assert not kept[50:53].any() and not kept[2].any() and not kept[25:30, 25:30].any()
-    filled = ~wsi._drop_small(~mask, 26)
-    assert filled[10:13, 10:13].all() and not filled[20:24, 20:40].any() and not filled[0].any()
-    for least in (1, 10 ** 6):
-        assert wsi._drop_small(mask, least).sum() == (mask.sum() if least == 1 else 0)
-    assert not wsi._drop_small(np.zeros((3, 4), bool), 2).any() and wsi._drop_small(np.ones((3, 4), bool), 2).all()
-
-
-def test_parts_are_those_of_a_flood_fill():
+def test_small_parts_go_as_in_a_flood_fill():
     rng = np.random.default_rng(0)
-    for density in (0.3, 0.55, 0.62, 0.8):
-        mask, label = rng.random((40, 53)) < density, np.zeros((40, 53), int)
+    masks = [rng.random((40, 53)) < density for density in (0, 0.3, 0.55, 0.62, 0.8, 1)]
+    masks[0][5:35, [20, 30]] = masks[0][34, 20:30] = True  # two runs per row that meet in the last one
+    for mask in masks:
+        label = np.zeros((40, 53), int)
         for seed in np.argwhere(mask):
             stack = [tuple(seed)] if not label[tuple(seed)] else []
             while stack:
@@ -633,9 +600,10 @@ def test_parts_are_those_of_a_flood_fill():
                 if 0 <= j < 40 and 0 <= i < 53 and mask[j, i] and not label[j, i]:
                     label[j, i] = seed[0] * 53 + seed[1] + 1
                     stack += [(j - 1, i), (j + 1, i), (j, i - 1), (j, i + 1)]
-        sizes = np.bincount(label.ravel())
-        for least in (2, 5, 40):
-            assert np.array_equal(wsi._drop_small(mask, least), mask & (sizes[label] >= least))
+        cells = np.bincount(label.ravel())
+        for least in (1, 2, 5, 40, 65, 10 ** 6):
+            assert np.array_equal(wsi._drop_small(mask, least), mask & (cells[label] >= least))
+    assert not wsi._drop_small(np.zeros((3, 4), bool), 2).any()
 
 
 @pytest.mark.parametrize("changes, found", [
@@ -648,11 +616,11 @@ def test_each_parameter_of_the_mask_does_what_it_says(tmp_path, changes, found):
     for k, colour in enumerate(places.values()):
         image[300:1000, 50 + 400 * k:350 + 400 * k] = colour
     image[:40] = image[:, :20] = 0  # a black border
-    slide = Slide(write_slide(tmp_path / "a.tif", [image], (0.5, 0.5)), tissue=rule(**changes))
+    slide = Slide(write_slide(tmp_path / "a.tif", [image], (0.5, 0.5)), rule=rule(**changes))
     mask, (cell, _) = slide.tissue_mask()
     seen = {name for k, name in enumerate(places) if mask[25:56, (100 + 400 * k) // 16:][:, :10].mean() > 0.5}
     assert seen == found and not mask[:2].any() and not mask[:, :1].any() and cell == 16
-    assert Slide(slide.path, tissue=rule(mpp=4.0)).tissue_mask()[1] == (8, 8)
+    assert Slide(slide.path, rule=rule(mpp=4.0)).tissue_mask()[1] == (8, 8)
 
 
 def test_the_majority_vote_has_its_width_in_micrometres(tmp_path):
@@ -660,7 +628,7 @@ def test_the_majority_vote_has_its_width_in_micrometres(tmp_path):
     image[200:800, 500:516] = PINK  # a strand of 8 um
     path = write_slide(tmp_path / "strand.tif", [image], (0.5, 0.5))
     for width, seen in ((8.0, True), (80.0, False)):
-        assert Slide(path, tissue=rule(vote_um=width, speck_mm2=0)).tissue_mask()[0].any() == seen
+        assert Slide(path, rule=rule(vote_um=width, speck_mm2=0)).tissue_mask()[0].any() == seen
 
 
 def test_masks_are_kept_in_a_folder_and_made_again_only_for_another_rule_or_slide(tmp_path, monkeypatch):
@@ -671,7 +639,7 @@ def test_masks_are_kept_in_a_folder_and_made_again_only_for_another_rule_or_slid
     first = Slide(slide.path, mask_dir=folder).tissue_mask()
     file, = (tmp_path / "masks").iterdir()
     assert file.name.startswith("toy-") and file.stat().st_size < 20_000 and len(made) == 1
-    again = Slide(slide.path, mask_dir=folder, tissue=dict(wsi.TISSUE))
+    again = Slide(slide.path, mask_dir=folder, rule=dict(wsi.TISSUE))
     assert np.array_equal(again.tissue_mask()[0], first[0]) and again.tissue_mask()[1] == first[1] and len(made) == 1
     places = [s.random_tissue(np.random.default_rng(0), 64, 0.5) for s in (again, slide)]
     assert places[0] == places[1] and len(made) == 2
@@ -682,7 +650,7 @@ def test_masks_are_kept_in_a_folder_and_made_again_only_for_another_rule_or_slid
     assert Slide(slide.path, mpp=0.4, mask_dir=folder)._tissue()[2] != first[1] and len(made) == 4, "another scale"
     made.clear()
     made += [1, 1]
-    wide = Slide(slide.path, mask_dir=folder, tissue=rule(mpp=16.0)).tissue_mask()
+    wide = Slide(slide.path, mask_dir=folder, rule=rule(mpp=16.0)).tissue_mask()
     assert wide[1] == (32, 32) and len(made) == 3
     assert Slide(slide.path, mask_dir=folder).tissue_mask()[1] == (32, 32) and len(made) == 3, "the folder's rule"
     whole = file.read_bytes()
@@ -695,7 +663,7 @@ def test_a_mask_folder_that_cannot_be_written_costs_no_tile(tmp_path):
     (tmp_path / "file").write_text("")
     slide, _ = toy_slide(tmp_path / "toy.tif")
     slide = Slide(slide.path, mask_dir=str(tmp_path / "file" / "masks"))
-    with pytest.warns(UserWarning, match="toy.tif: its mask is not kept: .*file"):
+    with pytest.warns(UserWarning, match="masks/toy-.*: this tissue mask was not kept: .*"):
         assert slide.tissue_mask()[0].any()
 
 
@@ -722,40 +690,24 @@ def test_a_level_that_shows_something_else_is_found(tmp_path):
 
 @real_slides
 @pytest.mark.parametrize("name", ["cmu1-4x-pyramid.tiff", "tcga-cr-7395-01a-01-ts1.svs"])
-def test_levels_of_real_slides_do_not_lie(name):
-    Slide(SLIDES / name, 0.5).check_levels(places=10)
+def test_real_levels_do_not_lie_and_are_read_within_a_grey_level_of_what_is_stored(name):
+    slide, naive = Slide(SLIDES / name, 0.5), Slide(SLIDES / name, 0.5, exact_reads=False)
+    slide.check_levels(places=10)
+    size, rng, sx = slide.level_dimensions[1], np.random.default_rng(0), slide.level_scale[1][0]
+    stored = np.asarray(slide._handle().read_region((0, 0), 1, size).convert("RGB"))  # exact: the phase is 0
+    errors, kept, lost = [], [], []
+    for _ in range(12):
+        x, y = rng.integers(0, (size[0] - 224) * sx), rng.integers(0, (size[1] - 224) * sx)
+        truth = stored[round(y / sx):, round(x / sx):][:224, :224]
+        tile = slide.read_level(x, y, 224, 1)
+        errors.append(np.abs(tile.astype(int) - truth))
+        kept.append(sharpness(tile) / sharpness(truth))
+        lost.append(sharpness(naive.read_level(x, y, 224, 1)) / sharpness(truth))
+    assert (np.array(errors) <= 1).mean() > 0.998 and np.max(errors) <= 4
+    assert abs(np.mean(kept) - 1) < 0.02 and np.mean(lost) < 0.7
 
 
-@real_slides
-def test_real_levels_are_read_within_a_grey_level_of_what_is_stored():
-    for name, level in (("cmu1-4x-pyramid.tiff", 1), ("tcga-cr-7395-01a-01-ts1.svs", 1)):
-        slide, naive = Slide(SLIDES / name, 0.5), Slide(SLIDES / name, 0.5, exact_reads=False)
-        size, rng, sx = slide.level_dimensions[level], np.random.default_rng(0), slide.level_scale[level][0]
-        stored = np.asarray(slide._handle().read_region((0, 0), level, size).convert("RGB"))  # exact: the phase is 0
-        errors, kept, lost = [], [], []
-        for _ in range(12):
-            x, y = rng.integers(0, (size[0] - 224) * sx), rng.integers(0, (size[1] - 224) * sx)
-            truth = stored[round(y / sx):, round(x / sx):][:224, :224]
-            tile = slide.read_level(x, y, 224, level)
-            errors.append(np.abs(tile.astype(int) - truth))
-            kept.append(sharpness(tile) / sharpness(truth))
-            lost.append(sharpness(naive.read_level(x, y, 224, level)) / sharpness(truth))
-        assert (np.array(errors) <= 1).mean() > 0.998 and np.max(errors) <= 4
-        assert abs(np.mean(kept) - 1) < 0.02 and np.mean(lost) < 0.7
-
-
-# the objective, patients, names
-
-def test_the_objective_is_a_fallback_only_where_it_is_asked_for():
-    power = {"openslide.objective-power": "20"}
-    with pytest.raises(SlideError, match="or guess 10 / 20 with mpp_from_objective=true"):
-        find_mpp(power)
-    assert find_mpp(power, from_objective=True) == (0.5, 0.5, "10 / objective power")
-    assert find_mpp(OPENSLIDE, from_objective=True)[2] == "openslide.mpp-x", "never before a stated one"
-    for odd in ("0", "x", "4000"):
-        with pytest.raises(SlideError, match="no usable mpp"):
-            find_mpp({"openslide.objective-power": odd}, from_objective=True)
-
+# patients
 
 def test_patients_come_from_tcga_barcodes_or_a_pattern():
     assert wsi.patient_of("/a/TCGA-CR-7395-01A-01-TS1.0f2e.svs") == "TCGA-CR-7395"
@@ -769,14 +721,6 @@ def test_held_out_patients_are_a_share_that_only_grows_and_hangs_on_the_name():
     assert len(few) == pytest.approx(400, abs=60) and few < many and len(many) == pytest.approx(1200, abs=90)
     assert not wsi.held_out("a", 0.0) and wsi.held_out("a", 1.0)
     assert sorted(few)[:3] == ["TCGA-AA-0008", "TCGA-AA-0013", "TCGA-AA-0025"], "a split that moved leaks patients"
-
-
-def test_slides_that_would_share_a_name_are_refused():
-    paths = ["/d/a/s.1.svs", "/d/b/t.svs"]
-    assert wsi.slide_names(paths) == {"/d/a/s.1.svs": "s_1", "/d/b/t.svs": "t"}
-    with pytest.raises(ValueError, match="/d/a/s.svs and /d/b/s.svs would share the name s; use --names=path"):
-        wsi.slide_names(["/d/a/s.svs", "/d/b/s.svs"])
-    assert list(wsi.slide_names(["/d/a/s.svs", "/d/b/s.svs"], "path").values()) == ["a__s_svs", "b__s_svs"]
 
 
 @pytest.mark.parametrize("mpp", [0.5, 0.8, 2.0])
@@ -825,7 +769,7 @@ def test_a_tcga_slide_without_mpp_is_refused_and_opens_with_a_stated_one():
     assert "properties seen: tiff.ResolutionUnit=inch" in refused(path)
     slide = Slide(path, mpp=0.5)
     assert slide.level_mpp == pytest.approx([0.5, 1.0], rel=1e-3)
-    assert slide._plan(224, 1.0) == (1, 224, 224)  # 2.0005x
+    assert slide.extent(224, 1.0) == (448, 448)  # as stored at 2.0005x
     assert slide.read(2000, 1500, 224, 1.0).shape == (224, 224, 3)
 
 
