@@ -9,21 +9,19 @@ Whole-slide images: open one, learn its scale, find its tissue, read tiles from 
         tiles, errors = slide.read_tiles(xy[rows], 224, 0.5)
 
 Scale. A tile has size x size pixels of mpp micrometres; (x, y) is its top-left in level-0 pixels. We do not say "20x",
-which is anything from 0.44 to 0.55 um/px, depending on the scanner. The mpp is taken from the first that is believable:
-the user; openslide.mpp-x/-y; a vendor's own key; the TIFF resolution, if it has a unit; the objective power, only if
-mpp_from_objective allows it. A slide without an mpp is refused, because a guess would mix scales silently.
+which is anything from 0.44 to 0.55 um/px, depending on the scanner. A slide without a believable mpp is refused,
+because a guess would mix scales silently.
 
-Levels. A level's downsampling factor comes from its dimensions, per axis. It is a whole number where that explains the
-level's size to within a pixel (scanners cut the last pixels off, so that a 4x pyramid looks like 4.002x). We read the
-coarsest level that is at most 3 % coarser than the target. An axis within 3 % is used as stored, because resampling
-0.499 to 0.5 um/px would only blur it. Otherwise the exact larger region is read and shrunk with PIL's antialiased
-BILINEAR, in training and inference alike. Only a level 0 that is too coarse is enlarged, and by at most 10 %.
+Levels. We read the coarsest level that is at most 3 % coarser than the target. An axis within 3 % is used as stored,
+because resampling 0.499 to 0.5 um/px would only blur it. Otherwise the exact larger region is read and shrunk with
+PIL's antialiased BILINEAR, in training and inference alike. Only a level 0 that is too coarse is enlarged, by at most
+10 %. Levels of 4.002x are 4x with the last pixels cut off, so factors are whole where that explains the dimensions.
 
 Exact reads. OpenSlide reads a level > 0 at location / downsample, which is fractional, and interpolates between the
 stored pixels. This blurs each place by another amount: a nuisance for the encoder, a difference between random and grid
 reads, and a periodic shortcut for context models. We start reads as close to a whole level pixel as level-0 pixels
-allow. The fraction e that remains is known, and _sharpen inverts its kernel [1 - e, e]. If a future OpenSlide does not
-interpolate, a self-test turns this off. exact_reads=False is OpenSlide's own result; see bench/reads.py for the cost.
+allow. The fraction e that remains is known, and _sharpen inverts its kernel [1 - e, e]. exact_reads=False leaves
+OpenSlide's own result; bench/reads.py measures both.
 
 Everything outside the slide, and every transparent pixel (areas not scanned), is white. OpenSlide leaves them black.
 """
@@ -43,7 +41,7 @@ from PIL import Image, ImageFilter
 
 TOLERANCE = 0.03         # a level this close to the target is used as stored: 0.2425-0.2575 um/px serve 0.25
 MAX_ENLARGE = 1.10       # level-0 mpp / target mpp; above this the slide does not have the detail
-MPP_RANGE = (0.05, 20.0) # um/px; other values are not believable: 72 dpi would be 353
+MIN_MPP, MAX_MPP = 0.05, 20.0  # um/px; other values are not believable: 72 dpi would be 353
 MAX_MASK_CELLS = 10 ** 8 # a 25 x 75 mm slide has 3e7 cells of 8 um, so more means a wrong mpp
 MARGIN = 6               # px read around a region to invert the interpolation: at 2x e <= 1/4, and (1/3)^7 is nothing
 REGION_BYTES = 12        # memory per pixel of a region: RGBA, RGB and the sharpened copy
@@ -59,12 +57,9 @@ TISSUE = {               # how the tissue mask is made; edit it here
     "speck_mm2": 0.02,   # smaller parts are dust and are dropped; 0 = keep
     "hole_mm2": 0.02,    # smaller holes are lumen or fat and count as tissue; larger holes stay
 }
-MPP_KEYS = (             # (x, y), in order of preference
+MPP_KEYS = (             # (x, y), in order of preference; OpenSlide fills the first from each vendor's own key
     ("openslide.mpp-x", "openslide.mpp-y"),
-    ("aperio.MPP", "aperio.MPP"),
-    ("mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL_X", "mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL_Y"),
-    ("ventana.ScanRes", "ventana.ScanRes"),
-    ("tiff.XResolution", "tiff.YResolution"),  # pixels per unit, unlike the others
+    ("tiff.XResolution", "tiff.YResolution"),  # pixels per unit
 )
 TIFF_UNIT = {"inch": 25400.0, "centimeter": 10000.0}  # um; "none" and "unknown" give no scale
 POWER_KEYS = ("openslide.objective-power", "aperio.AppMag")
@@ -78,50 +73,51 @@ class SlideError(ValueError):
 
 
 def find_mpp(properties, override=None, from_objective=False):
-    """(mpp_x, mpp_y, source) in um/px, from OpenSlide's properties or from the user's override, which always wins.
+    """(mpp_x, mpp_y, source) in um/px. The user's override wins, then the first of MPP_KEYS whose value is believable,
+    then 10 / objective power, if from_objective allows it. source says which.
 
-    source is "stated", the key that was used, or "10 / objective power" if from_objective allows it and nothing better
-    was found. Raises SlideError if no key holds a believable value, or if the value contradicts the objective power by
-    more than 30 % (20x is about 0.5 um/px, 40x about 0.25).
+    Raises SlideError if there is none, or if it contradicts the objective power by more than 30 % (20x is about 0.5).
     """
     if override is not None:
-        if not MPP_RANGE[0] <= override <= MPP_RANGE[1]:
-            raise SlideError(f"the stated mpp={override} is not within {MPP_RANGE[0]}-{MPP_RANGE[1]} um/px; {REMEDY}")
+        if not MIN_MPP <= override <= MAX_MPP:
+            raise SlideError(f"the stated mpp={override} is not within {MIN_MPP}-{MAX_MPP} um/px; {REMEDY}")
         return float(override), float(override), "stated"
-    power = _number(properties, *POWER_KEYS)
+    power = find_power(properties)
     seen = ", ".join(f"{key}={value}" for key, value in properties.items() if key in SCALE_KEYS) or "none"
     for key_x, key_y in MPP_KEYS:
-        mpp_x, mpp_y = _key_mpp(properties, key_x), _key_mpp(properties, key_y, key_x)
+        mpp_x, mpp_y = _key_mpp(properties, key_x), _key_mpp(properties, key_y)
         if mpp_x and mpp_y:
             mpp = (mpp_x + mpp_y) / 2
             if power > 0 and abs(mpp * power / 10 - 1) > 0.3:
                 raise SlideError(f"{key_x} gives {mpp:.4g} um/px, but an objective of {power:g}x is about "
                                  f"{10 / power:.4g} (properties seen: {seen}); find out which is right and {REMEDY}")
             return mpp_x, mpp_y, key_x
-    hint = ""
-    if 1 <= power <= 100:
-        if from_objective:
-            return 10 / power, 10 / power, "10 / objective power"
-        hint = f", or guess 10 / {power:g} with mpp_from_objective=true"
-    raise SlideError(f"no usable mpp (properties seen: {seen}); {REMEDY}{hint}")
+    if from_objective and 1 <= power <= 100:
+        return 10 / power, 10 / power, "10 / objective power"
+    raise SlideError(f"no usable mpp (properties seen: {seen}); {REMEDY}, or guess it from the objective power with "
+                     "mpp_from_objective=true")
 
 
-def _number(properties, *keys):
-    """A float from the first of the keys that is there, such as "0,25" or "40.000000"; nan if it is not a number."""
-    text = next((properties[key] for key in keys if key in properties), "")
+def find_power(properties):
+    """Objective power, nan if the properties hold none."""
+    return _number(next((properties[key] for key in POWER_KEYS if key in properties), ""))
+
+
+def _number(text):
+    """A float from a property such as "0,25" or "40.000000", nan if it is not a number."""
     try:
         return float(text.replace(",", "."))
     except ValueError:
         return math.nan
 
 
-def _key_mpp(properties, *keys):
-    """um/px according to the first of the keys that is there, None if its value is not believable."""
-    number = _number(properties, *keys)
-    if keys[0].startswith("tiff.") and number:
+def _key_mpp(properties, key):
+    """um/px according to a key, None if it is absent or its value is not believable."""
+    number = _number(properties.get(key, ""))
+    if key.startswith("tiff.") and number:
         unit = properties.get("tiff.ResolutionUnit", "").lower()
         number = TIFF_UNIT.get(unit, math.nan) / number
-    return number if MPP_RANGE[0] <= number <= MPP_RANGE[1] else None
+    return number if MIN_MPP <= number <= MAX_MPP else None
 
 
 class Slide:
@@ -138,7 +134,7 @@ class Slide:
         handle = self._handle()
         self.properties = dict(handle.properties)
         self.vendor = self.properties.get("openslide.vendor", "unknown")
-        self.power = _number(self.properties, *POWER_KEYS)  # of the objective, nan if not stated
+        self.power = find_power(self.properties)  # of the objective, nan if not stated
         self.dimensions = handle.dimensions              # (W, H) at level 0
         self.level_dimensions = handle.level_dimensions  # the same for each level
         try:
@@ -151,8 +147,7 @@ class Slide:
         cut_off = abs(self.dimensions / whole - self.level_dimensions) < 1
         self.level_scale = np.where(cut_off, whole, factor)  # (levels, 2): level-0 px per px, along x and y
         self.level_mpp = (self.level_scale * self.mpp_xy).mean(1).tolist()
-        # a level downsampled by another factor across than down shows something else
-        aspect = self.level_scale[:, 0] / self.level_scale[:, 1]
+        aspect = np.divide(*self.level_scale.T)  # a level that is squeezed along one axis shows something else
         self._even = abs(aspect - 1) <= TOLERANCE + 2 / np.min(self.level_dimensions, 1)
 
     def __getstate__(self):
@@ -180,24 +175,19 @@ class Slide:
         self._pid = os.getpid()
         return self._slide
 
-    # -- tiles --------------------------------------------------------------------------------------------------------
-
     def read(self, x, y, size, mpp):
         """The tile of size px at mpp um/px with its top-left at (x, y) in level-0 px: uint8 (size, size, 3).
-
-        Raises SlideError if level 0 is more than 10 % coarser than mpp, or if the slide is damaged there.
-        """
+        Raises SlideError if level 0 is more than 10 % coarser than mpp, or if the slide is damaged there."""
         level, extent = self._plan(size, mpp)
-        return _shrink(self._region((x, y), _ceil(extent), level), size, extent)
+        return _shrink(self._region((x, y), extent, level), size, extent)
 
     def read_level(self, x, y, size, level):
         """The tile of size px as stored at a pyramid level, (x, y) still in level-0 px: uint8 (size, size, 3).
-
-        OpenMidnight's sample lists name tiles this way. Their um/px is whatever the scanner's pyramid has.
-        """
-        if not 0 <= level < len(self.level_scale):
-            raise SlideError(f"{self.path}: no level {level}, it has levels 0-{len(self.level_scale) - 1}")
-        return self._region((x, y), np.array((size, size)), level)
+        OpenMidnight's sample lists name tiles this way. Their um/px is whatever the scanner's pyramid has."""
+        levels = len(self.level_dimensions)
+        if level not in range(levels):
+            raise SlideError(f"{self.path}: no level {level}, it has {levels} levels, from 0 on")
+        return self._region((x, y), (size, size), level)
 
     def extent(self, size, mpp):
         """(w, h): width and height in level-0 px, floats, of the tile that read(x, y, size, mpp) returns."""
@@ -206,24 +196,23 @@ class Slide:
 
     def grid(self, size, mpp, min_tissue=0.25, overlap=0):
         """Tiles side by side, row by row: (xy int32 (N, 2) in level-0 px, tissue float32 (N,), share of the tile).
-
         overlap: px of a tile that its neighbour repeats. Tiles with less than min_tissue are left out. So are tiles
-        that lie by more than half outside the slide, or outside the scanned bounds that some vendors state.
-        """
+        that lie by more than half outside the slide, or outside the scanned bounds that some vendors state."""
         mask, cell = self.tissue_mask()
-        w, h = extent = np.array(self.extent(size, mpp))
-        whole = {"x": 0, "y": 0, "width": self.dimensions[0], "height": self.dimensions[1]}
-        bounds = [int(self.properties.get(f"openslide.bounds-{name}", value)) for name, value in whole.items()]
-        first, length = bounds[:2], bounds[2:]
-        pitch = extent * (1 - overlap / size)
-        columns, rows = np.maximum(1, _ceil((length - extent + pitch) / pitch - 0.5))
-        x = np.rint(first[0] + np.arange(columns) * pitch[0]).astype(np.int32)
-        y = np.rint(first[1] + np.arange(rows) * pitch[1]).astype(np.int32)
-        sums = _sums(mask.T, x / cell[0], w / cell[0]).T
-        sums = _sums(sums, y / cell[1], h / cell[1])
-        share = sums / (w / cell[0] * h / cell[1])  # (rows, columns)
+        extent = self.extent(size, mpp)
+        starts, sums = [], mask
+        for axis, (corner, side) in enumerate((("x", "width"), ("y", "height"))):
+            first = int(self.properties.get(f"openslide.bounds-{corner}", 0))
+            length = int(self.properties.get(f"openslide.bounds-{side}", self.dimensions[axis]))
+            pitch = extent[axis] * (1 - overlap / size)
+            stop = max(1, length - extent[axis] + pitch / 2)
+            start = np.rint(first + np.arange(0, stop, pitch)).astype(np.int32)
+            starts.append(start)
+            sums = _sums(sums.T, start / cell[axis], extent[axis] / cell[axis])
+        share = sums / (extent[0] / cell[0] * extent[1] / cell[1])  # (rows, columns)
         row, column = np.nonzero(share >= max(min_tissue, 1e-6))
-        return np.stack([x[column], y[row]], 1), share[row, column].astype(np.float32)
+        xy = np.stack([starts[0][column], starts[1][row]], 1)
+        return xy, share[row, column].astype(np.float32)
 
     def regions(self, xy, size, mpp, region_mb=16):
         """Indices into xy (N, 2), grouped into neighbours that one read of at most region_mb megabytes covers."""
@@ -237,42 +226,40 @@ class Slide:
 
     def read_tiles(self, xy, size, mpp):
         """(tiles, errors) at xy (N, 2): uint8 (N, size, size, 3), and {index: message} of tiles that are damaged.
-
         Tiles that lie close together are read at once, because half of what OpenSlide decodes for an unaligned tile
-        belongs to its neighbours. Memory grows with the area; `regions` bounds it.
-        """
+        belongs to its neighbours. Memory grows with the area; `regions` bounds it."""
         xy = np.reshape(xy, (-1, 2))
         tiles, errors = np.empty((len(xy), size, size, 3), np.uint8), {}
         level, extent = self._plan(size, mpp)
-        (w, h), at = _ceil(extent), _round(xy / self.level_scale[level])  # in the level's pixels
+        w, h = np.ceil(extent).astype(int)
+        at = np.rint(xy / self.level_scale[level]).astype(int)  # in the level's px
         groups = [np.arange(len(xy))]
         while groups:
             rows = groups.pop()
-            corner = at[rows].min(0)
+            corner, alone = at[rows].min(0), len(rows) == 1
             area = at[rows].max(0) + (w, h) - corner
             dense = area.prod() <= 1.2 * len(rows) * w * h and (self.exact_reads or level == 0)
             try:
-                if len(rows) == 1:
+                if alone:
                     tiles[rows[0]] = self.read(*xy[rows[0]], size, mpp)
-                    continue
-                if dense:
+                elif dense:  # sharpened in double precision; single reads take float32
                     region = self._stored(corner, area, level, np.float64)
                     for row, (x, y) in zip(rows, at[rows] - corner):
                         tiles[row] = _shrink(region[y:y + h, x:x + w], size, extent)
-                    continue
-            except SlideError as error:  # one damaged place must not cost its neighbours
-                if len(rows) == 1:
+            except SlideError as error:
+                dense = False  # one damaged place must not cost its neighbours
+                if alone:
                     errors[int(rows[0])] = str(error)
-                    continue
-            order = rows[np.argsort(at[rows, area.argmax()], kind="stable")]
-            groups += np.array_split(order, 2)[::-1]
+            if not (alone or dense):
+                order = rows[np.argsort(at[rows, area.argmax()], kind="stable")]
+                groups += np.array_split(order, 2)[::-1]
         return tiles, errors
 
     def _plan(self, size, mpp):
         """(level, extent): the level that serves mpp, and the tile's (w, h) in that level's pixels, floats."""
-        ratio = self.level_scale * self.mpp_xy / mpp  # (levels, 2): um/px of the level over um/px of the tile
-        level = self._coarsest(ratio.max(1) <= 1 + TOLERANCE)
-        ratio = ratio[level]
+        ratios = self.level_scale * self.mpp_xy / mpp  # (levels, 2): um/px of the level over um/px of the tile
+        level = self._coarsest(ratios.max(1) <= 1 + TOLERANCE)
+        ratio = ratios[level]
         if ratio.max() > MAX_ENLARGE:
             raise SlideError(f"{self.path}: asked for {mpp:.4g} um/px, but the slide has {self.mpp:.4g} "
                              f"({self.mpp_source}); ask for {max(self.mpp_xy) / MAX_ENLARGE:.4g} or coarser")
@@ -284,13 +271,14 @@ class Slide:
 
     # -- pixels: at and size are arrays (x, y) and (w, h) -------------------------------------------------------------
 
-    def _region(self, at, size, level):
+    def _region(self, at, extent, level):
         """Pixels of a level from `at` in level-0 px: uint8 (h, w, 3), white outside the slide."""
-        at, scale = np.array(at), self.level_scale[level]
+        at, size = np.array(at), np.ceil(extent).astype(int)
+        scale = self.level_scale[level]
         if self.exact_reads or level == 0:
-            return self._stored(_round(at / scale), size, level)
+            return self._stored(np.rint(at / scale).astype(int), size, level)
         # OpenSlide truncates negative places to whole pixels, so we do not ask for what is left of or above the slide
-        left, top = skip = np.maximum(_ceil(-at / scale), 0)
+        left, top = skip = np.maximum(np.ceil(-at / scale), 0).astype(int)
         region = _white(size)
         if (skip < size).all():
             region[top:, left:] = self._read_rgb(at + skip * scale, size - skip, level)
@@ -321,9 +309,9 @@ class Slide:
         for y in range(0, h, STRIP):
             rows = min(STRIP, h - y)
             strip = blurred[y:y + top + rows + MARGIN].astype(dtype)
-            strip = _sharpen(strip.reshape(len(strip), -1), shift_y, 1, top, rows)
-            strip = _sharpen(strip.T, shift_x, 3, left, w).T
-            pixels[y:y + rows] = (strip.clip(0, 255) + 0.5).reshape(rows, w, 3)
+            strip = _sharpen(strip, shift_y, top, rows)
+            strip = _sharpen(strip.swapaxes(0, 1), shift_x, left, w).swapaxes(0, 1)
+            pixels[y:y + rows] = strip.clip(0, 255) + 0.5
         return pixels
 
     def _interpolates(self, at, size, level):
@@ -340,7 +328,7 @@ class Slide:
 
     def _read_rgb(self, at, size, level, retry=True):
         """One OpenSlide read at the whole level-0 place nearest to `at`: uint8 (h, w, 3), white where transparent."""
-        x, y = _round(at).tolist()
+        x, y = np.rint(at).astype(int).tolist()
         try:
             rgba = self._handle().read_region((x, y), level, size.tolist())
         except openslide.OpenSlideError as error:
@@ -354,16 +342,13 @@ class Slide:
         return np.array(image)
 
     def check_levels(self, places=5):
-        """Compare each level with the level below at a few places with tissue. Costs about 10 ms per level.
-
-        Raises SlideError if they differ at half of the places: such a level shows another picture, or is not as coarse
-        as its dimensions say.
-        """
+        """Compare each level with the level below, in about 10 ms. Raises SlideError if they differ at half of the
+        places: the level shows another picture, or is not as coarse as its dimensions say."""
         rng, tissue = np.random.default_rng(0), self._tissue()[0].any()
         for level in range(1, len(self.level_scale)):
             if not self._even[level]:
-                raise SlideError(f"{self.path}: level {level} is {self.level_dimensions[level]} px of {self.dimensions}"
-                                 ": another aspect, so another picture; convert the slide, or leave it out")
+                raise SlideError(f"{self.path}: level {level} has another aspect than level 0, so it shows another "
+                                 "picture; convert the slide, or leave it out")
             points = [self.random_point(rng) if tissue else rng.random(2) * self.dimensions for _ in range(places)]
             likeness = [self._likeness(point, level) for point in points]
             likeness = np.median([value for value in likeness if value is not None] or [1])
@@ -380,23 +365,23 @@ class Slide:
         extent = side * scale / self.level_scale[level - 1]
         try:
             coarse = self._stored(corner, np.array((side, side)), level)
-            fine = self._region(corner * scale, _ceil(extent), level - 1)
+            fine = self._region(corner * scale, extent, level - 1)
         except SlideError:
             return None
-        a, b = _gray(coarse), _gray(_shrink(fine, side, extent))
+        gray = [Image.fromarray(pixels).convert("L") for pixels in (coarse, _shrink(fine, side, extent))]
+        a, b = (np.asarray(image.filter(ImageFilter.BoxBlur(2)), float) for image in gray)  # some are a pixel off
         if max(a.std(), b.std()) < 4:
             return None
         a, b = a - a.mean(), b - b.mean()
-        return (a * b).sum() / max(math.sqrt((a * a).sum() * (b * b).sum()), 1e-9)
+        norm = math.sqrt((a * a).sum() * (b * b).sum())
+        return (a * b).sum() / max(norm, 1e-9)
 
     # -- tissue -------------------------------------------------------------------------------------------------------
 
     def tissue_mask(self):
         """(mask, cell): bool (h, w), and the (x, y) size of its cells in level-0 px, floats; about 8 um, see TISSUE.
-
-        mask[j, i] covers level-0 x from i * cell[0] and y from j * cell[1]. The rules are those of H&E on glass. Making
-        it takes 1 s for a large slide with low levels, 35 s for 10^9 pixels without; reading it from mask_dir 3 ms.
-        """
+        mask[j, i] covers level-0 x from i * cell[0] and y from j * cell[1]. Making it takes 1 s for a large slide with
+        low levels, 35 s for 10^9 pixels without; reading it from mask_dir takes 3 ms."""
         bits, (h, w), cell = self._tissue()
         return np.unpackbits(bits, count=h * w).reshape(h, w).astype(bool), cell
 
@@ -408,7 +393,8 @@ class Slide:
                              'TISSUE["hue"] = False in wsi.py)')
         while True:  # draw cells until one has tissue, which needs no list of them
             cells = rng.integers(h * w, size=64)
-            hits = cells[bits[cells >> 3] >> (7 - (cells & 7)) & 1 == 1]
+            bit = bits[cells >> 3] >> (7 - (cells & 7))
+            hits = cells[bit & 1 == 1]
             if len(hits):
                 row, column = divmod(int(hits[0]), w)
                 return (column + rng.random()) * cell[0], (row + rng.random()) * cell[1]
@@ -424,7 +410,7 @@ class Slide:
         if self._mask is not None:
             return self._mask
         file = self._mask_file() if self.mask_dir else ""
-        self._mask = _load_mask(file, self.rule)
+        self._mask = _load_mask(file, self.rule) if file else None
         if self._mask is None:
             rule = self.rule or TISSUE
             thumbnail, damaged, cell = self._thumbnail(rule["mpp"])
@@ -452,46 +438,32 @@ class Slide:
 
     def _thumbnail(self, mpp):
         """(uint8 (h, w, 3), damaged bool (h, w), cell): means of k x k pixels that are about mpp; cell in level-0 px.
-
-        It is read in blocks of 4 million pixels, because a slide's only level may have 10^10.
-        """
+        It is read in blocks of 4 million pixels, because a slide's only level may have 10^10."""
         level = self._coarsest(np.array(self.level_mpp) <= mpp * (1 + TOLERANCE))
         k = max(1, round(mpp / self.level_mpp[level]))
-        w, h = _ceil(np.array(self.level_dimensions[level]) / k).tolist()
+        w, h = (math.ceil(side / k) for side in self.level_dimensions[level])
         if w * h > MAX_MASK_CELLS:
-            raise SlideError(f"{self.path}: a mask of {w} x {h} cells at {mpp:.4g} um/px is too large; if the slide's "
-                             f"{self.mpp:.4g} um/px ({self.mpp_source}) is wrong, {REMEDY}")
+            raise SlideError(f"{self.path}: a mask of {w} x {h} cells is too large; if {self.mpp:.4g} um/px "
+                             f"({self.mpp_source}) is wrong, {REMEDY}")
         thumbnail, damaged = _white((w, h)), np.zeros((h, w), bool)
         self._fill(thumbnail, damaged, np.array((0, 0)), max(1, 2048 // k), k, level)
         return thumbnail, damaged, tuple((k * self.level_scale[level]).tolist())
 
     def _fill(self, cells, damaged, at, step, k, level):
         """Fill cells with means of k x k pixels from `at` in a level's px, by blocks of step x step cells.
-
-        A block that cannot be read is read again in smaller blocks. Below 256 px it is damaged, and left white.
-        """
+        A block that cannot be read is read again in smaller blocks. Below 256 px it is damaged, and left white."""
         for y in range(0, len(cells), step):
             for x in range(0, cells.shape[1], step):
                 block, lost = cells[y:y + step, x:x + step], damaged[y:y + step, x:x + step]
-                corner, size = at + (x * k, y * k), k * np.array(lost.shape[::-1])
+                corner = at + (x * k, y * k)
                 try:
-                    block[:] = Image.fromarray(self._stored(corner, size, level)).reduce(k)
+                    pixels = self._stored(corner, k * np.array(lost.shape[::-1]), level)
+                    block[:] = Image.fromarray(pixels).reduce(k)
                 except SlideError:
                     if step * k > 256:
                         self._fill(block, lost, corner, step // 2, k, level)
                     else:
                         lost[:] = True
-
-
-# ---- pixels ---------------------------------------------------------------------------------------------------------
-
-
-def _round(values):
-    return np.rint(values).astype(int)
-
-
-def _ceil(values):
-    return np.ceil(values).astype(int)
 
 
 def _white(size):
@@ -506,63 +478,46 @@ def _shrink(pixels, size, extent):
     return np.array(image.resize((size, size), Image.BILINEAR, (0, 0, *extent), reducing_gap=2.0))
 
 
-def _gray(pixels):
-    """float (h, w), blurred, because some pyramids are shifted by a pixel."""
-    return np.asarray(Image.fromarray(pixels).convert("L").filter(ImageFilter.BoxBlur(2)), float)
-
-
-def _sharpen(pixels, e, step, before, count):
-    """Invert OpenSlide's bilinear shift by e px along axis 0 of floats (n * step, m), `step` rows (channels) per pixel.
+def _sharpen(pixels, e, before, count):
+    """Invert OpenSlide's bilinear shift by e px along axis 0 of floats (n, ...): `count` pixels from `before` on.
 
     A read at fraction e > 0 gives r[i] = (1 - e) p[i] + e p[i + 1]. Hence p[i] = sum over k >= 0 of
     (-e / (1 - e))^k r[i + k] / (1 - e), and mirrored for e < 0. Terms below 1/1000 are left out. The result is as exact
-    as the whole grey levels of r allow: 0.3 levels on average, measured. Returns `count` pixels from `before` on.
+    as the whole grey levels of r allow: 0.3 levels on average, measured.
     """
-    sign, e = (1, e) if e >= 0 else (-1, -e)
-    terms = MARGIN if sign > 0 else before
+    sign, terms = (1, MARGIN) if e >= 0 else (-1, before)
+    e = abs(e)
     weight = 1 / (1 - e)
-    total = weight * pixels[before * step:(before + count) * step]
+    total = weight * pixels[before:before + count]
     for k in range(1, terms + 1):
         weight *= -e / (1 - e)
         if abs(weight) < 1e-3:
             break
-        start = (before + sign * k) * step
-        total += weight * pixels[start:start + count * step]
+        start = before + sign * k
+        total += weight * pixels[start:start + count]
     return total
 
 
 def _sums(mask, start, length):
     """Sums along the columns of mask (n, m) from start (k,) to start + length, in rows, fractions included: (k, m)."""
-    total = np.concatenate([np.zeros((1, mask.shape[1])), np.cumsum(mask, axis=0, dtype=float)])
-
-    def up_to(at):
-        at = np.clip(at, 0, len(mask))
-        low = np.minimum(at.astype(int), len(mask) - 1)
-        return total[low] + (at - low)[:, None] * (total[low + 1] - total[low])
-    return up_to(start + length) - up_to(start)
-
-
-# ---- tissue ---------------------------------------------------------------------------------------------------------
+    total = np.cumsum(np.pad(mask, ((1, 0), (0, 0))), axis=0, dtype=float)
+    at = np.clip([start, start + length], 0, len(mask))
+    low = np.minimum(at.astype(int), len(mask) - 1)
+    fraction = (at - low)[..., None]
+    first, last = total[low] + fraction * (total[low + 1] - total[low])
+    return last - first
 
 
 def is_tissue(tile, share=0.6):
     """Whether more than `share` of the pixels of a tile, uint8 (H, W, 3), have a colour of H&E: Midnight's rule.
-
-    In OpenCV's units it is H in [90, 180], S in [8, 255], V in [103, 255]. PIL's hue runs to 255, hence 127 here; the
-    decisions are the same. It drops glass, green ink and very dark pixels, but also brown (DAB, melanin). It keeps blue
-    ink.
-    """
+    It drops glass, green ink and very dark pixels, but also brown (DAB, melanin). It keeps blue ink."""
     return bool(tissue_share(tile) > share)
 
 
 def tissue_share(tile):
-    """Share of the pixels of uint8 (H, W, 3) that pass Midnight's rule, see is_tissue."""
-    hue, saturation, value = _hsv(Image.fromarray(tile))
+    """Share of such pixels. In OpenCV's units, where hue ends at 180, they have H >= 90, S >= 8, V >= 103."""
+    hue, saturation, value = np.moveaxis(np.asarray(Image.fromarray(tile).convert("HSV")), 2, 0)
     return ((hue >= 127) & (saturation >= 8) & (value >= 103)).mean()
-
-
-def _hsv(image):
-    return (np.asarray(channel) for channel in image.convert("HSV").split())
 
 
 def _mask_of(thumbnail, um, rule):
@@ -579,12 +534,11 @@ def _mask_of(thumbnail, um, rule):
 
 def _is_tissue_colour(thumbnail, rule):
     """bool (h, w): more saturated than glass, and neither ink nor dark (fluorescence, black ink, the slide's edge).
-
-    Otsu's threshold is clamped, because on a slide that is all tissue, or all glass, it would cut through tissue, or
-    noise.
-    """
-    hue, saturation, value = _hsv(Image.fromarray(thumbnail).filter(ImageFilter.BoxBlur(1)))
-    tissue = (saturation > np.clip(_otsu(saturation), *rule["otsu"])) & (value > rule["value"])
+    Otsu's threshold is clamped, because on a slide that is all tissue or all glass it would cut through it."""
+    blurred = Image.fromarray(thumbnail).filter(ImageFilter.BoxBlur(1))
+    hue, saturation, value = (np.asarray(channel) for channel in blurred.convert("HSV").split())
+    threshold = np.clip(_otsu(saturation), *rule["otsu"])
+    tissue = (saturation > threshold) & (value > rule["value"])
     if rule["hue"]:
         tissue &= hue >= 127
     if rule["ink"]:
@@ -599,16 +553,14 @@ def _otsu(channel):
     count = np.bincount(channel.ravel(), minlength=256).astype(float)
     total, below = count.sum(), count.cumsum()
     moment = (count * np.arange(256)).cumsum()
-    between = (moment[-1] * below - moment * total) ** 2 / np.maximum(below * (total - below), 1)
+    difference = moment[-1] * below - moment * total
+    between = difference ** 2 / np.maximum(below * (total - below), 1)
     return int(between.argmax())
 
 
 def _drop_small(mask, least):
-    """mask, bool (h, w), without its connected parts (by edges) of fewer than `least` cells.
-
-    Neighbouring cells of a row are a run. Runs that touch across rows are joined (union-find), until all runs of a part
-    have the number of its first run.
-    """
+    """mask, bool (h, w), without its connected parts (by edges) of fewer than `least` cells. Runs of cells that touch
+    across rows are joined (union-find), until all runs of a part have the number of its first run."""
     starts = mask & np.diff(mask, prepend=False)
     run = np.cumsum(starts, dtype=np.int32).reshape(mask.shape)  # number of the cell's run, from 1 on
     touch = mask[1:] & mask[:-1]
@@ -616,8 +568,8 @@ def _drop_small(mask, least):
     above, below = run[:-1][touch], run[1:][touch]
     part = np.arange(run.max(initial=0) + 1)
     while (part[above] != part[below]).any():
-        low, high = np.minimum(part[above], part[below]), np.maximum(part[above], part[below])
-        np.minimum.at(part, high, low)
+        np.minimum.at(part, part[above], part[below])
+        np.minimum.at(part, part[below], part[above])
         while (part != part[part]).any():
             part = part[part]
     cells = np.bincount(part[run[mask]], minlength=len(part))
@@ -635,8 +587,6 @@ def _save_mask(file, mask, rule):
         os.replace(unfinished, file)
     except OSError as error:
         warnings.warn(f"{file}: this tissue mask was not kept: {error}", stacklevel=2)
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
 
 
 def _load_mask(file, rule):

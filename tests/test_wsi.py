@@ -75,19 +75,14 @@ def damage(monkeypatch):
 OPENSLIDE = {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.26"}
 TIFF = {"tiff.XResolution": "20000", "tiff.YResolution": "40000", "tiff.ResolutionUnit": "centimeter"}
 JUNK = {"tiff.XResolution": "72", "tiff.YResolution": "72", "tiff.ResolutionUnit": "inch"}
-MIRAX = "mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL_"
 
 
 @pytest.mark.parametrize("properties, override, expected", [
     (OPENSLIDE | TIFF, 0.4, (0.4, 0.4, "stated")),
-    (OPENSLIDE | TIFF | {"aperio.MPP": "0.5"}, None, (0.25, 0.26, "openslide.mpp-x")),
+    (OPENSLIDE | TIFF, None, (0.25, 0.26, "openslide.mpp-x")),
     ({"openslide.mpp-x": "0,25", "openslide.mpp-y": "0,26"}, None, (0.25, 0.26, "openslide.mpp-x")),
-    ({"openslide.mpp-x": "0.25"}, None, (0.25, 0.25, "openslide.mpp-x")),
-    ({"openslide.mpp-x": "353", "openslide.mpp-y": "353", "aperio.MPP": "0,5010"}, None, (0.501, 0.501, "aperio.MPP")),
     ({"openslide.mpp-x": "unknown"} | TIFF, None, (0.5, 0.25, "tiff.XResolution")),
-    ({MIRAX + "X": "0.23", MIRAX + "Y": "0.24"} | TIFF, None, (0.23, 0.24, MIRAX + "X")),
-    ({"ventana.ScanRes": "0.465"}, None, (0.465, 0.465, "ventana.ScanRes")),
-    ({"tiff.XResolution": "50800,0", "tiff.ResolutionUnit": "Inch"}, None, (0.5, 0.5, "tiff.XResolution")),
+    ({"openslide.mpp-x": "353", "openslide.mpp-y": "353"} | TIFF, None, (0.5, 0.25, "tiff.XResolution")),
     (JUNK, 0.5, (0.5, 0.5, "stated")),
     (OPENSLIDE | {"openslide.objective-power": "40.000000"}, None, (0.25, 0.26, "openslide.mpp-x")),
     (OPENSLIDE | {"openslide.objective-power": "0"}, None, (0.25, 0.26, "openslide.mpp-x")),
@@ -136,7 +131,7 @@ def test_a_stated_mpp_out_of_range_is_an_error(stated):
 
 def test_the_objective_is_a_fallback_only_where_it_is_asked_for():
     power = {"openslide.objective-power": "20"}
-    with pytest.raises(SlideError, match="or guess 10 / 20 with mpp_from_objective=true"):
+    with pytest.raises(SlideError, match="mpp_from_objective=true"):
         find_mpp(power)
     assert find_mpp(power, from_objective=True) == (0.5, 0.5, "10 / objective power")
     assert find_mpp(OPENSLIDE, from_objective=True)[2] == "openslide.mpp-x", "never before a stated one"
@@ -222,7 +217,7 @@ def test_tiles_are_the_stored_pixels_and_can_be_written_to(tmp_path):
     exact = Image.fromarray(levels[0][60:74, 100:114]).resize((10, 10), Image.BILINEAR, box=(0, 0, 13.2, 13.2))
     assert np.array_equal(slide.read(100, 60, 10, 0.33), exact)  # not 14 pixels squeezed into 10
     for level in (3, -1):
-        with pytest.raises(SlideError, match=f"texture.tif: no level {level}, it has levels 0-2"):
+        with pytest.raises(SlideError, match=f"texture.tif: no level {level}, it has 3 levels"):
             slide.read_level(0, 0, 64, level)
 
 
@@ -684,7 +679,7 @@ def test_a_level_that_shows_something_else_is_found(tmp_path):
     squeezed = [good[0], np.asarray(Image.fromarray(image).resize((800, 350)))]
     slide = Slide(write_slide(tmp_path / "squeezed.tif", squeezed, (0.5, 0.5)))
     assert slide._plan(64, 1.0)[0] == 0, "such a level is not read"
-    with pytest.raises(SlideError, match="level 1 is .800, 350. px of .1600, 1400.*another aspect"):
+    with pytest.raises(SlideError, match="squeezed.tif: level 1 has another aspect"):
         slide.tissue_mask()
 
 
