@@ -70,8 +70,6 @@ def damage(monkeypatch):
     return install
 
 
-# mpp
-
 OPENSLIDE = {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.26"}
 TIFF = {"tiff.XResolution": "20000", "tiff.YResolution": "40000", "tiff.ResolutionUnit": "centimeter"}
 JUNK = {"tiff.XResolution": "72", "tiff.YResolution": "72", "tiff.ResolutionUnit": "inch"}
@@ -94,16 +92,12 @@ def test_mpp_comes_from_the_first_source_that_is_believable(properties, override
 
 
 @pytest.mark.parametrize("properties", [
-    {},
-    JUNK,                                                             # 72 dpi, what image editors write
-    TIFF | {"tiff.ResolutionUnit": "none"},
-    {"tiff.XResolution": "20000"},                                    # no unit at all
-    {"tiff.XResolution": "0.5", "tiff.ResolutionUnit": "inch"},       # trestle keeps the mpp itself in this tag
-    {"tiff.XResolution": "0", "tiff.ResolutionUnit": "centimeter"},
-    {"openslide.mpp-x": "nan"}, {"openslide.mpp-x": "0"}, {"openslide.mpp-x": "-0.25"}, {"openslide.mpp-x": ""},
+    {}, JUNK, {"tiff.XResolution": "20000"}, TIFF | {"tiff.ResolutionUnit": "none"},
+    {"tiff.XResolution": "0.5", "tiff.YResolution": "0.5", "tiff.ResolutionUnit": "inch"},  # trestle: the mpp itself
+    {"tiff.XResolution": "0", "tiff.YResolution": "0", "tiff.ResolutionUnit": "centimeter"},
+    *({"openslide.mpp-x": x, "openslide.mpp-y": x} for x in ("nan", "0", "-0.25", "")),
     {"openslide.mpp-x": "0.25", "openslide.mpp-y": "250"},            # half a pair of junk is junk
-    {"openslide.objective-power": "40"},                              # never a source: 40x is 0.22 to 0.28
-])
+    {"openslide.objective-power": "40"}])                             # never a source: 40x is 0.22 to 0.28
 def test_without_a_believable_mpp_the_error_lists_what_was_seen_and_the_remedy(properties):
     with pytest.raises(SlideError) as error:
         find_mpp(properties)
@@ -123,21 +117,15 @@ def test_an_objective_power_that_contradicts_the_mpp_is_an_error(power, ok):
             find_mpp(properties)
 
 
-@pytest.mark.parametrize("stated", [0, 0.01, 40, -0.5, float("nan")])
-def test_a_stated_mpp_out_of_range_is_an_error(stated):
-    with pytest.raises(SlideError, match="stated mpp="):
-        find_mpp(OPENSLIDE, stated)
-
-
 def test_the_objective_is_a_fallback_only_where_it_is_asked_for():
-    power = {"openslide.objective-power": "20"}
-    with pytest.raises(SlideError, match="mpp_from_objective=true"):
-        find_mpp(power)
-    assert find_mpp(power, from_objective=True) == (0.5, 0.5, "10 / objective power")
+    assert find_mpp({"openslide.objective-power": "20"}, from_objective=True) == (0.5, 0.5, "10 / objective power")
     assert find_mpp(OPENSLIDE, from_objective=True)[2] == "openslide.mpp-x", "never before a stated one"
     for odd in ("0", "x", "4000"):
-        with pytest.raises(SlideError, match="no usable mpp"):
+        with pytest.raises(SlideError, match="no usable mpp.*mpp_from_objective=true"):
             find_mpp({"openslide.objective-power": odd}, from_objective=True)
+    for stated in (0, 0.01, 40, -0.5, float("nan")):
+        with pytest.raises(SlideError, match="stated mpp="):
+            find_mpp(OPENSLIDE, stated)
 
 
 def test_slides_open_with_their_mpp_or_a_stated_one_and_are_refused_without(tmp_path):
@@ -155,22 +143,17 @@ def test_slides_open_with_their_mpp_or_a_stated_one_and_are_refused_without(tmp_
     assert Slide(write_slide(tmp_path / "c.svs", levels, description=aperio.format("20.000000", "0,5"))).mpp == 0.5
 
 
-# levels
-
 @pytest.mark.parametrize("factors, mpp, target, level, extent", [
     ((2, 4, 8), (0.25, 0.25), 0.5, 1, (100, 100)),        # as stored
-    ((2, 4, 8), (0.25, 0.25), 0.25, 0, (100, 100)),
     ((2, 4, 8), (0.25, 0.25), 0.4, 0, (160, 160)),        # read 1.6 times the pixels and shrink
     ((2, 4, 8), (0.25, 0.25), 100, 3, (5000, 5000)),
     ((4,), (0.25, 0.25), 0.5, 0, (200, 200)),             # the usual 40x Aperio pyramid has no 20x level
-    ((4,), (0.25, 0.25), 1.5, 1, (150, 150)),
     ((4, 8, 32), (0.25, 0.25), 4.0, 2, (200, 200)),       # mixed steps
     ((), (0.25, 0.25), 2.0, 0, (800, 800)),               # one level
     ((2.0005,), (0.25, 0.25), 0.5, 1, (100, 100)),        # a tolerance, or four times the pixels
     ((2,), (0.2528, 0.2528), 0.5, 1, (100, 100)),         # 1.1 % off
     ((2,), (0.26, 0.26), 0.5, 0, (100 / 0.52, 100 / 0.52)),  # 4 % off: the finer level, shrunk
     ((2,), (0.25, 0.28), 0.5, 0, (200, 100 / 0.56)),      # the level must be fine enough on both axes
-    ((2,), (0.5, 0.4), 1.0, 1, (100, 125)),
     ((), (0.54, 0.54), 0.5, 0, (100 / 1.08, 100 / 1.08)), # enlarged, by less than 10 %
 ])
 def test_the_coarsest_level_that_is_fine_enough_serves_a_target(tmp_path, factors, mpp, target, level, extent):
@@ -178,13 +161,6 @@ def test_the_coarsest_level_that_is_fine_enough_serves_a_target(tmp_path, factor
     slide.level_scale[:, 1] = slide.level_scale[:, 0]  # the height is too small for exact factors
     plan_level, plan_extent = slide._plan(100, target)
     assert plan_level == level and plan_extent == pytest.approx(extent, rel=2e-4)
-
-
-def test_a_target_finer_than_the_slide_is_an_error_that_names_both(tmp_path):
-    slide, _ = open_texture(tmp_path, 2, mpp=(0.5, 0.5))
-    assert slide.read(0, 0, 64, 0.46).shape == (64, 64, 3)
-    with pytest.raises(SlideError, match=r"texture.tif: asked for 0.25 um/px, but the slide has 0.5 .*0.4545"):
-        slide.read(0, 0, 64, 0.25)
 
 
 @pytest.mark.parametrize("mpp, factors", [
@@ -219,9 +195,11 @@ def test_tiles_are_the_stored_pixels_and_can_be_written_to(tmp_path):
     for level in (3, -1):
         with pytest.raises(SlideError, match=f"texture.tif: no level {level}, it has 3 levels"):
             slide.read_level(0, 0, 64, level)
+    slide = Slide(slide.path, mpp=0.5)
+    assert slide.read(0, 0, 64, 0.46).shape == (64, 64, 3)
+    with pytest.raises(SlideError, match=r"texture.tif: asked for 0.25 um/px, but the slide has 0.5 .*0.4545"):
+        slide.read(0, 0, 64, 0.25)
 
-
-# white
 
 @pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize("dx, dy", [(-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (1, 1), (1, -1)])
@@ -238,26 +216,20 @@ def test_a_tile_over_the_edge_is_white_outside_and_unchanged_inside(tmp_path, le
     assert np.array_equal(slide.read(left * scale, top * scale, size, 0.25 * scale), expected)
 
 
-def test_an_odd_negative_start_at_a_low_level_agrees_with_an_ordinary_read(tmp_path):
-    slide, _ = open_texture(tmp_path, 4)
-    for x in (-37, -38, -39, -41):
-        outside = -round(x / 4)
-        assert (slide.read(x, 20, 64, 1.0)[:, outside:].max((0, 2)) < 255).all(), "reads start on a whole level pixel"
-    slide = Slide(slide.path, exact_reads=False)
+def test_a_plain_read_from_an_odd_negative_place_agrees_with_one_from_inside(tmp_path):
+    slide = Slide(open_texture(tmp_path, 4)[0].path, exact_reads=False)
     for x in (-37, -38, -39, -41):
         outside = -(x // 4)
         tile, inside = slide.read(x, 20, 64, 1.0), slide.read(x + 4 * outside, 20, 64 - outside, 1.0)
-        assert (tile[:, :outside] == 255).all()
-        assert np.array_equal(tile[:64 - outside, outside:], inside)
+        assert (tile[:, :outside] == 255).all() and np.array_equal(tile[:64 - outside, outside:], inside)
 
 
 def test_shrunk_tiles_are_white_outside_too_and_a_tile_off_the_slide_is_all_white(tmp_path):
     slide, _ = open_texture(tmp_path, 4, size=(1024, 1024))
     tile = slide.read(-256, -256, 256, 0.5)  # half of it lies left of the slide
     assert (tile[:, :126] == 255).all() and (tile[:126] == 255).all() and tile[130:, 130:].max() < 255
-    for x, y in ((-5000, 0), (0, 5000), (10 ** 6, -10 ** 6)):
-        for mpp in (0.25, 0.5, 1.0, 1.3):
-            assert (slide.read(x, y, 64, mpp) == 255).all()
+    for mpp in (0.25, 0.5, 1.0, 1.3):
+        assert all((slide.read(x, y, 64, mpp) == 255).all() for x, y in ((-5000, 0), (0, 5000), (10 ** 6, -10 ** 6)))
 
 
 def test_transparent_pixels_become_white_and_half_transparent_ones_lighter(tmp_path, monkeypatch):
@@ -278,15 +250,14 @@ def test_transparent_pixels_become_white_and_half_transparent_ones_lighter(tmp_p
 # exact reads: the bug is OpenSlide's blur at fractional positions, 0.2-0.7 of the stored sharpness
 
 def sharpness(tile):
-    g = tile.astype(float).mean(2)
-    return (4 * g[1:-1, 1:-1] - g[:-2, 1:-1] - g[2:, 1:-1] - g[1:-1, :-2] - g[1:-1, 2:]).var()
+    gray = tile.astype(float).mean(2)
+    return (np.diff(gray, 2, axis=0)[:, 1:-1] + np.diff(gray, 2, axis=1)[1:-1]).var()
 
 
 @pytest.mark.parametrize("factors, size", [((2, 4), (1024, 896)), ((2, 4), (1027, 901)), ((4, 16), (2063, 1999)),
-                                           ((2.97,), (1500, 1333)), ((2, 4, 8), (1535, 1281))])
+                                           ((2.97,), (1500, 1333))])
 def test_reads_are_the_stored_pixels_at_every_level_place_edge_and_corner(tmp_path, factors, size):
-    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    levels = pyramid(noise, *factors)
+    levels = pyramid(np.zeros((size[1], size[0], 3), np.uint8), *factors)
     levels = [np.random.default_rng(k).integers(0, 256, level.shape, np.uint8) for k, level in enumerate(levels)]
     path = write_slide(tmp_path / "noise.tif", levels, (0.25, 0.25))  # noise: the hardest content
     slide, naive, rng = Slide(path), Slide(path, exact_reads=False), np.random.default_rng(0)
@@ -339,15 +310,6 @@ def test_a_flat_place_does_not_decide_whether_openslide_interpolates(tmp_path, m
     slide.read_level(333, 733, 64, 1)
     assert wsi.OPENSLIDE["interpolates"] is True
 
-
-def test_factors_are_read_per_axis_and_whole_where_pixels_were_cut_off(tmp_path):
-    for size, factor, expected in (((1027, 901), 2, (2, 2)), ((1500, 1333), 2.97, (1500 / 505, 1333 / 448)),
-                                   ((4443, 3567), 2, (2, 2))):
-        slide, levels = open_texture(tmp_path, factor, size=size)
-        assert slide.level_scale[1] == pytest.approx(expected, rel=1e-9), (size, levels[1].shape)
-
-
-# grids and regions
 
 def test_the_grid_covers_the_tissue_without_gap_or_drift_and_regions_hold_each_tile_once(tmp_path):
     slide, disc = toy_slide(tmp_path / "toy.tif")
@@ -434,17 +396,15 @@ def test_a_damaged_place_costs_its_tiles_and_no_others(tmp_path, damage):
         assert np.array_equal(tiles[i], levels[0][y:y + 64, x:x + 64])
 
 
-# damage, processes
-
-def test_missing_junk_and_truncated_files_are_refused_by_name(tmp_path):
-    assert "no such file" in refused(tmp_path / "absent.svs")
-    (tmp_path / "junk.svs").write_bytes(np.random.default_rng(0).bytes(10000))
-    assert "not a slide that OpenSlide reads" in refused(tmp_path / "junk.svs")
-    (tmp_path / "empty.svs").write_bytes(b"")
-    assert "not a slide that OpenSlide reads" in refused(tmp_path / "empty.svs")
-    whole = Path(write_slide(tmp_path / "whole.tif", [texture(1024, 900)], (0.25, 0.25))).read_bytes()
-    (tmp_path / "cut.tif").write_bytes(whole[:100])
-    refused(tmp_path / "cut.tif", mpp=0.25)
+@pytest.mark.parametrize("name, content, message", [
+    ("absent.svs", None, "no such file"), ("empty.svs", b"", "not a slide that OpenSlide reads"),
+    ("junk.svs", np.random.default_rng(0).bytes(10000), "not a slide that OpenSlide reads"), ("cut.tif", 100, "")])
+def test_missing_junk_and_truncated_files_are_refused_by_name(tmp_path, name, content, message):
+    if name == "cut.tif":
+        content = Path(write_slide(tmp_path / "whole.tif", [texture(1024, 900)], (0.25, 0.25))).read_bytes()[:content]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert message in refused(tmp_path / name, mpp=0.25)
 
 
 def test_a_truncated_slide_that_opens_fails_where_it_is_cut_and_reads_elsewhere(tmp_path):
@@ -459,7 +419,9 @@ def test_a_truncated_slide_that_opens_fails_where_it_is_cut_and_reads_elsewhere(
 
 def test_a_read_that_fails_is_retried_once_on_a_new_handle(tmp_path, damage):
     slide, levels = open_texture(tmp_path, 2)
-    first = slide._slide
+    slide.close()
+    slide.close()  # a closed slide opens again
+    first = slide._handle()
     damage(lambda handle, *read: handle is first)
     assert np.array_equal(slide.read(0, 0, 64, 0.25), levels[0][:64, :64])
     assert slide._slide is not first and len(damage.sizes) == 2
@@ -468,33 +430,21 @@ def test_a_read_that_fails_is_retried_once_on_a_new_handle(tmp_path, damage):
         slide.read(6, 8, 64, 0.5)
 
 
-def test_a_closed_slide_opens_again_when_it_is_read(tmp_path):
-    slide, levels = open_texture(tmp_path)
-    slide.close()
-    slide.close()
-    assert np.array_equal(slide.read(0, 0, 64, 0.25), levels[0][:64, :64])
-
-
 def _child(slide, queue):
-    queue.put((slide._pid, slide.read(0, 0, 64, 0.5), slide._pid == os.getpid(), slide.mpp_source))
+    queue.put((slide._pid, slide.read(0, 0, 64, 0.5), slide._pid == os.getpid()))
 
 
-@pytest.mark.parametrize("method", ["fork", "pickle"])
-def test_another_process_reads_with_a_handle_of_its_own(tmp_path, method):
+def test_another_process_reads_with_a_handle_of_its_own(tmp_path):
     slide, _ = open_texture(tmp_path, 2, stated=0.25)
-    if method == "pickle":
-        copy = pickle.loads(pickle.dumps(slide))
-        assert copy._slide is not slide._slide and copy.mpp_source == "stated"
-        assert np.array_equal(copy.read(0, 0, 64, 0.5), slide.read(0, 0, 64, 0.5))
-        return
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_child, args=(slide, queue))
+    tile, copy = slide.read(0, 0, 64, 0.5), pickle.loads(pickle.dumps(slide))
+    assert np.array_equal(copy.read(0, 0, 64, 0.5), tile)
+    assert copy._slide is not slide._slide and copy.mpp_source == "stated"
+    queue = multiprocessing.get_context("fork").Queue()
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(slide, queue))
     child.start()
-    inherited_pid, tile, own, source = queue.get(timeout=60)
+    inherited_pid, theirs, own = queue.get(timeout=60)
     child.join()
-    assert inherited_pid == os.getpid() and own and source == "stated"
-    assert np.array_equal(tile, slide.read(0, 0, 64, 0.5))
+    assert inherited_pid == os.getpid() and own and np.array_equal(theirs, tile)
 
 
 # tissue
@@ -514,14 +464,10 @@ def flat(colour, size=64):
     ((225, 228, 240), True)])  # bluish glass passes: Midnight's rule as it is
 def test_a_tile_is_tissue_by_midnights_colours(colour, tissue):
     assert is_tissue(flat(colour)) is tissue
-
-
-def test_a_tile_is_tissue_if_more_than_the_share_is():
-    tile = flat(WHITE, 100)
-    tile[:60] = PINK
-    assert not is_tissue(tile) and is_tissue(tile, share=0.59)
-    tile[60, 0] = PINK
-    assert is_tissue(tile)
+    if tissue:  # and if more than the share of its pixels is
+        tile = flat(WHITE, 100)
+        tile[:60] = colour
+        assert not is_tissue(tile) and is_tissue(tile, share=0.59)
 
 
 def toy_slide(path, tissue=True, factors=(4,)):
@@ -616,14 +562,11 @@ def test_each_parameter_of_the_mask_does_what_it_says(tmp_path, changes, found):
     seen = {name for k, name in enumerate(places) if mask[25:56, (100 + 400 * k) // 16:][:, :10].mean() > 0.5}
     assert seen == found and not mask[:2].any() and not mask[:, :1].any() and cell == 16
     assert Slide(slide.path, rule=rule(mpp=4.0)).tissue_mask()[1] == (8, 8)
-
-
-def test_the_majority_vote_has_its_width_in_micrometres(tmp_path):
-    image = flat(GLASS, 1024)
-    image[200:800, 500:516] = PINK  # a strand of 8 um
-    path = write_slide(tmp_path / "strand.tif", [image], (0.5, 0.5))
-    for width, seen in ((8.0, True), (80.0, False)):
-        assert Slide(path, rule=rule(vote_um=width, speck_mm2=0)).tissue_mask()[0].any() == seen
+    strand = flat(GLASS, 1024)
+    strand[200:800, 500:516] = PINK  # of 8 um
+    path = write_slide(tmp_path / "strand.tif", [strand], (0.5, 0.5))
+    for width in (8.0, 80.0):
+        assert Slide(path, rule=rule(vote_um=width, speck_mm2=0)).tissue_mask()[0].any() == (width == 8)
 
 
 def test_masks_are_kept_in_a_folder_and_made_again_only_for_another_rule_or_slide(tmp_path, monkeypatch):
@@ -643,41 +586,28 @@ def test_masks_are_kept_in_a_folder_and_made_again_only_for_another_rule_or_slid
     assert other.stat().st_size == os.path.getsize(slide.path)  # the bug: name and size made a slide
     assert not Slide(other, mask_dir=folder).tissue_mask()[0].any() and len(made) == 3
     assert Slide(slide.path, mpp=0.4, mask_dir=folder)._tissue()[2] != first[1] and len(made) == 4, "another scale"
-    made.clear()
-    made += [1, 1]
-    wide = Slide(slide.path, mask_dir=folder, rule=rule(mpp=16.0)).tissue_mask()
-    assert wide[1] == (32, 32) and len(made) == 3
-    assert Slide(slide.path, mask_dir=folder).tissue_mask()[1] == (32, 32) and len(made) == 3, "the folder's rule"
+    assert Slide(slide.path, mask_dir=folder, rule=rule(mpp=16.0)).tissue_mask()[1] == (32, 32) and len(made) == 5
+    assert Slide(slide.path, mask_dir=folder).tissue_mask()[1] == (32, 32) and len(made) == 5, "the folder's rule"
     whole = file.read_bytes()
     for k, damaged in enumerate((whole[:100], whole[:200] + bytes(60) + whole[260:])):  # made again
         file.write_bytes(damaged)
-        assert Slide(slide.path, mask_dir=folder).tissue_mask()[1] == (16, 16) and len(made) == 4 + k
+        assert Slide(slide.path, mask_dir=folder).tissue_mask()[1] == (16, 16) and len(made) == 6 + k
+    with pytest.warns(UserWarning, match="masks/toy-.*: this tissue mask was not kept: .*"):  # that costs no tile
+        assert Slide(slide.path, mask_dir=f"{file}/masks").tissue_mask()[0].any()
 
-
-def test_a_mask_folder_that_cannot_be_written_costs_no_tile(tmp_path):
-    (tmp_path / "file").write_text("")
-    slide, _ = toy_slide(tmp_path / "toy.tif")
-    slide = Slide(slide.path, mask_dir=str(tmp_path / "file" / "masks"))
-    with pytest.warns(UserWarning, match="masks/toy-.*: this tissue mask was not kept: .*"):
-        assert slide.tissue_mask()[0].any()
-
-
-# a level that lies
 
 def test_a_level_that_shows_something_else_is_found(tmp_path):
-    image = texture(1600, 1400)
-    image = np.clip(image.astype(int) // 2 + np.array(PINK) // 2, 0, 255).astype(np.uint8)
+    image = (texture(1600, 1400) // 2 + np.array(PINK) // 2).astype(np.uint8)
     good = pyramid(image, 2, 4)
     Slide(write_slide(tmp_path / "good.tif", good, (0.5, 0.5))).check_levels()
-    coarser = np.asarray(Image.fromarray(good[0]).crop((0, 0, 1200, 1050)).resize((800, 700)))
     lies = {"other": good[1][::-1], "white": np.full_like(good[1], 255), "shifted": np.roll(good[1], 60, 1),
-            "coarser": coarser}
+            "coarser": np.asarray(Image.fromarray(good[0]).crop((0, 0, 1200, 1050)).resize((800, 700)))}
     for name, level in lies.items():
         slide = Slide(write_slide(tmp_path / f"{name}.tif", [good[0], level, good[2]], (0.5, 0.5)))
         with pytest.raises(SlideError, match=f"{name}.tif: level 1 does not show what level 0 shows"):
             slide.check_levels()
-    squeezed = [good[0], np.asarray(Image.fromarray(image).resize((800, 350)))]
-    slide = Slide(write_slide(tmp_path / "squeezed.tif", squeezed, (0.5, 0.5)))
+    squeezed = np.asarray(Image.fromarray(image).resize((800, 350)))
+    slide = Slide(write_slide(tmp_path / "squeezed.tif", [image, squeezed], (0.5, 0.5)))
     assert slide._plan(64, 1.0)[0] == 0, "such a level is not read"
     with pytest.raises(SlideError, match="squeezed.tif: level 1 has another aspect"):
         slide.tissue_mask()
@@ -702,20 +632,22 @@ def test_real_levels_do_not_lie_and_are_read_within_a_grey_level_of_what_is_stor
     assert abs(np.mean(kept) - 1) < 0.02 and np.mean(lost) < 0.7
 
 
-# patients
-
-def test_patients_come_from_tcga_barcodes_or_a_pattern():
+def test_patients_come_from_names_and_held_out_ones_are_a_share_that_only_grows():
     assert wsi.patient_of("/a/TCGA-CR-7395-01A-01-TS1.0f2e.svs") == "TCGA-CR-7395"
     assert wsi.patient_of("/TCGA-CR-7395/b.1.svs") == "b.1"
     assert wsi.patient_of("Non-Tumor___Case-3-A15.jpg", r"Case-\d+") == "Case-3"
-
-
-def test_held_out_patients_are_a_share_that_only_grows_and_hangs_on_the_name():
     patients = [f"TCGA-AA-{i:04d}" for i in range(4000)]
     few, many = ({p for p in patients if wsi.held_out(p, share)} for share in (0.1, 0.3))
     assert len(few) == pytest.approx(400, abs=60) and few < many and len(many) == pytest.approx(1200, abs=90)
     assert not wsi.held_out("a", 0.0) and wsi.held_out("a", 1.0)
     assert sorted(few)[:3] == ["TCGA-AA-0008", "TCGA-AA-0013", "TCGA-AA-0025"], "a split that moved leaks patients"
+
+
+def test_expand_sorts_files_and_names_the_key_where_there_are_none(tmp_path):
+    paths = [write_slide(tmp_path / name, [texture(300, 300)]) for name in ("a.svs", "b.svs")]
+    assert wsi.expand(f"{tmp_path}/**/*.svs", "slides") == paths
+    with pytest.raises(ValueError, match="slides: no file matches .*; it is a folder: try '.*/.*.svs'"):
+        wsi.expand(str(tmp_path), "slides")
 
 
 @pytest.mark.parametrize("mpp", [0.5, 0.8, 2.0])
@@ -729,47 +661,25 @@ def test_random_tiles_are_centred_on_tissue_everywhere_and_between_cells(tmp_pat
     assert inside.mean() > 0.97                                       # the mask's rim is two cells soft
     assert np.abs(centres.mean(0) - (1300, 1200)).max() < 50          # uniform: 4 standard errors
     assert len(np.unique(centres[:, 0] % 16)) > 12                    # the jitter fills a cell of 16 px
-    repeat = np.random.default_rng(0)
-    assert places == [slide.random_tissue(repeat, size, mpp) for _ in range(400)]
     assert np.mean([is_tissue(slide.read(x, y, size, mpp)) for x, y in places[:50]]) > 0.7
-
-
-# real slides
-
-@real_slides
-@pytest.mark.parametrize("mpp", [0.5, 1.0, 4.0])  # the pyramid serves 4.0 from its 4.002x level
-def test_the_same_tissue_looks_the_same_from_one_level_and_from_a_pyramid(mpp):
-    single, levels = Slide(SLIDES / "CMU-1-Small-Region.svs"), Slide(SLIDES / "cmu1-4x-pyramid.tiff")
-    assert single.mpp == pytest.approx(0.499) and levels.mpp == pytest.approx(0.499) and len(levels.level_mpp) == 3
-    rng = np.random.default_rng(0)
-    for _ in range(6):
-        x, y = single.random_tissue(rng, 224, mpp)
-        a, b = single.read(x, y, 224, mpp).astype(int), levels.read(x, y, 224, mpp).astype(int)
-        assert np.abs(a - b).mean() < 6, (x, y)
 
 
 @real_slides
 @pytest.mark.parametrize("name, mpp", [("CMU-1-Small-Region.svs", None), ("tcga-cr-7395-01a-01-ts1.svs", 0.5)])
 def test_random_tiles_of_real_slides_are_mostly_tissue(name, mpp):
     slide, rng = Slide(SLIDES / name, mpp), np.random.default_rng(0)
-    mask = slide.tissue_mask()[0]
-    assert 0.25 < mask.mean() < 0.75
+    assert 0.25 < slide.tissue_mask()[0].mean() < 0.75
     tiles = [slide.read(*slide.random_tissue(rng, 128, 0.5), 128, 0.5) for _ in range(20)]
     assert np.mean([is_tissue(tile) for tile in tiles]) > 0.5
 
 
 @real_slides
-def test_a_tcga_slide_without_mpp_is_refused_and_opens_with_a_stated_one():
+def test_a_tcga_slide_without_mpp_is_refused_and_a_fluorescence_slide_has_no_tissue():
     path = SLIDES / "tcga-cr-7395-01a-01-ts1.svs"
     assert "properties seen: tiff.ResolutionUnit=inch" in refused(path)
     slide = Slide(path, mpp=0.5)
     assert slide.level_mpp == pytest.approx([0.5, 1.0], rel=1e-3)
     assert slide.extent(224, 1.0) == (448, 448)  # as stored at 2.0005x
-    assert slide.read(2000, 1500, 224, 1.0).shape == (224, 224, 3)
-
-
-@real_slides
-def test_a_fluorescence_slide_opens_but_has_no_tissue():
     slide = Slide(SLIDES / "hamamatsu-fluorescence.ndpi")
     assert slide.mpp == pytest.approx(0.2282, abs=1e-4) and len(slide.level_mpp) == 7
     with pytest.raises(SlideError, match="no tissue found"):
