@@ -21,9 +21,8 @@ Exact reads. OpenSlide reads a level > 0 at location / downsample, which is frac
 stored pixels. This blurs each place by another amount: a nuisance for the encoder, a difference between random and grid
 reads, and a periodic shortcut for context models. We start reads as close to a whole level pixel as level-0 pixels
 allow. The fraction e that remains is known, and _sharpen inverts its kernel [1 - e, e]. exact_reads=False leaves
-OpenSlide's own result; bench/reads.py measures both.
-
-Everything outside the slide, and every transparent pixel (areas not scanned), is white. OpenSlide leaves them black.
+OpenSlide's own result; bench/reads.py measures both. Everything outside the slide, and every transparent pixel (areas
+not scanned), is white; OpenSlide leaves them black.
 """
 import functools
 import glob
@@ -42,7 +41,7 @@ from PIL import Image, ImageFilter
 TOLERANCE = 0.03         # a level this close to the target is used as stored: 0.2425-0.2575 um/px serve 0.25
 MAX_ENLARGE = 1.10       # level-0 mpp / target mpp; above this the slide does not have the detail
 MIN_MPP, MAX_MPP = 0.05, 20.0  # um/px; other values are not believable: 72 dpi would be 353
-MAX_MASK_CELLS = 10 ** 8 # a 25 x 75 mm slide has 3e7 cells of 8 um, so more means a wrong mpp
+MAX_MASK_CELLS = 1e8     # a 25 x 75 mm slide has 3e7 cells of 8 um, so more means a wrong mpp
 MARGIN = 6               # px read around a region to invert the interpolation: at 2x e <= 1/4, and (1/3)^7 is nothing
 REGION_BYTES = 12        # memory per pixel of a region: RGBA, RGB and the sharpened copy
 STRIP = 32               # rows sharpened at a time, so that their float copies stay in the cache
@@ -74,10 +73,8 @@ class SlideError(ValueError):
 
 def find_mpp(properties, override=None, from_objective=False):
     """(mpp_x, mpp_y, source) in um/px. The user's override wins, then the first of MPP_KEYS whose value is believable,
-    then 10 / objective power, if from_objective allows it. source says which.
-
-    Raises SlideError if there is none, or if it contradicts the objective power by more than 30 % (20x is about 0.5).
-    """
+    then 10 / objective power, if from_objective allows it. source says which. Raises SlideError if there is none, or
+    if it contradicts the objective power by more than 30 % (20x is about 0.5)."""
     if override is not None:
         if not MIN_MPP <= override <= MAX_MPP:
             raise SlideError(f"the stated mpp={override} is not within {MIN_MPP}-{MAX_MPP} um/px; {REMEDY}")
@@ -122,11 +119,9 @@ def _key_mpp(properties, key):
 
 class Slide:
     """One open slide. Raises SlideError if the file is missing, is not a slide, is damaged, or has no mpp.
-
     mpp: um/px of level 0 on both axes, as stated by the user; None = what the file says.
     rule: how the tissue mask is made, like TISSUE. None = take what mask_dir holds, whatever its rule, else TISSUE.
-    mask_dir: folder that keeps masks, one small file per slide.
-    """
+    mask_dir: folder that keeps masks, one small file per slide."""
 
     def __init__(self, path, mpp=None, exact_reads=True, mpp_from_objective=False, rule=None, mask_dir=""):
         self.path, self.exact_reads, self.rule, self.mask_dir = os.fspath(path), exact_reads, rule, mask_dir
@@ -141,7 +136,8 @@ class Slide:
             mpp_x, mpp_y, self.mpp_source = find_mpp(self.properties, mpp, mpp_from_objective)
         except SlideError as error:
             raise SlideError(f"{self.path}: {error}") from None
-        self.mpp_xy, self.mpp = (mpp_x, mpp_y), (mpp_x + mpp_y) / 2
+        self.mpp_xy = mpp_x, mpp_y
+        self.mpp = (mpp_x + mpp_y) / 2
         factor = np.array(self.dimensions) / self.level_dimensions
         whole = np.rint(factor)
         cut_off = abs(self.dimensions / whole - self.level_dimensions) < 1
@@ -151,7 +147,7 @@ class Slide:
         self._even = abs(aspect - 1) <= TOLERANCE + 2 / np.min(self.level_dimensions, 1)
 
     def __getstate__(self):
-        return {**self.__dict__, "_slide": None, "_pid": None}  # an unpickled slide opens its own handle
+        return self.__dict__ | {"_slide": None, "_pid": None}  # an unpickled slide opens its own handle
 
     def close(self):
         """Free OpenSlide's handle and its tile cache (32 MiB); a later read opens a new one."""
@@ -242,7 +238,7 @@ class Slide:
             try:
                 if alone:
                     tiles[rows[0]] = self.read(*xy[rows[0]], size, mpp)
-                elif dense:  # sharpened in double precision; single reads take float32
+                elif dense:  # in float64, for tiles that are bit-equal to those cut before; single reads take float32
                     region = self._stored(corner, area, level, np.float64)
                     for row, (x, y) in zip(rows, at[rows] - corner):
                         tiles[row] = _shrink(region[y:y + h, x:x + w], size, extent)
@@ -261,8 +257,9 @@ class Slide:
         level = self._coarsest(ratios.max(1) <= 1 + TOLERANCE)
         ratio = ratios[level]
         if ratio.max() > MAX_ENLARGE:
+            finest = max(self.mpp_xy) / MAX_ENLARGE
             raise SlideError(f"{self.path}: asked for {mpp:.4g} um/px, but the slide has {self.mpp:.4g} "
-                             f"({self.mpp_source}); ask for {max(self.mpp_xy) / MAX_ENLARGE:.4g} or coarser")
+                             f"({self.mpp_source}); ask for {finest:.4g} or coarser")
         return level, np.where(abs(ratio - 1) <= TOLERANCE, size, size / ratio)
 
     def _coarsest(self, fine):
@@ -368,15 +365,14 @@ class Slide:
             fine = self._region(corner * scale, extent, level - 1)
         except SlideError:
             return None
-        gray = [Image.fromarray(pixels).convert("L") for pixels in (coarse, _shrink(fine, side, extent))]
-        a, b = (np.asarray(image.filter(ImageFilter.BoxBlur(2)), float) for image in gray)  # some are a pixel off
+        images = [Image.fromarray(pixels).convert("L") for pixels in (coarse, _shrink(fine, side, extent))]
+        blur = ImageFilter.BoxBlur(2)  # because some pyramids are shifted by a pixel
+        a, b = (np.asarray(image.filter(blur), float) for image in images)
         if max(a.std(), b.std()) < 4:
             return None
         a, b = a - a.mean(), b - b.mean()
         norm = math.sqrt((a * a).sum() * (b * b).sum())
         return (a * b).sum() / max(norm, 1e-9)
-
-    # -- tissue -------------------------------------------------------------------------------------------------------
 
     def tissue_mask(self):
         """(mask, cell): bool (h, w), and the (x, y) size of its cells in level-0 px, floats; about 8 um, see TISSUE.
@@ -393,8 +389,8 @@ class Slide:
                              'TISSUE["hue"] = False in wsi.py)')
         while True:  # draw cells until one has tissue, which needs no list of them
             cells = rng.integers(h * w, size=64)
-            bit = bits[cells >> 3] >> (7 - (cells & 7))
-            hits = cells[bit & 1 == 1]
+            bit = bits[cells >> 3] >> (7 - (cells & 7)) & 1
+            hits = cells[bit == 1]
             if len(hits):
                 row, column = divmod(int(hits[0]), w)
                 return (column + rng.random()) * cell[0], (row + rng.random()) * cell[1]
@@ -439,7 +435,8 @@ class Slide:
     def _thumbnail(self, mpp):
         """(uint8 (h, w, 3), damaged bool (h, w), cell): means of k x k pixels that are about mpp; cell in level-0 px.
         It is read in blocks of 4 million pixels, because a slide's only level may have 10^10."""
-        level = self._coarsest(np.array(self.level_mpp) <= mpp * (1 + TOLERANCE))
+        limit = mpp * (1 + TOLERANCE)
+        level = self._coarsest(np.array(self.level_mpp) <= limit)
         k = max(1, round(mpp / self.level_mpp[level]))
         w, h = (math.ceil(side / k) for side in self.level_dimensions[level])
         if w * h > MAX_MASK_CELLS:
@@ -475,16 +472,15 @@ def _shrink(pixels, size, extent):
     if (extent == size).all():
         return pixels
     image = Image.fromarray(pixels)
-    return np.array(image.resize((size, size), Image.BILINEAR, (0, 0, *extent), reducing_gap=2.0))
+    image = image.resize((size, size), Image.BILINEAR, (0, 0, *extent), reducing_gap=2.0)
+    return np.array(image)
 
 
 def _sharpen(pixels, e, before, count):
     """Invert OpenSlide's bilinear shift by e px along axis 0 of floats (n, ...): `count` pixels from `before` on.
-
     A read at fraction e > 0 gives r[i] = (1 - e) p[i] + e p[i + 1]. Hence p[i] = sum over k >= 0 of
     (-e / (1 - e))^k r[i + k] / (1 - e), and mirrored for e < 0. Terms below 1/1000 are left out. The result is as exact
-    as the whole grey levels of r allow: 0.3 levels on average, measured.
-    """
+    as the whole grey levels of r allow: 0.3 levels on average, measured."""
     sign, terms = (1, MARGIN) if e >= 0 else (-1, before)
     e = abs(e)
     weight = 1 / (1 - e)
@@ -516,15 +512,16 @@ def is_tissue(tile, share=0.6):
 
 def tissue_share(tile):
     """Share of such pixels. In OpenCV's units, where hue ends at 180, they have H >= 90, S >= 8, V >= 103."""
-    hue, saturation, value = np.moveaxis(np.asarray(Image.fromarray(tile).convert("HSV")), 2, 0)
+    channels = Image.fromarray(tile).convert("HSV").split()
+    hue, saturation, value = map(np.asarray, channels)
     return ((hue >= 127) & (saturation >= 8) & (value >= 103)).mean()
 
 
 def _mask_of(thumbnail, um, rule):
     """bool (h, w) of a thumbnail uint8 (h, w, 3) whose cells are um = (x, y) micrometres large."""
-    colour = np.uint8(255) * _is_tissue_colour(thumbnail, rule)
+    votes = Image.fromarray(np.uint8(255) * _is_tissue_colour(thumbnail, rule))
     radius = [max(0, (rule["vote_um"] / side - 1) / 2) for side in um]
-    mask = np.asarray(Image.fromarray(colour).filter(ImageFilter.BoxBlur(radius))) > 127
+    mask = np.asarray(votes.filter(ImageFilter.BoxBlur(radius))) > 127
     cell_mm2 = um[0] * um[1] / 1e6
     mask = _drop_small(mask, rule["speck_mm2"] / cell_mm2)
     if not mask.any():
@@ -536,7 +533,7 @@ def _is_tissue_colour(thumbnail, rule):
     """bool (h, w): more saturated than glass, and neither ink nor dark (fluorescence, black ink, the slide's edge).
     Otsu's threshold is clamped, because on a slide that is all tissue or all glass it would cut through it."""
     blurred = Image.fromarray(thumbnail).filter(ImageFilter.BoxBlur(1))
-    hue, saturation, value = (np.asarray(channel) for channel in blurred.convert("HSV").split())
+    hue, saturation, value = map(np.asarray, blurred.convert("HSV").split())
     threshold = np.clip(_otsu(saturation), *rule["otsu"])
     tissue = (saturation > threshold) & (value > rule["value"])
     if rule["hue"]:
