@@ -54,25 +54,34 @@ def refused(path, **arguments):
     return message
 
 
-# mpp
+@pytest.fixture
+def damage(monkeypatch):
+    """damage(hit): reads for which hit(handle, at, level, size) is true fail. All reads are listed in damage.sizes."""
+    read = openslide.OpenSlide.read_region
+
+    def install(hit):
+        def broken(self, at, level, size):
+            install.sizes.append(tuple(size))
+            if hit(self, at, level, size):
+                raise openslide.OpenSlideError("bad tile")
+            return read(self, at, level, size)
+        monkeypatch.setattr(openslide.OpenSlide, "read_region", broken)
+    install.sizes = []
+    return install
+
 
 OPENSLIDE = {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.26"}
 TIFF = {"tiff.XResolution": "20000", "tiff.YResolution": "40000", "tiff.ResolutionUnit": "centimeter"}
 JUNK = {"tiff.XResolution": "72", "tiff.YResolution": "72", "tiff.ResolutionUnit": "inch"}
-MIRAX = "mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL_"
 
 
 @pytest.mark.parametrize("properties, override, expected", [
     (OPENSLIDE | TIFF, 0.4, (0.4, 0.4, "stated")),
-    (OPENSLIDE | TIFF | {"aperio.MPP": "0.5"}, None, (0.25, 0.26, "openslide.mpp-x")),
+    (OPENSLIDE | TIFF, None, (0.25, 0.26, "openslide.mpp-x")),
     ({"openslide.mpp-x": "0,25", "openslide.mpp-y": "0,26"}, None, (0.25, 0.26, "openslide.mpp-x")),
-    ({"openslide.mpp-x": "0.25"}, None, (0.25, 0.25, "openslide.mpp-x")),
-    ({"openslide.mpp-x": "353", "openslide.mpp-y": "353", "aperio.MPP": "0,5010"}, None, (0.501, 0.501, "aperio.MPP")),
     ({"openslide.mpp-x": "unknown"} | TIFF, None, (0.5, 0.25, "tiff.XResolution")),
-    ({MIRAX + "X": "0.23", MIRAX + "Y": "0.24"} | TIFF, None, (0.23, 0.24, MIRAX + "X")),
-    ({"ventana.ScanRes": "0.465"}, None, (0.465, 0.465, "ventana.ScanRes")),
-    ({"tiff.XResolution": "50800,0", "tiff.ResolutionUnit": "Inch"}, None, (0.5, 0.5, "tiff.XResolution")),
-    (JUNK, "0,5", (0.5, 0.5, "stated")),
+    ({"openslide.mpp-x": "353", "openslide.mpp-y": "353"} | TIFF, None, (0.5, 0.25, "tiff.XResolution")),
+    (JUNK, 0.5, (0.5, 0.5, "stated")),
     (OPENSLIDE | {"openslide.objective-power": "40.000000"}, None, (0.25, 0.26, "openslide.mpp-x")),
     (OPENSLIDE | {"openslide.objective-power": "0"}, None, (0.25, 0.26, "openslide.mpp-x")),
     (OPENSLIDE | {"openslide.objective-power": "20"}, 0.25, (0.25, 0.25, "stated")),
@@ -83,16 +92,12 @@ def test_mpp_comes_from_the_first_source_that_is_believable(properties, override
 
 
 @pytest.mark.parametrize("properties", [
-    {},
-    JUNK,                                                             # 72 dpi, what image editors write
-    TIFF | {"tiff.ResolutionUnit": "none"},
-    {"tiff.XResolution": "20000"},                                    # no unit at all
-    {"tiff.XResolution": "0.5", "tiff.ResolutionUnit": "inch"},       # trestle keeps the mpp itself in this tag
-    {"tiff.XResolution": "0", "tiff.ResolutionUnit": "centimeter"},
-    {"openslide.mpp-x": "nan"}, {"openslide.mpp-x": "0"}, {"openslide.mpp-x": "-0.25"}, {"openslide.mpp-x": ""},
+    {}, JUNK, {"tiff.XResolution": "20000"}, TIFF | {"tiff.ResolutionUnit": "none"},
+    {"tiff.XResolution": "0.5", "tiff.YResolution": "0.5", "tiff.ResolutionUnit": "inch"},  # trestle: the mpp itself
+    {"tiff.XResolution": "0", "tiff.YResolution": "0", "tiff.ResolutionUnit": "centimeter"},
+    *({"openslide.mpp-x": x, "openslide.mpp-y": x} for x in ("nan", "0", "-0.25", "")),
     {"openslide.mpp-x": "0.25", "openslide.mpp-y": "250"},            # half a pair of junk is junk
-    {"openslide.objective-power": "40"},                              # never a source: 40x is 0.22 to 0.28
-])
+    {"openslide.objective-power": "40"}])                             # never a source: 40x is 0.22 to 0.28
 def test_without_a_believable_mpp_the_error_lists_what_was_seen_and_the_remedy(properties):
     with pytest.raises(SlideError) as error:
         find_mpp(properties)
@@ -112,61 +117,50 @@ def test_an_objective_power_that_contradicts_the_mpp_is_an_error(power, ok):
             find_mpp(properties)
 
 
-@pytest.mark.parametrize("stated", [0, 0.01, 40, -0.5, float("nan"), "fine"])
-def test_a_stated_mpp_out_of_range_is_an_error(stated):
-    with pytest.raises(SlideError, match="stated mpp="):
-        find_mpp(OPENSLIDE, stated)
+def test_the_objective_is_a_fallback_only_where_it_is_asked_for():
+    assert find_mpp({"openslide.objective-power": "20"}, from_objective=True) == (0.5, 0.5, "10 / objective power")
+    assert find_mpp(OPENSLIDE, from_objective=True)[2] == "openslide.mpp-x", "never before a stated one"
+    for odd in ("0", "x", "4000"):
+        with pytest.raises(SlideError, match="no usable mpp.*mpp_from_objective=true"):
+            find_mpp({"openslide.objective-power": odd}, from_objective=True)
+    for stated in (0, 0.01, 40, -0.5, float("nan")):
+        with pytest.raises(SlideError, match="stated mpp="):
+            find_mpp(OPENSLIDE, stated)
 
 
-def test_a_slide_without_mpp_is_refused_and_opens_when_the_mpp_is_stated(tmp_path):
+def test_slides_open_with_their_mpp_or_a_stated_one_and_are_refused_without(tmp_path):
     path = write_slide(tmp_path / "bare.tif", [texture(600, 500)])
     assert "no usable mpp" in refused(path)
     slide = Slide(path, mpp=0.5)
     assert (slide.mpp, slide.mpp_xy, slide.mpp_source) == (0.5, (0.5, 0.5), "stated")
     assert slide.dimensions == (600, 500) and slide.level_mpp == [0.5] and slide.path == path
-
-
-def test_an_aperio_slide_opens_with_its_mpp_and_is_refused_if_its_objective_contradicts_it(tmp_path):
-    aperio = "Aperio Image Library v12|AppMag = {}|MPP = {}"
-    levels = pyramid(texture(1024, 900), 2)
+    aperio, levels = "Aperio Image Library v12|AppMag = {}|MPP = {}", pyramid(texture(1024, 900), 2)
     slide = Slide(write_slide(tmp_path / "a.svs", levels, description=aperio.format(40, 0.25)))
-    assert slide.properties["openslide.vendor"] == "aperio" and slide.mpp == 0.25 and slide.level_mpp == [0.25, 0.5]
+    assert slide.vendor == "aperio" and slide.power == 40 and slide.mpp == 0.25 and slide.level_mpp == [0.25, 0.5]
     path = write_slide(tmp_path / "b.svs", levels, description=aperio.format(40, 0.5))
     assert "objective of 40x is about 0.25" in refused(path)
     assert Slide(path, mpp=0.5).mpp == 0.5
     assert Slide(write_slide(tmp_path / "c.svs", levels, description=aperio.format("20.000000", "0,5"))).mpp == 0.5
 
 
-# levels
-
 @pytest.mark.parametrize("factors, mpp, target, level, extent", [
     ((2, 4, 8), (0.25, 0.25), 0.5, 1, (100, 100)),        # as stored
-    ((2, 4, 8), (0.25, 0.25), 0.25, 0, (100, 100)),
     ((2, 4, 8), (0.25, 0.25), 0.4, 0, (160, 160)),        # read 1.6 times the pixels and shrink
     ((2, 4, 8), (0.25, 0.25), 100, 3, (5000, 5000)),
     ((4,), (0.25, 0.25), 0.5, 0, (200, 200)),             # the usual 40x Aperio pyramid has no 20x level
-    ((4,), (0.25, 0.25), 1.5, 1, (150, 150)),
     ((4, 8, 32), (0.25, 0.25), 4.0, 2, (200, 200)),       # mixed steps
     ((), (0.25, 0.25), 2.0, 0, (800, 800)),               # one level
     ((2.0005,), (0.25, 0.25), 0.5, 1, (100, 100)),        # a tolerance, or four times the pixels
     ((2,), (0.2528, 0.2528), 0.5, 1, (100, 100)),         # 1.1 % off
     ((2,), (0.26, 0.26), 0.5, 0, (100 / 0.52, 100 / 0.52)),  # 4 % off: the finer level, shrunk
     ((2,), (0.25, 0.28), 0.5, 0, (200, 100 / 0.56)),      # the level must be fine enough on both axes
-    ((2,), (0.5, 0.4), 1.0, 1, (100, 125)),
     ((), (0.54, 0.54), 0.5, 0, (100 / 1.08, 100 / 1.08)), # enlarged, by less than 10 %
 ])
 def test_the_coarsest_level_that_is_fine_enough_serves_a_target(tmp_path, factors, mpp, target, level, extent):
     slide, _ = open_texture(tmp_path, *factors, mpp=mpp, size=(8000, 64))
-    slide.level_scale = [(sx, sx) for sx, _ in slide.level_scale]  # the height is too small for exact factors
-    plan_level, *plan_extent = slide._plan(100, target)
+    slide.level_scale[:, 1] = slide.level_scale[:, 0]  # the height is too small for exact factors
+    plan_level, plan_extent = slide._plan(100, target)
     assert plan_level == level and plan_extent == pytest.approx(extent, rel=2e-4)
-
-
-def test_a_target_finer_than_the_slide_is_an_error_that_names_both(tmp_path):
-    slide, _ = open_texture(tmp_path, 2, mpp=(0.5, 0.5))
-    assert slide.read(0, 0, 64, 0.46).shape == (64, 64, 3)
-    with pytest.raises(SlideError, match=r"texture.tif: asked for 0.25 um/px, but the slide has 0.5 .*0.4545"):
-        slide.read(0, 0, 64, 0.25)
 
 
 @pytest.mark.parametrize("mpp, factors", [
@@ -198,16 +192,14 @@ def test_tiles_are_the_stored_pixels_and_can_be_written_to(tmp_path):
     assert np.array_equal(slide.read(100, 60, 160, 0.4), shrunk)
     exact = Image.fromarray(levels[0][60:74, 100:114]).resize((10, 10), Image.BILINEAR, box=(0, 0, 13.2, 13.2))
     assert np.array_equal(slide.read(100, 60, 10, 0.33), exact)  # not 14 pixels squeezed into 10
-
-
-def test_a_sample_list_with_a_level_that_the_slide_lacks_is_an_error(tmp_path):
-    slide, _ = open_texture(tmp_path, 2)
-    for level in (2, -1):
-        with pytest.raises(SlideError, match=f"texture.tif: no level {level}, it has levels 0-1"):
+    for level in (3, -1):
+        with pytest.raises(SlideError, match=f"texture.tif: no level {level}, it has 3 levels"):
             slide.read_level(0, 0, 64, level)
+    slide = Slide(slide.path, mpp=0.5)
+    assert slide.read(0, 0, 64, 0.46).shape == (64, 64, 3)
+    with pytest.raises(SlideError, match=r"texture.tif: asked for 0.25 um/px, but the slide has 0.5 .*0.4545"):
+        slide.read(0, 0, 64, 0.25)
 
-
-# white
 
 @pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize("dx, dy", [(-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (1, 1), (1, -1)])
@@ -224,26 +216,20 @@ def test_a_tile_over_the_edge_is_white_outside_and_unchanged_inside(tmp_path, le
     assert np.array_equal(slide.read(left * scale, top * scale, size, 0.25 * scale), expected)
 
 
-def test_an_odd_negative_start_at_a_low_level_agrees_with_an_ordinary_read(tmp_path):
-    slide, _ = open_texture(tmp_path, 4)
-    for x in (-37, -38, -39, -41):
-        outside = -round(x / 4)
-        assert (slide.read(x, 20, 64, 1.0)[:, outside:].max((0, 2)) < 255).all(), "reads start on a whole level pixel"
-    slide = Slide(slide.path, exact_reads=False)
+def test_a_plain_read_from_an_odd_negative_place_agrees_with_one_from_inside(tmp_path):
+    slide = Slide(open_texture(tmp_path, 4)[0].path, exact_reads=False)
     for x in (-37, -38, -39, -41):
         outside = -(x // 4)
         tile, inside = slide.read(x, 20, 64, 1.0), slide.read(x + 4 * outside, 20, 64 - outside, 1.0)
-        assert (tile[:, :outside] == 255).all()
-        assert np.array_equal(tile[:64 - outside, outside:], inside)
+        assert (tile[:, :outside] == 255).all() and np.array_equal(tile[:64 - outside, outside:], inside)
 
 
 def test_shrunk_tiles_are_white_outside_too_and_a_tile_off_the_slide_is_all_white(tmp_path):
     slide, _ = open_texture(tmp_path, 4, size=(1024, 1024))
     tile = slide.read(-256, -256, 256, 0.5)  # half of it lies left of the slide
     assert (tile[:, :126] == 255).all() and (tile[:126] == 255).all() and tile[130:, 130:].max() < 255
-    for x, y in ((-5000, 0), (0, 5000), (10 ** 6, -10 ** 6)):
-        for mpp in (0.25, 0.5, 1.0, 1.3):
-            assert (slide.read(x, y, 64, mpp) == 255).all()
+    for mpp in (0.25, 0.5, 1.0, 1.3):
+        assert all((slide.read(x, y, 64, mpp) == 255).all() for x, y in ((-5000, 0), (0, 5000), (10 ** 6, -10 ** 6)))
 
 
 def test_transparent_pixels_become_white_and_half_transparent_ones_lighter(tmp_path, monkeypatch):
@@ -264,15 +250,14 @@ def test_transparent_pixels_become_white_and_half_transparent_ones_lighter(tmp_p
 # exact reads: the bug is OpenSlide's blur at fractional positions, 0.2-0.7 of the stored sharpness
 
 def sharpness(tile):
-    g = tile.astype(float).mean(2)
-    return (4 * g[1:-1, 1:-1] - g[:-2, 1:-1] - g[2:, 1:-1] - g[1:-1, :-2] - g[1:-1, 2:]).var()
+    gray = tile.astype(float).mean(2)
+    return (np.diff(gray, 2, axis=0)[:, 1:-1] + np.diff(gray, 2, axis=1)[1:-1]).var()
 
 
 @pytest.mark.parametrize("factors, size", [((2, 4), (1024, 896)), ((2, 4), (1027, 901)), ((4, 16), (2063, 1999)),
-                                           ((2.97,), (1500, 1333)), ((2, 4, 8), (1535, 1281))])
+                                           ((2.97,), (1500, 1333))])
 def test_reads_are_the_stored_pixels_at_every_level_place_edge_and_corner(tmp_path, factors, size):
-    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    levels = pyramid(noise, *factors)
+    levels = pyramid(np.zeros((size[1], size[0], 3), np.uint8), *factors)
     levels = [np.random.default_rng(k).integers(0, 256, level.shape, np.uint8) for k, level in enumerate(levels)]
     path = write_slide(tmp_path / "noise.tif", levels, (0.25, 0.25))  # noise: the hardest content
     slide, naive, rng = Slide(path), Slide(path, exact_reads=False), np.random.default_rng(0)
@@ -310,34 +295,21 @@ def test_the_correction_is_left_out_where_openslide_does_not_interpolate(tmp_pat
     assert wsi.OPENSLIDE["interpolates"] is False
 
 
-def test_glass_that_looks_like_its_shifted_copy_does_not_switch_the_correction_off(tmp_path, monkeypatch):
+def test_a_flat_place_does_not_decide_whether_openslide_interpolates(tmp_path, monkeypatch):
     monkeypatch.setattr(wsi, "OPENSLIDE", {"interpolates": None})
     image = flat(GLASS, 1027).copy()
-    image[:, 500:] = PINK  # one straight edge
+    image[:, 500:] = PINK  # one straight edge: it looks like its own shifted copy
     slide = Slide(write_slide(tmp_path / "edge.tif", pyramid(image, 2.003), (0.25, 0.25)))
     for x in range(430, 460):
         slide.read_level(x, 301, 64, 1)
     assert wsi.OPENSLIDE["interpolates"] is None
-
-
-def test_a_flat_place_does_not_decide_whether_openslide_interpolates(tmp_path, monkeypatch):
-    monkeypatch.setattr(wsi, "OPENSLIDE", {"interpolates": None})
     image = texture(1027, 901).copy()
-    image[:300] = 90
+    image[:300] = 90 + np.arange(1027)[:, None] // 4 % 2  # differences of one grey level vanish in the rounding
     slide = Slide(write_slide(tmp_path / "flat.tif", pyramid(image, 2.003), (0.25, 0.25)))
-    assert (slide.read_level(333, 33, 64, 1) == 90).all() and wsi.OPENSLIDE["interpolates"] is None
+    assert abs(slide.read_level(333, 33, 64, 1) - 90.5).max() <= 1 and wsi.OPENSLIDE["interpolates"] is None
     slide.read_level(333, 733, 64, 1)
     assert wsi.OPENSLIDE["interpolates"] is True
 
-
-def test_factors_are_read_per_axis_and_whole_where_pixels_were_cut_off(tmp_path):
-    for size, factor, expected in (((1027, 901), 2, (2, 2)), ((1500, 1333), 2.97, (1500 / 505, 1333 / 448)),
-                                   ((4443, 3567), 2, (2, 2))):
-        slide, levels = open_texture(tmp_path, factor, size=size)
-        assert slide.level_scale[1] == pytest.approx(expected, rel=1e-9), (size, levels[1].shape)
-
-
-# grids and regions
 
 def test_the_grid_covers_the_tissue_without_gap_or_drift_and_regions_hold_each_tile_once(tmp_path):
     slide, disc = toy_slide(tmp_path / "toy.tif")
@@ -366,7 +338,7 @@ def test_a_grid_tile_is_kept_if_half_of_it_lies_inside_and_bounds_are_respected(
     slide.properties |= {"openslide.bounds-x": "300", "openslide.bounds-y": "100", "openslide.bounds-width": "512",
                          "openslide.bounds-height": "256"}
     assert slide.grid(256, 0.5)[0].tolist() == [[300, 100], [556, 100]]
-    tiny = Slide(write_slide(tmp_path / "tiny.tif", [tissue[:100, :100]], (0.5, 0.5)), tissue=rule(speck_mm2=0))
+    tiny = Slide(write_slide(tmp_path / "tiny.tif", [tissue[:100, :100]], (0.5, 0.5)), rule=rule(speck_mm2=0))
     assert len(tiny.grid(256, 0.5, 0.1)[0]) == 1
 
 
@@ -386,48 +358,36 @@ def test_tiles_read_together_are_those_read_one_by_one(tmp_path, factors, mpp):
         assert np.array_equal(tile, naive.read(x, y, 64, mpp))
 
 
-def test_fewer_pixels_are_decoded_together_and_memory_is_bounded(tmp_path, monkeypatch):
+def test_fewer_pixels_are_decoded_together_and_memory_is_bounded(tmp_path, damage):
     slide, _ = toy_slide(tmp_path / "toy.tif")
-    read, sizes = openslide.OpenSlide.read_region, []
-    monkeypatch.setattr(openslide.OpenSlide, "read_region",
-                        lambda self, at, level, size: sizes.append(size) or read(self, at, level, size))
+    damage(lambda *read: False)
     xy, _ = slide.grid(64, 0.5)
     for mb, most in ((64, 3), (2, 30)):
-        sizes.clear()
+        damage.sizes.clear()
         for rows in slide.regions(xy, 64, 0.5, mb):
             slide.read_tiles(xy[rows], 64, 0.5)
-        pixels = np.prod(sizes, axis=1)
+        pixels = np.prod(damage.sizes, axis=1)
         assert pixels.max() * wsi.REGION_BYTES <= mb * 1e6 and pixels.sum() <= 1.3 * len(xy) * 64 * 64
-        assert len(sizes) < len(xy) / most ** 0.5, (len(sizes), len(xy))
+        assert len(pixels) < len(xy) / most ** 0.5, (len(pixels), len(xy))
 
 
-def test_a_place_damaged_in_the_masks_level_counts_as_tissue_so_that_its_tiles_are_tried(tmp_path, monkeypatch):
+@pytest.mark.parametrize("broken_level", [0, 1])
+def test_a_place_damaged_in_the_masks_level_is_tissue_so_that_its_tiles_are_tried(tmp_path, damage, broken_level):
     """The bug: half a slide that was cut short lay beyond the mask, and the slide counted as done."""
     path = write_slide(tmp_path / "glass.tif", pyramid(flat(GLASS, 3000), 4), (0.5, 0.5))
-    read, broken_level = openslide.OpenSlide.read_region, None
 
-    def broken(self, at, level, size):
-        scale = self.level_downsamples[level]
-        inside = all(a <= 1500 < a + s * scale for a, s in zip(at, size))
-        if level == broken_level and inside:
-            raise openslide.OpenSlideError("bad tile")
-        return read(self, at, level, size)
-    monkeypatch.setattr(openslide.OpenSlide, "read_region", broken)
-    for broken_level in (0, 1):
-        mask, (cell, _) = Slide(path, tissue=rule(hole_mm2=0)).tissue_mask()
-        middle = int(1500 / cell)
-        assert mask.mean() < (300 * 4 / 3000) ** 2 and mask[middle, middle] == (broken_level == 1)
+    def hit(handle, at, level, size):
+        scale = handle.level_downsamples[level]
+        return level == broken_level and all(a <= 1500 < a + s * scale for a, s in zip(at, size))
+    damage(hit)
+    mask, (cell, _) = Slide(path, rule=rule(hole_mm2=0)).tissue_mask()
+    middle = int(1500 / cell)
+    assert mask.mean() < (300 * 4 / 3000) ** 2 and mask[middle, middle] == (broken_level == 1)
 
 
-def test_a_damaged_place_costs_its_tiles_and_no_others(tmp_path, monkeypatch):
+def test_a_damaged_place_costs_its_tiles_and_no_others(tmp_path, damage):
     slide, levels = open_texture(tmp_path)
-    read = openslide.OpenSlide.read_region
-
-    def broken(self, at, level, size):
-        if at[0] <= 300 < at[0] + size[0] and at[1] <= 300 < at[1] + size[1]:
-            raise openslide.OpenSlideError("bad tile")
-        return read(self, at, level, size)
-    monkeypatch.setattr(openslide.OpenSlide, "read_region", broken)
+    damage(lambda handle, at, level, size: all(a <= 300 < a + s for a, s in zip(at, size)))
     xy = np.array([(x, y) for y in range(0, 640, 64) for x in range(0, 640, 64)])
     tiles, errors = slide.read_tiles(xy, 64, 0.25)
     assert list(errors) == [44] and "texture.tif: cannot read x=256 y=256 level=0: bad tile" in errors[44]
@@ -436,17 +396,15 @@ def test_a_damaged_place_costs_its_tiles_and_no_others(tmp_path, monkeypatch):
         assert np.array_equal(tiles[i], levels[0][y:y + 64, x:x + 64])
 
 
-# damage, processes
-
-def test_missing_junk_and_truncated_files_are_refused_by_name(tmp_path):
-    assert "no such file" in refused(tmp_path / "absent.svs")
-    (tmp_path / "junk.svs").write_bytes(np.random.default_rng(0).bytes(10000))
-    assert "not a slide that OpenSlide reads" in refused(tmp_path / "junk.svs")
-    (tmp_path / "empty.svs").write_bytes(b"")
-    assert "not a slide that OpenSlide reads" in refused(tmp_path / "empty.svs")
-    whole = Path(write_slide(tmp_path / "whole.tif", [texture(1024, 900)], (0.25, 0.25))).read_bytes()
-    (tmp_path / "cut.tif").write_bytes(whole[:100])
-    refused(tmp_path / "cut.tif", mpp=0.25)
+@pytest.mark.parametrize("name, content, message", [
+    ("absent.svs", None, "no such file"), ("empty.svs", b"", "not a slide that OpenSlide reads"),
+    ("junk.svs", np.random.default_rng(0).bytes(10000), "not a slide that OpenSlide reads"), ("cut.tif", 100, "")])
+def test_missing_junk_and_truncated_files_are_refused_by_name(tmp_path, name, content, message):
+    if name == "cut.tif":
+        content = Path(write_slide(tmp_path / "whole.tif", [texture(1024, 900)], (0.25, 0.25))).read_bytes()[:content]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert message in refused(tmp_path / name, mpp=0.25)
 
 
 def test_a_truncated_slide_that_opens_fails_where_it_is_cut_and_reads_elsewhere(tmp_path):
@@ -459,58 +417,34 @@ def test_a_truncated_slide_that_opens_fails_where_it_is_cut_and_reads_elsewhere(
     assert np.array_equal(slide.read(0, 0, 64, 0.25), levels[0][:64, :64])  # the failed handle was replaced
 
 
-def test_a_read_that_fails_once_is_retried_on_a_new_handle(tmp_path, monkeypatch):
-    slide, levels = open_texture(tmp_path)
-    read, failed, opened, opener = openslide.OpenSlide.read_region, [], [], wsi._open
-
-    def flaky(self, *arguments):
-        failed.append(self)
-        if self is failed[0]:
-            raise openslide.OpenSlideError("latched")
-        return read(self, *arguments)
-    monkeypatch.setattr(openslide.OpenSlide, "read_region", flaky)
-    monkeypatch.setattr(wsi, "_open", lambda path: opened.append(path) or opener(path))
+def test_a_read_that_fails_is_retried_once_on_a_new_handle(tmp_path, damage):
+    slide, levels = open_texture(tmp_path, 2)
+    slide.close()
+    slide.close()  # a closed slide opens again
+    first = slide._handle()
+    damage(lambda handle, *read: handle is first)
     assert np.array_equal(slide.read(0, 0, 64, 0.25), levels[0][:64, :64])
-    assert opened == [slide.path] and len(failed) == 2
-
-
-def test_a_read_that_fails_twice_stops_with_file_place_and_level(tmp_path, monkeypatch):
-    slide, _ = open_texture(tmp_path, 2)
-
-    def broken(self, *arguments):
-        raise openslide.OpenSlideError("bad tile")
-    monkeypatch.setattr(openslide.OpenSlide, "read_region", broken)
+    assert slide._slide is not first and len(damage.sizes) == 2
+    damage(lambda *read: True)
     with pytest.raises(SlideError, match="texture.tif: cannot read x=6 y=8 level=1: bad tile"):
         slide.read(6, 8, 64, 0.5)
 
 
-def test_a_closed_slide_opens_again_when_it_is_read(tmp_path):
-    slide, levels = open_texture(tmp_path)
-    slide.close()
-    slide.close()
-    assert np.array_equal(slide.read(0, 0, 64, 0.25), levels[0][:64, :64])
-
-
 def _child(slide, queue):
-    queue.put((slide._pid, slide.read(0, 0, 64, 0.5), slide._pid == os.getpid(), slide.mpp_source))
+    queue.put((slide._pid, slide.read(0, 0, 64, 0.5), slide._pid == os.getpid()))
 
 
-@pytest.mark.parametrize("method", ["fork", "pickle"])
-def test_another_process_reads_with_a_handle_of_its_own(tmp_path, method):
+def test_another_process_reads_with_a_handle_of_its_own(tmp_path):
     slide, _ = open_texture(tmp_path, 2, stated=0.25)
-    if method == "pickle":
-        copy = pickle.loads(pickle.dumps(slide))
-        assert copy._slide is not slide._slide and copy.mpp_source == "stated"
-        assert np.array_equal(copy.read(0, 0, 64, 0.5), slide.read(0, 0, 64, 0.5))
-        return
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_child, args=(slide, queue))
+    tile, copy = slide.read(0, 0, 64, 0.5), pickle.loads(pickle.dumps(slide))
+    assert np.array_equal(copy.read(0, 0, 64, 0.5), tile)
+    assert copy._slide is not slide._slide and copy.mpp_source == "stated"
+    queue = multiprocessing.get_context("fork").Queue()
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(slide, queue))
     child.start()
-    inherited_pid, tile, own, source = queue.get(timeout=60)
+    inherited_pid, theirs, own = queue.get(timeout=60)
     child.join()
-    assert inherited_pid == os.getpid() and own and source == "stated"
-    assert np.array_equal(tile, slide.read(0, 0, 64, 0.5))
+    assert inherited_pid == os.getpid() and own and np.array_equal(theirs, tile)
 
 
 # tissue
@@ -530,14 +464,10 @@ def flat(colour, size=64):
     ((225, 228, 240), True)])  # bluish glass passes: Midnight's rule as it is
 def test_a_tile_is_tissue_by_midnights_colours(colour, tissue):
     assert is_tissue(flat(colour)) is tissue
-
-
-def test_a_tile_is_tissue_if_more_than_the_share_is():
-    tile = flat(WHITE, 100)
-    tile[:60] = PINK
-    assert not is_tissue(tile) and is_tissue(tile, share=0.59)
-    tile[60, 0] = PINK
-    assert is_tissue(tile)
+    if tissue:  # and if more than the share of its pixels is
+        tile = flat(WHITE, 100)
+        tile[:60] = colour
+        assert not is_tissue(tile) and is_tissue(tile, share=0.59)
 
 
 def toy_slide(path, tissue=True, factors=(4,)):
@@ -567,33 +497,27 @@ def test_the_mask_covers_tissue_and_neither_glass_nor_ink_nor_a_hair(tmp_path, f
     assert not mask[~near].any(), "something else is taken for tissue"
 
 
-def test_a_slide_of_glass_or_in_the_dark_opens_and_has_no_tissue(tmp_path):
+def test_a_slide_of_glass_or_in_the_dark_has_no_tissue_and_one_of_tissue_has_no_glass(tmp_path):
     slide, _ = toy_slide(tmp_path / "glass.tif", tissue=False)
     assert not slide.tissue_mask()[0].any()
     for _ in range(2):
-        with pytest.raises(SlideError, match="glass.tif: no tissue found"):
+        with pytest.raises(SlideError, match='glass.tif: no tissue found.*TISSUE."hue". = False in wsi.py'):
             slide.random_tissue(np.random.default_rng(0), 224, 0.5)
     tinted = flat((243, 243, 243), 512)
     tinted[:256] = (243, 238, 243)  # Otsu's threshold alone would call this half tissue
-    assert not Slide(write_slide(tmp_path / "tinted.tif", [tinted], (0.5, 0.5))).tissue_mask()[0].any()
-    night = Slide(write_slide(tmp_path / "night.tif", [flat((0, 0, 6), 512)], (0.5, 0.5)))
-    assert not night.tissue_mask()[0].any()
-
-
-def test_a_slide_that_is_all_tissue_is_all_tissue(tmp_path):
     tissue = np.where(np.random.default_rng(0).random((1024, 1024, 1)) < 0.3, PURPLE, PINK).astype(np.uint8)
-    assert Slide(write_slide(tmp_path / "full.tif", [tissue], (0.5, 0.5))).tissue_mask()[0].all()
+    for name, image in {"tinted": tinted, "night": flat((0, 0, 6), 512), "full": tissue}.items():
+        mask, _ = Slide(write_slide(tmp_path / f"{name}.tif", [image], (0.5, 0.5))).tissue_mask()
+        assert mask.mean() == (name == "full"), name
 
 
-def test_a_large_single_level_is_read_in_blocks(tmp_path, monkeypatch):
+def test_a_large_single_level_is_read_in_blocks(tmp_path, damage, monkeypatch):
     image = texture(9000, 400)
     slide = Slide(write_slide(tmp_path / "wide.tif", [image], (0.5, 0.5)))
-    read, sizes = openslide.OpenSlide.read_region, []
-    monkeypatch.setattr(openslide.OpenSlide, "read_region",
-                        lambda self, at, level, size: sizes.append(size) or read(self, at, level, size))
+    damage(lambda *read: False)
     thumbnail, damaged, cell = slide._thumbnail(8.0)
-    assert not damaged.any()
-    assert len(sizes) == 5 and max(w for w, _ in sizes) <= 2048 and cell == (16, 16)
+    assert not damaged.any() and cell == (16, 16)
+    assert len(damage.sizes) == 5 and max(w for w, _ in damage.sizes) <= 2048
     assert np.array_equal(thumbnail[:, :562], np.asarray(Image.fromarray(image[:, :8992]).reduce(16)))
     monkeypatch.setattr(wsi, "MAX_MASK_CELLS", 1000)
     with pytest.raises(SlideError, match="wide.tif: a mask of 563 x 25 cells"):
@@ -604,28 +528,12 @@ def rule(**changes):
     return {**wsi.TISSUE, **changes}
 
 
-def test_small_parts_go_and_small_holes_are_filled_but_large_ones_stay():
-    mask = np.zeros((60, 80), bool)
-    mask[5:45, 5:45] = True
-    mask[10:13, 10:13] = mask[20:40, 20:40] = False  # a lumen of 9 cells, a tear of 400
-    mask[50:53, 60:63] = mask[2, 70:75] = True       # specks
-    mask[25:30, 25:30] = True                        # an island in the tear: 25 cells
-    ring = np.zeros_like(mask)
-    ring[5:45, 50], ring[44, 50:70], ring[5:45, 70], ring[5, 60:70] = True, True, True, True  # one part, found late
-    kept = wsi._drop_small(mask | ring, 26)
-    assert kept[5:45, 50].all() and kept[5:45, 70].all() and kept[5:20, 5:45][:, :5].all()
-    assert not kept[50:53].any() and not kept[2].any() and not kept[25:30, 25:30].any()
-    filled = ~wsi._drop_small(~mask, 26)
-    assert filled[10:13, 10:13].all() and not filled[20:24, 20:40].any() and not filled[0].any()
-    for least in (1, 10 ** 6):
-        assert wsi._drop_small(mask, least).sum() == (mask.sum() if least == 1 else 0)
-    assert not wsi._drop_small(np.zeros((3, 4), bool), 2).any() and wsi._drop_small(np.ones((3, 4), bool), 2).all()
-
-
-def test_parts_are_those_of_a_flood_fill():
+def test_small_parts_go_as_in_a_flood_fill():
     rng = np.random.default_rng(0)
-    for density in (0.3, 0.55, 0.62, 0.8):
-        mask, label = rng.random((40, 53)) < density, np.zeros((40, 53), int)
+    masks = [rng.random((40, 53)) < density for density in (0, 0.3, 0.55, 0.62, 0.8, 1)]
+    masks[0][5:35, [20, 30]] = masks[0][34, 20:30] = True  # two runs per row that meet in the last one
+    for mask in masks:
+        label = np.zeros((40, 53), int)
         for seed in np.argwhere(mask):
             stack = [tuple(seed)] if not label[tuple(seed)] else []
             while stack:
@@ -633,9 +541,10 @@ def test_parts_are_those_of_a_flood_fill():
                 if 0 <= j < 40 and 0 <= i < 53 and mask[j, i] and not label[j, i]:
                     label[j, i] = seed[0] * 53 + seed[1] + 1
                     stack += [(j - 1, i), (j + 1, i), (j, i - 1), (j, i + 1)]
-        sizes = np.bincount(label.ravel())
-        for least in (2, 5, 40):
-            assert np.array_equal(wsi._drop_small(mask, least), mask & (sizes[label] >= least))
+        cells = np.bincount(label.ravel())
+        for least in (1, 2, 5, 40, 65, 10 ** 6):
+            assert np.array_equal(wsi._drop_small(mask, least), mask & (cells[label] >= least))
+    assert not wsi._drop_small(np.zeros((3, 4), bool), 2).any()
 
 
 @pytest.mark.parametrize("changes, found", [
@@ -648,19 +557,16 @@ def test_each_parameter_of_the_mask_does_what_it_says(tmp_path, changes, found):
     for k, colour in enumerate(places.values()):
         image[300:1000, 50 + 400 * k:350 + 400 * k] = colour
     image[:40] = image[:, :20] = 0  # a black border
-    slide = Slide(write_slide(tmp_path / "a.tif", [image], (0.5, 0.5)), tissue=rule(**changes))
+    slide = Slide(write_slide(tmp_path / "a.tif", [image], (0.5, 0.5)), rule=rule(**changes))
     mask, (cell, _) = slide.tissue_mask()
     seen = {name for k, name in enumerate(places) if mask[25:56, (100 + 400 * k) // 16:][:, :10].mean() > 0.5}
     assert seen == found and not mask[:2].any() and not mask[:, :1].any() and cell == 16
-    assert Slide(slide.path, tissue=rule(mpp=4.0)).tissue_mask()[1] == (8, 8)
-
-
-def test_the_majority_vote_has_its_width_in_micrometres(tmp_path):
-    image = flat(GLASS, 1024)
-    image[200:800, 500:516] = PINK  # a strand of 8 um
-    path = write_slide(tmp_path / "strand.tif", [image], (0.5, 0.5))
-    for width, seen in ((8.0, True), (80.0, False)):
-        assert Slide(path, tissue=rule(vote_um=width, speck_mm2=0)).tissue_mask()[0].any() == seen
+    assert Slide(slide.path, rule=rule(mpp=4.0)).tissue_mask()[1] == (8, 8)
+    strand = flat(GLASS, 1024)
+    strand[200:800, 500:516] = PINK  # of 8 um
+    path = write_slide(tmp_path / "strand.tif", [strand], (0.5, 0.5))
+    for width in (8.0, 80.0):
+        assert Slide(path, rule=rule(vote_um=width, speck_mm2=0)).tissue_mask()[0].any() == (width == 8)
 
 
 def test_masks_are_kept_in_a_folder_and_made_again_only_for_another_rule_or_slide(tmp_path, monkeypatch):
@@ -671,7 +577,7 @@ def test_masks_are_kept_in_a_folder_and_made_again_only_for_another_rule_or_slid
     first = Slide(slide.path, mask_dir=folder).tissue_mask()
     file, = (tmp_path / "masks").iterdir()
     assert file.name.startswith("toy-") and file.stat().st_size < 20_000 and len(made) == 1
-    again = Slide(slide.path, mask_dir=folder, tissue=dict(wsi.TISSUE))
+    again = Slide(slide.path, mask_dir=folder, rule=dict(wsi.TISSUE))
     assert np.array_equal(again.tissue_mask()[0], first[0]) and again.tissue_mask()[1] == first[1] and len(made) == 1
     places = [s.random_tissue(np.random.default_rng(0), 64, 0.5) for s in (again, slide)]
     assert places[0] == places[1] and len(made) == 2
@@ -680,90 +586,56 @@ def test_masks_are_kept_in_a_folder_and_made_again_only_for_another_rule_or_slid
     assert other.stat().st_size == os.path.getsize(slide.path)  # the bug: name and size made a slide
     assert not Slide(other, mask_dir=folder).tissue_mask()[0].any() and len(made) == 3
     assert Slide(slide.path, mpp=0.4, mask_dir=folder)._tissue()[2] != first[1] and len(made) == 4, "another scale"
-    made.clear()
-    made += [1, 1]
-    wide = Slide(slide.path, mask_dir=folder, tissue=rule(mpp=16.0)).tissue_mask()
-    assert wide[1] == (32, 32) and len(made) == 3
-    assert Slide(slide.path, mask_dir=folder).tissue_mask()[1] == (32, 32) and len(made) == 3, "the folder's rule"
+    assert Slide(slide.path, mask_dir=folder, rule=rule(mpp=16.0)).tissue_mask()[1] == (32, 32) and len(made) == 5
+    assert Slide(slide.path, mask_dir=folder).tissue_mask()[1] == (32, 32) and len(made) == 5, "the folder's rule"
     whole = file.read_bytes()
     for k, damaged in enumerate((whole[:100], whole[:200] + bytes(60) + whole[260:])):  # made again
         file.write_bytes(damaged)
-        assert Slide(slide.path, mask_dir=folder).tissue_mask()[1] == (16, 16) and len(made) == 4 + k
+        assert Slide(slide.path, mask_dir=folder).tissue_mask()[1] == (16, 16) and len(made) == 6 + k
+    with pytest.warns(UserWarning, match="masks/toy-.*: this tissue mask was not kept: .*"):  # that costs no tile
+        assert Slide(slide.path, mask_dir=f"{file}/masks").tissue_mask()[0].any()
 
-
-def test_a_mask_folder_that_cannot_be_written_costs_no_tile(tmp_path):
-    (tmp_path / "file").write_text("")
-    slide, _ = toy_slide(tmp_path / "toy.tif")
-    slide = Slide(slide.path, mask_dir=str(tmp_path / "file" / "masks"))
-    with pytest.warns(UserWarning, match="toy.tif: its mask is not kept: .*file"):
-        assert slide.tissue_mask()[0].any()
-
-
-# a level that lies
 
 def test_a_level_that_shows_something_else_is_found(tmp_path):
-    image = texture(1600, 1400)
-    image = np.clip(image.astype(int) // 2 + np.array(PINK) // 2, 0, 255).astype(np.uint8)
+    image = (texture(1600, 1400) // 2 + np.array(PINK) // 2).astype(np.uint8)
     good = pyramid(image, 2, 4)
     Slide(write_slide(tmp_path / "good.tif", good, (0.5, 0.5))).check_levels()
-    coarser = np.asarray(Image.fromarray(good[0]).crop((0, 0, 1200, 1050)).resize((800, 700)))
     lies = {"other": good[1][::-1], "white": np.full_like(good[1], 255), "shifted": np.roll(good[1], 60, 1),
-            "coarser": coarser}
+            "coarser": np.asarray(Image.fromarray(good[0]).crop((0, 0, 1200, 1050)).resize((800, 700)))}
     for name, level in lies.items():
         slide = Slide(write_slide(tmp_path / f"{name}.tif", [good[0], level, good[2]], (0.5, 0.5)))
         with pytest.raises(SlideError, match=f"{name}.tif: level 1 does not show what level 0 shows"):
             slide.check_levels()
-    squeezed = [good[0], np.asarray(Image.fromarray(image).resize((800, 350)))]
-    slide = Slide(write_slide(tmp_path / "squeezed.tif", squeezed, (0.5, 0.5)))
+    squeezed = np.asarray(Image.fromarray(image).resize((800, 350)))
+    slide = Slide(write_slide(tmp_path / "squeezed.tif", [image, squeezed], (0.5, 0.5)))
     assert slide._plan(64, 1.0)[0] == 0, "such a level is not read"
-    with pytest.raises(SlideError, match="level 1 is .800, 350. px of .1600, 1400.*another aspect"):
+    with pytest.raises(SlideError, match="squeezed.tif: level 1 has another aspect"):
         slide.tissue_mask()
 
 
 @real_slides
 @pytest.mark.parametrize("name", ["cmu1-4x-pyramid.tiff", "tcga-cr-7395-01a-01-ts1.svs"])
-def test_levels_of_real_slides_do_not_lie(name):
-    Slide(SLIDES / name, 0.5).check_levels(places=10)
+def test_real_levels_do_not_lie_and_are_read_within_a_grey_level_of_what_is_stored(name):
+    slide, naive = Slide(SLIDES / name, 0.5), Slide(SLIDES / name, 0.5, exact_reads=False)
+    slide.check_levels(places=10)
+    size, rng, sx = slide.level_dimensions[1], np.random.default_rng(0), slide.level_scale[1][0]
+    stored = np.asarray(slide._handle().read_region((0, 0), 1, size).convert("RGB"))  # exact: the phase is 0
+    errors, kept, lost = [], [], []
+    for _ in range(12):
+        x, y = rng.integers(0, (size[0] - 224) * sx), rng.integers(0, (size[1] - 224) * sx)
+        truth = stored[round(y / sx):, round(x / sx):][:224, :224]
+        tile = slide.read_level(x, y, 224, 1)
+        errors.append(np.abs(tile.astype(int) - truth))
+        kept.append(sharpness(tile) / sharpness(truth))
+        lost.append(sharpness(naive.read_level(x, y, 224, 1)) / sharpness(truth))
+    assert (np.array(errors) <= 1).mean() > 0.998 and np.max(errors) <= 4
+    assert abs(np.mean(kept) - 1) < 0.02 and np.mean(lost) < 0.7
 
 
-@real_slides
-def test_real_levels_are_read_within_a_grey_level_of_what_is_stored():
-    for name, level in (("cmu1-4x-pyramid.tiff", 1), ("tcga-cr-7395-01a-01-ts1.svs", 1)):
-        slide, naive = Slide(SLIDES / name, 0.5), Slide(SLIDES / name, 0.5, exact_reads=False)
-        size, rng, sx = slide.level_dimensions[level], np.random.default_rng(0), slide.level_scale[level][0]
-        stored = np.asarray(slide._handle().read_region((0, 0), level, size).convert("RGB"))  # exact: the phase is 0
-        errors, kept, lost = [], [], []
-        for _ in range(12):
-            x, y = rng.integers(0, (size[0] - 224) * sx), rng.integers(0, (size[1] - 224) * sx)
-            truth = stored[round(y / sx):, round(x / sx):][:224, :224]
-            tile = slide.read_level(x, y, 224, level)
-            errors.append(np.abs(tile.astype(int) - truth))
-            kept.append(sharpness(tile) / sharpness(truth))
-            lost.append(sharpness(naive.read_level(x, y, 224, level)) / sharpness(truth))
-        assert (np.array(errors) <= 1).mean() > 0.998 and np.max(errors) <= 4
-        assert abs(np.mean(kept) - 1) < 0.02 and np.mean(lost) < 0.7
-
-
-# the objective, patients, names
-
-def test_the_objective_is_a_fallback_only_where_it_is_asked_for():
-    power = {"openslide.objective-power": "20"}
-    with pytest.raises(SlideError, match="or guess 10 / 20 with mpp_from_objective=true"):
-        find_mpp(power)
-    assert find_mpp(power, from_objective=True) == (0.5, 0.5, "10 / objective power")
-    assert find_mpp(OPENSLIDE, from_objective=True)[2] == "openslide.mpp-x", "never before a stated one"
-    for odd in ("0", "x", "4000"):
-        with pytest.raises(SlideError, match="no usable mpp"):
-            find_mpp({"openslide.objective-power": odd}, from_objective=True)
-
-
-def test_patients_come_from_tcga_barcodes_or_a_pattern():
+def test_patients_come_from_names_and_held_out_ones_are_a_share_that_only_grows():
     assert wsi.patient_of("/a/TCGA-CR-7395-01A-01-TS1.0f2e.svs") == "TCGA-CR-7395"
     assert wsi.patient_of("/TCGA-CR-7395/b.1.svs") == "b.1"
     assert wsi.patient_of("Non-Tumor___Case-3-A15.jpg", r"Case-\d+") == "Case-3"
-
-
-def test_held_out_patients_are_a_share_that_only_grows_and_hangs_on_the_name():
     patients = [f"TCGA-AA-{i:04d}" for i in range(4000)]
     few, many = ({p for p in patients if wsi.held_out(p, share)} for share in (0.1, 0.3))
     assert len(few) == pytest.approx(400, abs=60) and few < many and len(many) == pytest.approx(1200, abs=90)
@@ -771,12 +643,11 @@ def test_held_out_patients_are_a_share_that_only_grows_and_hangs_on_the_name():
     assert sorted(few)[:3] == ["TCGA-AA-0008", "TCGA-AA-0013", "TCGA-AA-0025"], "a split that moved leaks patients"
 
 
-def test_slides_that_would_share_a_name_are_refused():
-    paths = ["/d/a/s.1.svs", "/d/b/t.svs"]
-    assert wsi.slide_names(paths) == {"/d/a/s.1.svs": "s_1", "/d/b/t.svs": "t"}
-    with pytest.raises(ValueError, match="/d/a/s.svs and /d/b/s.svs would share the name s; use --names=path"):
-        wsi.slide_names(["/d/a/s.svs", "/d/b/s.svs"])
-    assert list(wsi.slide_names(["/d/a/s.svs", "/d/b/s.svs"], "path").values()) == ["a__s_svs", "b__s_svs"]
+def test_expand_sorts_files_and_names_the_key_where_there_are_none(tmp_path):
+    paths = [write_slide(tmp_path / name, [texture(300, 300)]) for name in ("a.svs", "b.svs")]
+    assert wsi.expand(f"{tmp_path}/**/*.svs", "slides") == paths
+    with pytest.raises(ValueError, match="slides: no file matches .*; it is a folder: try '.*/.*.svs'"):
+        wsi.expand(str(tmp_path), "slides")
 
 
 @pytest.mark.parametrize("mpp", [0.5, 0.8, 2.0])
@@ -790,47 +661,25 @@ def test_random_tiles_are_centred_on_tissue_everywhere_and_between_cells(tmp_pat
     assert inside.mean() > 0.97                                       # the mask's rim is two cells soft
     assert np.abs(centres.mean(0) - (1300, 1200)).max() < 50          # uniform: 4 standard errors
     assert len(np.unique(centres[:, 0] % 16)) > 12                    # the jitter fills a cell of 16 px
-    repeat = np.random.default_rng(0)
-    assert places == [slide.random_tissue(repeat, size, mpp) for _ in range(400)]
     assert np.mean([is_tissue(slide.read(x, y, size, mpp)) for x, y in places[:50]]) > 0.7
-
-
-# real slides
-
-@real_slides
-@pytest.mark.parametrize("mpp", [0.5, 1.0, 4.0])  # the pyramid serves 4.0 from its 4.002x level
-def test_the_same_tissue_looks_the_same_from_one_level_and_from_a_pyramid(mpp):
-    single, levels = Slide(SLIDES / "CMU-1-Small-Region.svs"), Slide(SLIDES / "cmu1-4x-pyramid.tiff")
-    assert single.mpp == pytest.approx(0.499) and levels.mpp == pytest.approx(0.499) and len(levels.level_mpp) == 3
-    rng = np.random.default_rng(0)
-    for _ in range(6):
-        x, y = single.random_tissue(rng, 224, mpp)
-        a, b = single.read(x, y, 224, mpp).astype(int), levels.read(x, y, 224, mpp).astype(int)
-        assert np.abs(a - b).mean() < 6, (x, y)
 
 
 @real_slides
 @pytest.mark.parametrize("name, mpp", [("CMU-1-Small-Region.svs", None), ("tcga-cr-7395-01a-01-ts1.svs", 0.5)])
 def test_random_tiles_of_real_slides_are_mostly_tissue(name, mpp):
     slide, rng = Slide(SLIDES / name, mpp), np.random.default_rng(0)
-    mask = slide.tissue_mask()[0]
-    assert 0.25 < mask.mean() < 0.75
+    assert 0.25 < slide.tissue_mask()[0].mean() < 0.75
     tiles = [slide.read(*slide.random_tissue(rng, 128, 0.5), 128, 0.5) for _ in range(20)]
     assert np.mean([is_tissue(tile) for tile in tiles]) > 0.5
 
 
 @real_slides
-def test_a_tcga_slide_without_mpp_is_refused_and_opens_with_a_stated_one():
+def test_a_tcga_slide_without_mpp_is_refused_and_a_fluorescence_slide_has_no_tissue():
     path = SLIDES / "tcga-cr-7395-01a-01-ts1.svs"
     assert "properties seen: tiff.ResolutionUnit=inch" in refused(path)
     slide = Slide(path, mpp=0.5)
     assert slide.level_mpp == pytest.approx([0.5, 1.0], rel=1e-3)
-    assert slide._plan(224, 1.0) == (1, 224, 224)  # 2.0005x
-    assert slide.read(2000, 1500, 224, 1.0).shape == (224, 224, 3)
-
-
-@real_slides
-def test_a_fluorescence_slide_opens_but_has_no_tissue():
+    assert slide.extent(224, 1.0) == (448, 448)  # as stored at 2.0005x
     slide = Slide(SLIDES / "hamamatsu-fluorescence.ndpi")
     assert slide.mpp == pytest.approx(0.2282, abs=1e-4) and len(slide.level_mpp) == 7
     with pytest.raises(SlideError, match="no tissue found"):
