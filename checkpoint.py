@@ -10,10 +10,15 @@ bytes per parameter over all ranks (student, teacher, two moments), as many in h
 renames the folder when every rank has written and synced its file, and deletes older ones only then. So whenever a run
 is killed, the newest complete checkpoint is whole.
 """
+import json
+import math
 import os
 import shutil
+import subprocess
+import sys
 import threading
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
@@ -105,3 +110,67 @@ def load(folder, state, say):
         raise ValueError(f"{wrong[0]}; no earlier one loads either. If it is of another architecture, go back to its "
                          "arch and heads (config.json); otherwise start anew in another --out_dir")
     raise ValueError(f"nothing to resume: no complete checkpoint in {folder}; delete the run's folder and start anew")
+
+
+# ---- the other files of a run's folder ------------------------------------------------------------------------------
+
+
+def read_text(path):
+    return open(path).read() if os.path.isfile(path) else None
+
+
+def write_text(path, text):
+    """Write a file in one step, so that a stop leaves the old one whole."""
+    with open(f"{path}.new", "w") as f:
+        f.write(text)
+    os.replace(f"{path}.new", path)
+
+
+def append_row(path, row):
+    """Append a line to a .jsonl; returns the row as written: a number that is not finite is null there."""
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    with open(path, "a") as f:
+        f.write(json.dumps(row) + "\n")
+    return row
+
+
+def begin_folder(out_dir, config, step, say):
+    """
+    Note config.json and source.diff (command, commit, uncommitted changes). A run that resumes at `step`, which is None
+    for a new one, writes later steps again: their rows are dropped, and what has changed in config.json is said.
+    """
+    if step is not None:
+        for file in ("metrics.jsonl", "bach.jsonl"):
+            lines = (read_text(f"{out_dir}/{file}") or "").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # a crash may cut the last line short
+            if lines:
+                write_text(f"{out_dir}/{file}", "".join(line for line in whole if json.loads(line)["step"] <= step))
+        text = read_text(f"{out_dir}/config.json")
+        before, now = json.loads(text), json.loads(json.dumps(config))
+        for key in (k for k in now if k != "resume" and before.get(k) != now[k]):
+            say(f"resume: {key} was {before.get(key)!r}, is now {now[key]!r}")
+        write_text(f"{out_dir}/config.before-{step}.json", text)
+        say(f"resume: step {step} of {out_dir}")
+    write_text(f"{out_dir}/config.json", json.dumps(config, indent=1))
+    source = " ".join(sys.argv) + "\n"
+    here = os.path.dirname(os.path.abspath(__file__))
+    for command in (["rev-parse", "HEAD"], ["status", "--short"], ["diff", "HEAD"]) if shutil.which("git") else ():
+        source += subprocess.run(["git", "-C", here, *command], capture_output=True, text=True).stdout
+    write_text(f"{out_dir}/source.diff", source)
+
+
+def export(folder, tensors, header):
+    """
+    folder/<step>.pth for load_backbone, from pairs (name, tensor) that are whole on rank 0: {"teacher": ..., **header}.
+    A collective, as `tensors` is. ValueError if it cannot be written.
+    """
+    whole, unfinished = dict(tensors), f"{folder}/unfinished"
+    if dist.get_rank() != 0:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        torch.save({"teacher": whole, **header}, unfinished)
+        os.replace(unfinished, f"{folder}/{header['step']}.pth")
+    except (OSError, RuntimeError) as e:  # torch's own writer raises the latter where the disk is full
+        raise ValueError(f"{unfinished} could not be written ({one_line(e)}); the last checkpoint is whole: make room, "
+                         "then resume with --resume=true") from None

@@ -424,6 +424,23 @@ class DINOHead(nn.Module):
         return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-12))
 
 
+def run_arch(config):
+    """The ViTConfig that train.py's keys ask for, its position table on the grid of the global crops."""
+    arch = ARCHS[config["arch"]]
+    return replace(arch, pos_grid=config["global_px"] // arch.patch_size, drop_path=config["drop_path"],
+                   rope_rescale=config["rope_rescale"], depth=config["depth"] or arch.depth)
+
+
+def build(config):
+    """The ModuleDict {"backbone", "dino_head", "ibot_head"} of a student or a teacher, by train.py's keys."""
+    arch = replace(run_arch(config), **POS_INTERP[config["pos_interp"]])
+    net = nn.ModuleDict({"backbone": ViT(arch)})
+    for name in ("dino", "ibot"):
+        sizes = [config[f"{name}_{size}"] for size in ("prototypes", "hidden", "bottleneck")]
+        net[f"{name}_head"] = DINOHead(arch.embed_dim, *sizes, weight_norm=config["head_weight_norm"])
+    return net
+
+
 # ---- teacher targets and losses, in fp32 whatever the logits' type --------------------------------------------------
 
 

@@ -1,187 +1,169 @@
 """
-What a run will hold and cost on one GPU, before one is rented: train.py's --dry_run=true prints `report`.
+The formula sheet of a run: parameters, FLOPs, memory and time on one GPU, before one is rented.
 
-Memory is followed through a step, in bytes: sharded fp32 numbers that are always there, and what comes and goes at the
-moments when most is held: both losses, the heads' backward, the backward of the last block (all activations are
-there) and of the first (all gradients are), the optimizer. Counted are the tensors that autograd keeps of model.py's
-code as it is, what FSDP2 gathers, and what one block's backward makes; tests/test_budget.py measures them on a CPU. Not
-counted: what torch.compile saves, the allocator's fragments, work spaces of libraries.
+    python train.py config/vitg.py --dry_run=true --world_size=8 --step_seconds=0.72
+
+Memory is an estimate in bytes per rank: it counts model.py's tensors at the moments of a step when most is held. It
+leaves out what torch.compile saves and the allocator's fragments. Whoever edits Block edits block_bytes too; until
+then the estimate is off, and nothing else: a run only warns. tests/test_budget.py measures it on a CPU.
 """
 import math
 
-import data
+import torch
 
-CONTEXT = 2e9          # CUDA's context, libraries and NCCL's buffers; an estimate
-HOST_COPY = 25e9       # bytes a second from a GPU to pinned host memory, PCIe 4; pageable memory takes up to four times
+import data
+import model
+
+CONTEXT = 2e9  # bytes of CUDA's context, libraries and NCCL's buffers; a guess
 MODES = ("none", "selective", "full")
 
 
-def shapes(net):
-    """{FSDP2 group: its parameters' shapes} of a ModuleDict {backbone, dino_head, ibot_head}; "block": each of them."""
-    parts = {"block": net["backbone"].blocks[0], "dino": net["dino_head"], "ibot": net["ibot_head"]}
-    root = [tuple(p.shape) for name, p in net["backbone"].named_parameters() if not name.startswith("blocks.")]
-    return {"root": root} | {name: [tuple(p.shape) for p in part.parameters()] for name, part in parts.items()}
+def crops(config, arch):
+    """[(crops, tokens of each, crops that take part in a residual branch)], global crops first."""
+    views = [(2, config["global_px"]), (config["local_crops"], config["local_px"])]
+    found = []
+    for count, px in views:
+        total = count * config["batch_size"]
+        tokens = (px // arch.patch_size) ** 2 + 1 + arch.registers
+        found += [(total, tokens, max(int(total * (1 - config["drop_path"])), 1))] if total else []
+    return found
 
 
-def count(shapes, world=1):
-    """Numbers on the fullest rank, the first: FSDP2 gives every rank the same rows of a tensor, rounded up."""
-    return sum(-(-rows // world) * math.prod(rest) for rows, *rest in shapes)
+def masked_patches(config, arch):
+    """Masked patches of a rank's batch: a constant, so that shapes are static."""
+    grid = config["global_px"] // arch.patch_size
+    return sum(data.mask_counts(2 * config["batch_size"], grid, config["mask_prob"], config["mask_ratio"]))
 
 
-def crops(k, c):
-    """[(crops, tokens of each, crops in a residual branch)] of global and local crops."""
-    views = [(2 * k["batch_size"], k["global_px"]), (k["local_crops"] * k["batch_size"], k["local_px"])]
-    keep = 1 - k["drop_path"]
-    return [(n, (px // c.patch_size) ** 2 + 1 + c.registers, max(int(n * keep), 1)) for n, px in views if n]
+def tflop(config, arch):
+    """TFLOP of a step per rank, two per multiply-add, matrix products only: {"student", "teacher", "heads"}."""
+    width, hidden, patch_size = arch.embed_dim, arch.ffn_hidden, arch.patch_size
+    ffn = (3 if arch.ffn == "swiglu" else 2) * hidden
+
+    def forward(views, column):
+        total = 0
+        for view in views:
+            tokens, count = view[1], view[column]
+            block = tokens * (8 * width**2 + 2 * ffn * width + 4 * tokens * width)
+            patches = view[0] * (tokens - 1 - arch.registers)
+            total += arch.depth * count * block + patches * 2 * arch.in_channels * patch_size**2 * width
+        return total / 1e12
+
+    heads = 0
+    views = 2 + config["local_crops"]
+    rows = {"dino": (3 * views + 2) * config["batch_size"], "ibot": 4 * masked_patches(config, arch)}
+    for name, count in rows.items():
+        inner, out = config[f"{name}_hidden"], config[f"{name}_bottleneck"]
+        heads += count * 2 * (width * inner + inner**2 + inner * out + out * config[f"{name}_prototypes"]) / 1e12
+    seen = crops(config, arch)
+    return {"student": 3 * forward(seen, 2), "teacher": forward(seen[:1], 0), "heads": heads}
 
 
-def block(k, c, e, mode):
-    """(bytes that a block keeps for its backward, bytes that its backward makes beside them), e bytes a number."""
-    D, H, swiglu, rope, dropping = c.embed_dim, c.ffn_hidden, c.ffn == "swiglu", c.pos == "rope", k["drop_path"] > 0
-    T = sum(n * N for n, N, _ in crops(k, c))
-    K = sum(kept * N for _, N, kept in crops(k, c))  # tokens in a branch
-    rows = 16 * K * dropping  # their indices, int64, for both branches
-    # inputs of two norms, qkv 3, attention's output, projection, two scaled branches and the norms' outputs: 11 D; rope
-    # keeps rotated copies of q and k; a SwiGLU both halves, its activation and its product. fp32: statistics
-    none = e * K * (11 * D + 2 * D * rope + (4 if swiglu else 2) * H) + 4 * K * (c.num_heads + 4) + rows
-    products = e * K * (6 * D + (2 if swiglu else 1) * H) + 4 * K * c.num_heads
-    kept = {"none": none, "selective": e * T * D + products + rows, "full": e * T * D + rows}[mode]
-    work = e * (T * D + K * (D * dropping + (2 * H - D if swiglu else H)))  # gradients of the branch's widest part
-    if k["fp8"] != "off":
-        work = e * (T * D + K * D * dropping) + K * (8 * H + D)  # eager: a product's fp32 rescaling, twice its size
-    return kept, work + none - kept
+def block_bytes(config, arch, mode, size):
+    """(what a block keeps for its backward, what its backward holds beside that), `size` bytes per number."""
+    width, hidden, gated, rope = arch.embed_dim, arch.ffn_hidden, arch.ffn == "swiglu", arch.pos == "rope"
+    dropping = config["drop_path"] > 0
+    tokens = sum(count * each for count, each, _ in crops(config, arch))
+    branch = sum(kept * each for _, each, kept in crops(config, arch))
+    rows = 16 * branch * dropping  # int64 indices of both branches
+    # two norms and their outputs, qkv, attention, projection and two scaled branches: 11 widths; rope keeps rotated
+    # copies of q and k; a SwiGLU keeps both halves, the activation and the product; statistics are fp32
+    none = size * branch * (11 * width + 2 * width * rope + (4 if gated else 2) * hidden)
+    none += 4 * branch * (arch.num_heads + 4) + rows
+    products = size * branch * (6 * width + (2 if gated else 1) * hidden) + 4 * branch * arch.num_heads
+    kept = {"none": none, "selective": size * tokens * width + products + rows, "full": size * tokens * width + rows}
+    widest = 2 * hidden - width if gated else hidden
+    working = size * (tokens * width + branch * (width * dropping + widest))
+    return kept[mode], working + none - kept[mode]
 
 
-def moments(k, c, net, world, e, mode):
-    """{moment: {part: bytes}} of a step; k: train.py's keys, c: ViTConfig, net: train.py's build() on meta."""
-    groups, D, L, B = shapes(net), c.embed_dim, c.depth, k["batch_size"]
-    whole = {name: count(s) for name, s in groups.items()}
-    own = {name: 4 * count(s, world) for name, s in groups.items()}
-    everything = L * own["block"] + own["root"] + own["dino"] + own["ibot"]
-    (n_global, N_global, _), T = crops(k, c)[0], sum(n * N for n, N, _ in crops(k, c))
-    pixels = 3 * B * (2 * k["global_px"] ** 2 + k["local_crops"] * k["local_px"] ** 2)
-    kept, work = block(k, c, e, mode)
-    rows = {"dino": (2 + k["local_crops"]) * B,
-            "ibot": sum(data.mask_counts(2 * B, k["global_px"] // c.patch_size, k["mask_prob"], k["mask_ratio"]))}
-    P = {h: k[f"{h}_prototypes"] for h in rows}
-    last = {h: k[f"{h}_bottleneck"] * P[h] for h in rows}  # numbers of the prototypes
-    normed = k["head_weight_norm"]  # the prototypes, normalised, for the backward
-    head = {h: e * n * (D + 4 * k[f"{h}_hidden"] + 2 * k[f"{h}_bottleneck"]) + normed * last[h] * (e + 4 * (e == 2))
-            for h, n in rows.items()}
-    logits = {h: e * n * P[h] for h, n in rows.items()}
-    targets = 4 * (2 * B * P["dino"] + rows["ibot"] * P["ibot"])
-    chunk = {h: 4 * min(3 * max(1 << (23 if e == 2 else 20), P[h]), 2 * n * P[h]) for h, n in rows.items()}
-    always = {"parameters": everything, "optimizer": 2 * everything, "teacher": everything}
-    inputs = pixels * (4 + 2 * (e == 2)) + e * D * (T + n_global * N_global) + e * T * D  # also embedded, and normed
-    gathered, at = e * (whole["root"] + whole["dino"] + whole["ibot"]), {}
+def memory(config, net, world, mode, size):
+    """{moment: {part: bytes}} of a step; `net` is model.build's ModuleDict, `size` the bytes of a computed number."""
+    arch, batch = net["backbone"].arch, config["batch_size"]
+    whole = {name: sum(p.numel() for p in part.parameters()) for name, part in net.items()}
+    block = sum(p.numel() for p in net["backbone"].blocks[0].parameters())
+    rest = whole["backbone"] - arch.depth * block
+    shard = 4 * sum(whole.values()) / world
+    own = {name: 4 * count / world for name, count in {**whole, "block": block}.items()}
+    always = {"parameters": shard, "optimizer": 2 * shard, "teacher": shard}
+    (global_crops, global_tokens, _), *_ = seen = crops(config, arch)
+    tokens = sum(count * each for count, each, _ in seen)
+    pixels = 3 * batch * (2 * config["global_px"] ** 2 + config["local_crops"] * config["local_px"] ** 2)
+    inputs = pixels * (4 + 2 * (size == 2)) + size * arch.embed_dim * (2 * tokens + global_crops * global_tokens)
+    kept, working = block_bytes(config, arch, mode, size)
+    rows = {"dino": (2 + config["local_crops"]) * batch, "ibot": masked_patches(config, arch)}
+    targets = {"dino": 2 * batch, "ibot": rows["ibot"]}
+    held, work = 0, 0  # by the heads when losses are computed: activations, logits, targets, the logits' gradients
+    for name, count in rows.items():
+        last = config[f"{name}_bottleneck"] * config[f"{name}_prototypes"]
+        inner = arch.embed_dim + 4 * config[f"{name}_hidden"] + 2 * config[f"{name}_bottleneck"]
+        normed = config["head_weight_norm"] * last * (size + 4 * (size == 2))  # normalised prototypes
+        logits = size * count * config[f"{name}_prototypes"]
+        part = 3 * (1 << (23 if size == 2 else 20))  # three fp32 copies of one of model.py's _chunks
+        work = max(work, 4 * min(part, 2 * count * config[f"{name}_prototypes"]))
+        held += size * count * inner + normed + 2 * logits + 4 * targets[name] * config[f"{name}_prototypes"]
+    heads = whole["dino_head"] + whole["ibot_head"]
+    buffers = size * (rest + block) + 4 * heads + size * arch.embed_dim * arch.ffn_hidden
+    ahead = 0 if world == 1 else size * block * max(config["prefetch"], 1)
+    reduced = 4 * block if arch.depth > 1 else 0
+    everything = own["backbone"] + own["dino_head"] + own["ibot_head"]
+    last = own["dino_head"] + own["ibot_head"] + own["block"]
+    full = inputs + arch.depth * kept
+    return {
+        "losses": {**always, "gathered": size * (rest + heads), "activations": full, "heads": held + work},
+        "last block": {**always, "gradients": last, "gathered": buffers + ahead, "activations": full + working},
+        "first block": {**always, "gradients": everything - 4 * rest / world, "gathered": buffers + reduced,
+                        "activations": inputs + kept + working},
+        "optimizer": {**always, "gradients": everything}}
 
-    def put(name, gradients, gathered, blocks, working, losses):
-        at[name] = {**always, "gradients": gradients, "gathered": gathered, "activations": inputs + blocks * kept,
-                    "working": working, "losses": losses}
-
-    heads = head["dino"] + head["ibot"] + logits["dino"] + logits["ibot"] + targets + logits["dino"]
-    put("DINO loss", 0, gathered, L, 0, heads + 12 * B * P["dino"] + chunk["dino"])
-    put("iBOT loss", 0, gathered, L, 0, heads + logits["ibot"] + chunk["ibot"])
-    for h, before, left in (("ibot", 0, head["dino"] + logits["dino"]), ("dino", own["ibot"], 0)):
-        backward = max(logits[h] + e * last[h], 8 * last[h] * normed)
-        put(f"{h} head", before, gathered + 4 * whole["ibot"] * (h == "dino"), L, 0, head[h] + left + backward)
-    ahead = 0 if world == 1 else max(k["prefetch"], 1)
-    for name, i in (("last block", L - 1), ("first block", 0)):
-        buffers = e * whole["block"] * (1 + min(i, ahead)) + 4 * whole["block"] * (i < L - 1)  # fp32: to reduce
-        buffers += e * whole["root"] + 4 * (whole["ibot"] + whole["dino"]) + e * D * c.ffn_hidden
-        put(name, own["ibot"] + own["dino"] + own["block"] * (L - 1 - i), buffers, i + 1, work, 0)
-    put("optimizer", everything, 0, 0, 0, 0)
-    return at
-
-
-def fullest(k, c, net, world, e, mode=None, **changes):
-    """(moment, {part: bytes}) when most is held; `changes` are of the keys."""
-    k = {**k, **changes}
-    at = moments(k, c, net, world, e, mode or k["activation_checkpointing"])
-    name = max(at, key=lambda name: sum(at[name].values()))
-    return name, at[name] | ({"CUDA": CONTEXT} if e == 2 else {})
-
-
-def total(*args, **changes):
-    return sum(fullest(*args, **changes)[1].values())
-
-
-def remedy(k, c, net, world, e, limit, tflop):
-    """
-    A change after which it fits, as text, None if it fits: what is kept, which changes no result, then fewer images,
-    then more ranks.
-    """
-    if not limit or (held := total(k, c, net, world, e)) <= limit:
-        return None
-    text = f"does not fit: {held / 1e9:.1f} of {limit / 1e9:.3g} GB a GPU (gpu_memory_gb); "
-    now = k["activation_checkpointing"]
-    for mode, more in (("selective", "elementwise work once more"), ("full", f"{tflop:.3g} TFLOP more a step")):
-        if MODES.index(mode) > MODES.index(now) and (held := total(k, c, net, world, e, mode)) <= limit:
-            return text + f"--activation_checkpointing={mode} needs {held / 1e9:.1f} GB ({more})"
-    fitting = [b for b in range(2, k["batch_size"]) if total(k, c, net, world, e, "full", batch_size=b) <= limit]
-    if fitting:
-        return text + f"--activation_checkpointing=full --batch_size={fitting[-1]} does (blocks are computed twice)"
-    for ranks in range(8 * (world // 8 + 1), 1025, 8):
-        if total(k, c, net, ranks, e, "full") <= limit:
-            return text + f"{ranks} ranks with --activation_checkpointing=full do"
-    return text + "nor does it on 1024 ranks: a smaller batch_size and more ranks, or another arch"
+def estimate(config, world=1):
+    """What a run with train.py's keys costs on each of `world` ranks, as a dict of numbers; memory in GB by mode."""
+    with torch.device("meta"):
+        net = model.build(config)
+    arch, images = net["backbone"].arch, config["batch_size"] * world
+    on_gpu = config["device"] != "cpu"
+    by_mode, parts = {}, {}
+    for mode in MODES:
+        moments = memory(config, net, world, mode, 2 if on_gpu else 4)
+        parts[mode] = max(moments.values(), key=lambda held: sum(held.values()))
+        by_mode[mode] = (sum(parts[mode].values()) + CONTEXT * on_gpu) / 1e9
+    mode = config["activation_checkpointing"]
+    cost, seen = tflop(config, arch), crops(config, arch)
+    backbone, everything = (sum(p.numel() for p in part.parameters()) for part in (net["backbone"], net))
+    return {
+        "backbone": backbone, "heads": everything - backbone, "images": images, "cost": cost, "by_mode": by_mode,
+        "tflop": sum(cost.values()), "recomputed_tflop": cost["student"] / 3 if mode == "full" else 0.0,
+        "memory_gb": by_mode[mode], "memory_parts": {name: held / 1e9 for name, held in parts[mode].items()},
+        "tokens": sum(count * each for count, each, _ in seen),
+        "kept_tokens": sum(kept * each for _, each, kept in seen),
+        "masked": masked_patches(config, arch), "peak_lr": config["base_lr"] * math.sqrt(images / 1024),
+        "checkpoint_gb": 16e-9 * everything, "teacher_gb": 4e-9 * backbone}
 
 
-def report(k, c, net, world, e, limit, peak_lr, heads, masked):
-    """
-    (text, remedy or None). k, c, net, world: see moments; e: bytes of a computed number, 2 on a GPU, 4 on a CPU; limit:
-    bytes of a GPU, 0 = any; heads, masked: as step_tflop takes them.
-    """
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in net.items()}
-    backbone, all_parts, B = parts["backbone"], sum(parts.values()), k["batch_size"]
-    seen, images = crops(k, c), B * world
-    cost = step_tflop(c, B, k["global_px"], k["local_px"], k["local_crops"], k["drop_path"], heads, masked)
-    tflop, again = sum(cost.values()), cost["student"] / 3
-    moment, held = fullest(k, c, net, world, e)
-    modes = "   ".join(f"{mode} {total(k, c, net, world, e, mode) / 1e9:.3g}" for mode in MODES)
+def report(config, world, limit_gb):
+    """(text of a dry run, a warning or ""): what `estimate` says, against `limit_gb` of memory where that is not 0."""
+    found, steps = estimate(config, world), config["max_steps"]
+    seconds, peak = config["step_seconds"], config["gpu_tflops"]
+    warning = ""
+    if limit_gb and found["memory_gb"] > limit_gb:
+        warning = (f"does not fit: about {found['memory_gb']:.1f} of {limit_gb:.3g} GB per GPU; try "
+                   "--activation_checkpointing=selective or full, a smaller --batch_size, or more ranks")
     lines = [
-        f"{k['arch']}: {backbone / 1e6:,.1f} M parameters, heads {(all_parts - backbone) / 1e6:,.1f} M",
-        f"batch: {B} images x {world} ranks = {images}; {k['max_steps']:,} steps are "
-        f"{k['max_steps'] * images / 1e6:,.2f} M images",
-        "tokens: " + " + ".join(f"{n} x {N} {name}" for (n, N, _), name in zip(seen, ("global", "local")))
-        + f" = {sum(n * N for n, N, _ in seen):,} a rank, {sum(kept * N for _, N, kept in seen):,} of them in each "
-        f"residual branch; {masked:,} masked patches",
-        f"compute: {tflop:.4g} TFLOP a step and rank ({', '.join(f'{name} {v:.4g}' for name, v in cost.items())})"
-        + (f"; {again:.4g} more to compute blocks again" if k["activation_checkpointing"] == "full" else ""),
-        f"learning rate: {peak_lr:.4g} at its peak = {k['base_lr']:g} x sqrt({images} / 1024)"]
-    if s := k["step_seconds"]:
-        lines += [f"at {s:g} s a step: MFU {tflop / s / k['gpu_tflops']:.1%} of {k['gpu_tflops']:g} TFLOP/s, "
-                  f"{images / s:.0f} images/s, {k['max_steps'] * s / 3600:.1f} hours"]
-    lines += [f"memory a rank in GB (1e9 bytes), at the fullest moment ({moment}): "
-              + ", ".join(f"{name} {v / 1e9:.3g}" for name, v in held.items()),
-              f"memory by activation_checkpointing: {modes}"
-              + ("; torch.compile keeps less than none says, it is not modelled" if k["compile"] else "")]
-    rest = f" of {limit / 1e9:.3g} GB: {(limit - sum(held.values())) / 1e9:.3g} left for fragments" if limit else ""
-    lines += [f"total {sum(held.values()) / 1e9:.3g}{rest}",
-              f"checkpoint: {16e-9 * all_parts:.3g} GB, {16e-9 * all_parts / world:.3g} a rank, whose copy to the host "
-              f"takes {16 * all_parts / world / HOST_COPY:.2g} s or more; a teacher is {4e-9 * backbone:.3g} GB"]
-    return "\n".join(lines), remedy(k, c, net, world, e, limit, again)
-
-
-# ---- cost of a step -------------------------------------------------------------------------------------------------
-
-
-def forward_tflop(c, crops, px, drop_path=0.0):
-    """TFLOP of a forward of `crops` crops of side px as executed under drop path; 2 a multiply-add, GEMMs only."""
-    n = (px // c.patch_size) ** 2
-    N, D, kept = n + 1 + c.registers, c.embed_dim, max(int(crops * (1 - drop_path)), 1)
-    block = N * (8 * D * D + (6 if c.ffn == "swiglu" else 4) * D * c.ffn_hidden + 4 * N * D)
-    return (c.depth * kept * block + crops * n * 2 * c.in_channels * c.patch_size**2 * D) / 1e12
-
-
-def step_tflop(c, images, global_px, local_px, local_crops, drop_path, heads, masked):
-    """
-    TFLOP of a step with `images` images and `masked` masked patches: {"student", "teacher", "heads"}. Backward = 2 x
-    forward; recomputation and elementwise work are not counted. `heads` = {"dino": (hidden, bottleneck, prototypes),
-    "ibot": ...}.
-    """
-    student = forward_tflop(c, 2 * images, global_px, drop_path)
-    student += forward_tflop(c, local_crops * images, local_px, drop_path) if local_crops else 0
-    row = {k: 2 * (c.embed_dim * h + h * h + h * b + b * p) / 1e12 for k, (h, b, p) in heads.items()}
-    head = (3 * (2 + local_crops) + 2) * images * row["dino"] + (3 + 1) * masked * row["ibot"]
-    return {"student": 3 * student, "teacher": forward_tflop(c, 2 * images, global_px), "heads": head}
+        f"{config['arch']}: {found['backbone'] / 1e6:,.1f} M parameters, heads {found['heads'] / 1e6:,.1f} M",
+        f"batch: {config['batch_size']} images x {world} ranks = {found['images']}; {steps:,} steps are "
+        f"{steps * found['images'] / 1e6:,.2f} M images",
+        f"tokens: {found['tokens']:,} per rank, {found['kept_tokens']:,} of them in each residual branch; "
+        f"{found['masked']:,} masked patches",
+        f"compute: {found['tflop']:.4g} TFLOP per step and rank ("
+        + ", ".join(f"{name} {value:.4g}" for name, value in found["cost"].items())
+        + f"), and {found['recomputed_tflop']:.4g} to compute blocks again",
+        f"learning rate: {found['peak_lr']:.4g} at its peak = {config['base_lr']:g} x sqrt({found['images']} / 1024)",
+        "memory per rank in GB, at the fullest moment: "
+        + ", ".join(f"{name} {held:.3g}" for name, held in found["memory_parts"].items()),
+        "memory by activation_checkpointing: "
+        + "   ".join(f"{mode} {held:.3g}" for mode, held in found["by_mode"].items()),
+        f"checkpoint: {found['checkpoint_gb']:.3g} GB; a teacher is {found['teacher_gb']:.3g} GB"]
+    if seconds:
+        lines.append(f"at {seconds:g} s per step: MFU {found['tflop'] / seconds / peak:.1%} of {peak:g} TFLOP/s, "
+                     f"{found['images'] / seconds:.0f} images/s, {steps * seconds / 3600:.1f} hours")
+    return "\n".join([*lines, warning or f"fits: about {found['memory_gb']:.3g} GB per GPU"]), warning

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fp8
 from bench import budget
 from configurator import configure
+from prepare.stats import train_config
 
 case = ""            # one of vitg, vithplus, vit7b (8 of its blocks) and tiny; "" = the first three
 modes = ("eager bf16", "compiled bf16", "eager fp8", "compiled fp8")
@@ -65,7 +66,7 @@ def measure(case, mode, folder):
     flags = [*FLAGS[case], "--slides=", f"--tiles={folder}/tiles", "--weights=", "--bach_dir=", f"--device={device}",
              f"--max_steps={steps}", f"--log_interval={steps // 2}", "--save_interval=0", f"--out_dir={out}",
              f"--compile={'compiled' in mode}", f"--fp8={'force' if 'fp8' in mode else 'off'}"]
-    planned = budget.estimate(budget.train_config(flags), 1)
+    planned = budget.estimate(train_config(flags), 1)
     run = subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True)
     if run.returncode:
         why = "out of memory" if "OutOfMemory" in run.stderr else (run.stdout + run.stderr).strip().splitlines()[-1]

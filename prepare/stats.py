@@ -29,6 +29,11 @@ def train_keys():
     return keys
 
 
+def train_config(argv):
+    """The keys of train.py as the command line `argv` sets them."""
+    return configure(train_keys(), argv)
+
+
 def colour_stats(source, config):
     """Mean and std per channel, 0 to 1, over all pixels of config["samples"] tiles, with intervals, as a dict."""
     patients, tiles = {}, 0  # patients: name -> (3 sums, 3 channels)

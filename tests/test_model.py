@@ -11,6 +11,7 @@ import model
 import sharding
 from bench import budget
 from model import ARCHS, DINOHead, ViT, ViTConfig
+from prepare.stats import train_keys
 
 GOLDEN = Path(__file__).parent / "golden"
 VITS = ["dinov2_reg4_swiglu", "dinov2_noreg_mlp", "dinov3_hplus_like", "dinov3_s_like", "dinov3_7b_like"]
@@ -174,9 +175,8 @@ def test_arch_names_of_the_design():
 
 
 def test_step_cost_agrees_with_the_published_accounting():
-    c, B = ARCHS["dinov2_vitg14_reg"], 48
-    heads = {"dino": (2048, 384, 131072), "ibot": (2048, 256, 131072)}
-    cost = budget.step_tflop(c, B, 224, 98, 8, 0.4, heads, 70.4 * B)
+    config, B = train_keys(), 48
+    cost = budget.tflop(config, model.run_arch(config))
     assert abs(sum(cost.values()) - 248.8) < 0.3, cost
     assert abs(cost["student"] / 3 / B - 1.313) < 0.001 and abs(cost["teacher"] / B - 1.217) < 0.001
 

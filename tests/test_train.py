@@ -2,7 +2,6 @@
 import json
 import math
 import os
-import re
 import runpy
 import shutil
 import socket
@@ -105,13 +104,13 @@ def test_a_resume_on_other_ranks_or_with_another_batch_takes_the_samples_that_co
     seen, image = [], data.Batches.image
     monkeypatch.setattr(data.Batches, "image", lambda self, n, bad: seen.append(n) or image(self, n, bad))
     train(monkeypatch, flags(**keys, max_steps=4, resume="true"))  # 2 x 4 images before, 1 x 4 now
-    assert "resume: 4 images a step instead of 8: the learning rate's peak is 0.000625 instead of 0.0008839" in (
+    assert "resume: 4 images per step instead of 8: the learning rate's peak is 0.000625 instead of 0.0008839" in (
         capsys.readouterr().out)
     run = train(monkeypatch, flags(**keys, max_steps=6, batch_size=5, resume="true"))
     assert seen == list(range(16, 16 + 2 * 4 + 2 * 5)) and run["progress"]["samples"] == 34
     seen.clear()
     train(monkeypatch, flags(**keys, max_steps=7, batch_size=5, resume="true"))
-    assert seen == list(range(34, 39)) and "images a step" not in capsys.readouterr().out.split("resume: step 6")[1]
+    assert seen == list(range(34, 39)) and "images per step" not in capsys.readouterr().out.split("resume: step 6")[1]
 
 
 @pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
@@ -124,12 +123,17 @@ def test_two_ranks_equal_one_process_on_the_same_global_batch(centering, tiles, 
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
     one_rank = data.Batches.__getitem__
 
+    def join(a, b, views):  # crop-major
+        if isinstance(a, dict):
+            return {k: join(a[k], b[k], views) for k in a}
+        return torch.cat([x.unflatten(0, (views, -1)) for x in (a, b)], 1).flatten(0, 1)
+
     def both_ranks(self, step):
-        half = {**self.c, "batch_size": self.c["batch_size"] // 2}
+        half = {**self.config, "batch_size": self.config["batch_size"] // 2}
         a, b = (one_rank(data.Batches(self.source, half, self.grid, r, 2), step) for r in range(2))
-        L = self.c["local_crops"]
+        L = self.config["local_crops"]
         views = {"global_crops": 2, "global_colour": 2, "local_crops": L, "local_colour": L, "masks": 2}  # crop-major
-        merged = {k: torch.cat([x[k].unflatten(0, (v, -1)) for x in (a, b)], 1).flatten(0, 1) for k, v in views.items()}
+        merged = {k: join(a[k], b[k], v) for k, v in views.items()}
         masks = merged["masks"]
         per_crop = (1 / masks.sum(1).clamp(min=1))[:, None].expand_as(masks)[masks]
         return {**merged, "bad": [], "masked": masks.flatten().nonzero()[:, 0], "mask_weights": per_crop}
@@ -323,21 +327,21 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
     monkeypatch.setattr(model, "ViT", None)  # building would fail loudly
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     out = tmp_path / "new"
-    for keys, part in [(dict(out_dir=tmp_path / "full"), "is not empty: go on with --resume=true"),
+    for keys, part in [(dict(out_dir=tmp_path / "full"), "is not empty: continue with --resume=true"),
                        (dict(tiles=""), "exactly one of slides"), (dict(tiles=tmp_path / "none"), "no folder"),
                        (dict(weights="none.pth"), "no file or folder none.pth"), (dict(bach_dir=tmp_path), "Photos"),
-                       (dict(arch="vit"), "unknown arch 'vit'; known: dinov2_vits14"), (dict(kde="on"), "kde = 'on'"),
+                       (dict(arch="vit"), "unknown arch 'vit'; known: 'dinov2_vits14'"),
+                       (dict(kde="on"), "unknown kde 'on'; known"),
                        (dict(global_px=60), "multiple of toy's patch of 14"), (dict(centering="x"), "sinkhorn"),
-                       (dict(batch_size=1), "at least 2"), (dict(batch_size=0), "more than 0"),
+                       (dict(batch_size=1), "at least 2"),
                        (dict(blur_prob="(0.1,0.5)"), "blur_prob = (0.1, 0.5): give 3"),
-                       (dict(device="cuda"), "no GPU"), (dict(seed=-1), "seed = -1: must be at least 0"),
-                       (dict(out_dir=tmp_path / "full/file"), "File exists"), (dict(mpps="(0,)"), "more than 0"),
+                       (dict(device="cuda"), "no GPU"),
+                       (dict(out_dir=tmp_path / "full/file"), "File exists"),
                        (dict(global_scale="(0.5,0.1)"), "smaller"), (dict(mask_prob=0.05), "masks none"),
-                       (dict(jitter="(0.1,0.1,0.1,'x')"), "jitter"), (dict(local_px=5), "nearest: 14"),
+                       (dict(local_px=5), "nearest: 14"),
                        (dict(norm="tcga"), "norm = 'tcga': give 'imagenet', 'half', or (mean, std)"),
-                       (dict(mpp_range="(1,0.5)"), "smaller number first"), (dict(mpp_range="(1,)"), "give 2 numbers"),
-                       (dict(mpp_range="(0,1)"), "more than 0"), (dict(mpps="()"), "at least one"),
-                       (dict(holdout=1.5), "at most 1"), (dict(eval_share=-1), "at least 0"),
+                       (dict(mpp_range="(1,0.5)"), "smaller one first"), (dict(mpp_range="(1,)"), "give two numbers"),
+                       (dict(holdout=1.5), "from 0 to 1"), (dict(blur_prob="(0,90,50)"), "from 0 to 1"),
                        (dict(shards="x"), "exactly one of"),
                        (dict(tiles="", mix="(('tiles','x',0),)"), "weight above 0"),
                        (dict(wandb_project="x"), "pip install wandb"),
@@ -434,7 +438,7 @@ def test_an_evaluation_that_fails_costs_its_point_and_nothing_else(tiles, tmp_pa
     bit_equal(weights(without), weights(bad))
     same_but_for_bach(rows(tmp_path / "good"), rows(tmp_path / "bad"))
     assert not rows(tmp_path / "bad", "bach.jsonl")
-    assert "step 2: no BACH, training goes on: RuntimeError: no memory\n" in capsys.readouterr().out
+    assert "step 2: no BACH, training continues: RuntimeError: no memory\n" in capsys.readouterr().out
     monkeypatch.setattr(model.ViT, "forward", lambda *a: 1 / 0)  # other ranks would be left in a collective
     with pytest.raises(ZeroDivisionError):
         train(monkeypatch, flags(**keys, bach_dir="x", out_dir=tmp_path / "ended"))
@@ -557,15 +561,12 @@ def test_wandb_gets_the_rows_of_metrics_and_a_resumed_run_goes_on_in_its_own(til
     assert [r["step"] for r in logged[4:]] == [3, 4] and rows(out) == logged[:3] + logged[4:]
 
 
-@pytest.mark.parametrize("world", [1, 8])
-def test_dry_run_prints_the_cost_of_vit_g_without_data_or_gpu(world):
+def test_dry_run_prints_the_cost_of_vit_g_without_data_or_gpu():
     run = subprocess.run([sys.executable, "train.py", "config/vitg_clip3.py", "--dry_run=true"], cwd=ROOT, check=True,
-                         capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": str(world)})
-    for part in ("dinov2_vitg14_reg: 1,134.8 M", "45,792 a rank, 27,297", "248.8 TFLOP", f"48 images x {world} ranks"):
+                         capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": "8"})
+    for part in ("dinov2_vitg14_reg: 1,134.8 M", "45,792 per rank, 27,297", "248.8 TFLOP", "48 images x 8 ranks",
+                 "parameters 0.617, optimizer 1.23, teacher 0.617"):
         assert part in run.stdout, run.stdout
-    for part, size in (("parameters", 4), ("optimizer", 8), ("teacher", 4)):  # more where rows do not divide evenly
-        held = run.stdout.split("memory a rank")[1]
-        assert float(re.search(rf"{part} ([\d.]+),", held)[1]) == pytest.approx(size * 1.2349 / world, rel=5e-3)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real slides are not part of the project")
