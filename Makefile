@@ -1,4 +1,4 @@
-# make toy: a small world, a run on it and its BACH curve, on two CPU cores
+# make toy: a small world, a run on it and its BACH curve, on a CPU
 # make test: the tests. make test-slow: the slow ones. make lint: ruff
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -9,7 +9,7 @@ toy: .venv/ready
 	$(PY) prepare/toy.py
 	if ls out/toy/ckpt/[0-9]* >/dev/null 2>&1; then $(PY) train.py config/toy.py --resume=true; \
 	else rm -rf out/toy; $(PY) train.py config/toy.py; fi
-	$(PY) eval_bach.py --runs=out/toy
+	$(PY) curves.py --runs=out/toy
 
 test: .venv/ready
 	$(PY) -m pytest
