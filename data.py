@@ -23,6 +23,28 @@ import sources
 
 ATTEMPTS = 100  # tiles to draw for one sample before the run stops
 
+# keys that are shares of 1: a percentage would train something else in silence
+SHARES = ("global_scale local_scale mask_ratio blur_prob mask_prob hed_prob jitter_prob gray_prob drop_path "
+          "tissue_share eval_share holdout").split()
+
+
+def check(config):
+    """ValueError for keys of train.py that would fail late, or train something else in silence."""
+    for key, count in dict(betas=2, jitter=4, blur_prob=3, global_scale=2, local_scale=2, mask_ratio=2).items():
+        if len(config[key]) != count:
+            raise ValueError(f"{key} = {config[key]}: give {count} numbers")
+    for key in ("global_scale", "local_scale", "mask_ratio", "mpp_range"):
+        if config[key] and (len(config[key]) != 2 or config[key][0] > config[key][1]):
+            raise ValueError(f"{key} = {config[key]}: give two numbers, the smaller one first")
+    for key in SHARES:
+        values = config[key] if isinstance(config[key], tuple) else (config[key],)
+        if not all(0 <= value <= 1 for value in values):
+            raise ValueError(f"{key} = {config[key]}: give shares from 0 to 1")
+    crops = 2 * config["batch_size"]
+    if int(crops * config["mask_prob"]) < 1:
+        raise ValueError(f"mask_prob = {config['mask_prob']} of {crops} crops masks none, and iBOT needs some")
+
+
 # ---- batches, in the worker -----------------------------------------------------------------------------------------
 
 

@@ -425,8 +425,18 @@ class DINOHead(nn.Module):
 
 
 def run_arch(config):
-    """The ViTConfig that train.py's keys ask for, its position table on the grid of the global crops."""
-    arch = ARCHS[config["arch"]]
+    """
+    The ViTConfig that train.py's keys ask for, its position table on the grid of the global crops. ValueError if crops
+    are no multiple of the patch, or if keys of learned positions are set for rotary ones.
+    """
+    arch, patch = ARCHS[config["arch"]], ARCHS[config["arch"]].patch_size
+    for key in ("global_px", "local_px"):
+        px = config[key]
+        if px < patch or px % patch:
+            nearest = max(round(px / patch), 1) * patch
+            raise ValueError(f"{key} = {px} is no multiple of {config['arch']}'s patch of {patch}; nearest: {nearest}")
+    if arch.pos == "rope" and (config["pos_interp"] or config["pos_embed_init"] == "random"):
+        raise ValueError(f"pos_interp and pos_embed_init are for learned positions; {config['arch']}'s are rotary")
     return replace(arch, pos_grid=config["global_px"] // arch.patch_size, drop_path=config["drop_path"],
                    rope_rescale=config["rope_rescale"], depth=config["depth"] or arch.depth)
 

@@ -174,32 +174,17 @@ choices = {"arch": model.ARCHS, "kde": kde_losses, "hed": ("od", "openmidnight")
 for key, known in choices.items():
     if config[key] not in known:
         stop(f"unknown {key} '{config[key]}'; known: {', '.join(map(repr, known))}")
-for key, count in dict(betas=2, jitter=4, blur_prob=3, global_scale=2, local_scale=2, mask_ratio=2).items():
-    if len(config[key]) != count:
-        stop(f"{key} = {config[key]}: give {count} numbers")
-for key in ("global_scale", "local_scale", "mask_ratio", "mpp_range"):
-    if config[key] and (len(config[key]) != 2 or config[key][0] > config[key][1]):
-        stop(f"{key} = {config[key]}: give two numbers, the smaller one first")
-shares = {k: config[k] for k in ("global_scale", "local_scale", "mask_ratio", "blur_prob")}
-for key in ("mask_prob", "hed_prob", "jitter_prob", "gray_prob", "drop_path", "tissue_share", "eval_share", "holdout"):
-    shares[key] = (config[key],)
-for key, values in shares.items():  # a percentage would train something else in silence
-    if not all(0 <= value <= 1 for value in values):
-        stop(f"{key} = {config[key]}: give shares from 0 to 1")
-arch_config = model.run_arch(config)  # the ViTConfig
+try:
+    data.check(config)
+    arch_config = model.run_arch(config)  # the ViTConfig
+except ValueError as e:
+    stop(e)
 patch = arch_config.patch_size
-for key, px in (("global_px", global_px), ("local_px", local_px)):
-    if px < patch or px % patch:
-        stop(f"{key} = {px} is no multiple of {arch}'s patch of {patch}; nearest: {max(round(px / patch), 1) * patch}")
-if arch_config.pos == "rope" and (pos_interp or pos_embed_init == "random"):
-    stop(f"pos_interp and pos_embed_init are for learned positions, and {arch} has rotary ones")
 if pos_embed_init == "random" and not weights:
     stop("pos_embed_init = 'random' changes nothing without weights: positions are drawn anyway")
 images = batch_size * world  # per step, over all ranks
-if batch_size < 1 or (kde != "none" and images < 2):
+if kde != "none" and images < 2:
     stop("the kde term compares images: batch_size times ranks must be at least 2, or kde = 'none'")
-if int(2 * batch_size * mask_prob) < 1:
-    stop(f"mask_prob = {mask_prob} of {2 * batch_size} crops masks none, and iBOT needs some")
 peak_lr = base_lr * math.sqrt(images / 1024)
 has_gpu = torch.cuda.is_available()
 gpu_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if has_gpu else 80.0
