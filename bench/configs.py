@@ -33,6 +33,7 @@ PAGES = ("README.md", "docs/toy.md")
 TABLE = r"(?s)<!-- table: ([\w ]+) -->\n.*?<!-- end -->"
 
 
+@functools.cache
 def estimate(*files):
     """train.py's keys after these config files and budget.estimate's figures, on the ranks of the last launch line."""
     ranks = re.findall(r"nproc_per_node=(\d+)", "".join((ROOT / file).read_text() for file in files))

@@ -8,8 +8,8 @@ A small synthetic pathology world, made offline in half a minute: slides to pret
     data/toy/bach/ICIAR2018_BACH_Challenge/Photos/    400 images in BACH's layout: 860 x 645 um on 512 x 384 px
 
 The test is meant to be fair: a network has to see how cells are arranged, because colour and amounts do not tell the
-kinds apart. Each picture draws its number of nuclei, its white area and its loads of haematoxylin and eosin without regard to
-its kind. The kind only decides where most of the nuclei and holes go; a second, random kind gets up to 0.35 of them.
+kinds apart. Each picture draws its number of nuclei, its white area and its loads of haematoxylin and eosin without
+regard to its kind. The kind only decides where most of the nuclei and holes go; a second, random one gets up to 0.35.
 
     Benign     many small round glands, each a ring of nuclei around a small lumen
     InSitu     few large solid round nests with a sharp border

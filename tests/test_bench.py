@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two images, and one slide at 0.5 um/px whose lower level is 2.003 times as coarse; all of it passes for tissue."""
+    """Two images, and a slide at 0.5 um/px whose lower level is 2.003 times as coarse; all passes for tissue."""
     tifffile = pytest.importorskip("tifffile")
     folder = tmp_path_factory.mktemp("bench")
     noise = np.random.default_rng(0).random((160, 160, 1)) * [60, 90, 40]

@@ -5,7 +5,6 @@ import os
 import runpy
 import sys
 import threading
-import urllib.request
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,10 +40,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(urllib.request, "_opener", None)  # or the proxies of the first urlopen would last
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("no_proxy", "*")
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.files, server.log, server.short = {}, [], None
         server.url = f"http://127.0.0.1:{server.server_port}"
@@ -74,7 +70,8 @@ def run(monkeypatch, capsys, tmp_path):
     ("weights.py", ["--name=dinov2_vitg14_reg"], "dinov2_vitg14/dinov2_vitg14_reg4_pretrain.pth"),
     ("weights.py", ["--url=http://127.0.0.1:9/x-00000000.pth?Signature=secret"], "/x-00000000.pth"),
 ])
-def test_without_a_network_the_manual_steps_are_shown(server, tmp_path, run, script, flags, manual):
+def test_without_a_network_the_manual_steps_are_shown(monkeypatch, tmp_path, run, script, flags, manual):
+    monkeypatch.setenv("no_proxy", "*")
     code, text = run(script, "--server=http://127.0.0.1:9", *flags)  # nobody listens there
     assert code == 1 and "Connection refused" in text and "Or by hand: " in text and manual in text
     assert "secret" not in text[text.index(f"{script[:-3]}: "):] and not list((tmp_path / "out").iterdir())
@@ -124,8 +121,7 @@ def test_tcga_says_what_is_missing_cut_short_or_damaged(tmp_path, run, manifest)
 @pytest.mark.parametrize("text", ["id\tfilename\nx\ty\n", "<html>", "id\tfilename\tmd5\tsize\nx\ty\tz\tlarge\n"])
 def test_what_is_no_manifest_is_refused(tmp_path, run, text):
     (tmp_path / "m.txt").write_text(text)
-    place(tmp_path / "out", "id0")
-    (tmp_path / "out/x").mkdir()
+    (tmp_path / "out/x").mkdir(parents=True)
     (tmp_path / "out/x/y").touch()
     code, said = run("tcga.py", f"--manifest={tmp_path}/m.txt")
     assert code == 1 and "m.txt: no usable manifest" in said and "--project=TCGA-BRCA" in said
@@ -160,11 +156,9 @@ def bach_zip(path, leave_out="", extra=()):
 
 
 def zenodo(server, data, checksum):
-    files = [{"key": "other.zip", "checksum": "md5:0"},
-             {"key": "ICIAR2018_BACH_Challenge.zip", "checksum": f"md5:{checksum}"}]
-    record = "/api/records/3632035"
-    server.files = {record: json.dumps({"files": files}).encode(),
-                    f"{record}/files/ICIAR2018_BACH_Challenge.zip/content": data}
+    record, name = "/api/records/3632035", "ICIAR2018_BACH_Challenge.zip"
+    files = [{"key": "other.zip", "checksum": "md5:0"}, {"key": name, "checksum": f"md5:{checksum}"}]
+    server.files = {record: json.dumps({"files": files}).encode(), f"{record}/files/{name}/content": data}
 
 
 def test_bach_is_fetched_unzipped_and_what_eval_bach_expects(server, tmp_path, run):
