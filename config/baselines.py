@@ -1,9 +1,10 @@
 # question: where does training start, and what is there to reach? BACH of untouched checkpoints, no training
 # run:      python eval_bach.py config/baselines.py
-# result:   not run yet; reported by others, not here: DINOv2 ViT-g 0.725, Midnight-12k 0.904, OpenMidnight 0.916
-# A file that is missing stops the run before any work. Meta's by prepare/weights.py; Midnight: hf download
-# kaiko-ai/midnight --local-dir data/weights/midnight; OpenMidnight: teacher_epoch250000.pth of its repository. Each has
-# the pixels that it was trained on; ViT-g without registers also those by which Midnight's table has its 0.724.
+# result:   not run yet; others report DINOv2 ViT-g 0.725, Midnight-12k 0.904, OpenMidnight 0.916
+# If a file is missing, the run stops before any work. prepare/weights.py fetches Meta's files, and
+# `hf download kaiko-ai/midnight --local-dir data/weights/midnight` Midnight's; OpenMidnight's repository has
+# teacher_epoch250000.pth. Each gets the pixel statistics that it was trained with, and ViT-g without registers also
+# those with which Midnight's table has its 0.724.
 bach_dir = "data/BACH"
 _FILES = [
     ("dinov2_vitg14_pretrain.pth", "half"),

@@ -1,6 +1,7 @@
-# question: does the whole of it learn? the toy world of prepare/toy.py on two CPU cores   parent: train.py
+# question: does the whole of it learn? the toy world of prepare/toy.py on two CPU cores
+# parent:   train.py
 # run:      python train.py config/toy.py
-# result:   see the README, "Change something"
+# result:   docs/toy.md
 out_dir = "out/toy"
 slides = "data/toy/slides/*"
 bach_dir = "data/toy/bach"
@@ -10,7 +11,7 @@ eval_interval = 50
 save_interval = 100
 workers = 1
 batch_size = 32
-mpps = (0.5, 1.0, 2.0)  # the probe's images are at 2.9 um/px
+mpps = (0.5, 1.0, 2.0)  # the probe's images have 2.9 um/px
 tile_px = 128
 tiles_per_visit = 1  # all ten slides stay open
 global_px, local_px, local_crops = 84, 42, 4
@@ -19,7 +20,7 @@ dino_hidden, dino_bottleneck, dino_prototypes = 256, 64, 1024
 ibot_hidden, ibot_bottleneck, ibot_prototypes = 256, 64, 1024
 base_lr = 5e-3
 weight_decay_end = 0.1
-momentum = 0.99  # 300 steps: a slower teacher would still be the random one
+momentum = 0.99  # a slower teacher would still be the random one after 300 steps
 warmup_steps = 40
 freeze_last_layer = 20
 teacher_temp_warmup = 100

@@ -1,6 +1,7 @@
-# question: what of the toy's answers holds when training continues from an encoder, as ours does from Meta's?
-#           parent: config/toy.py
+# question: which of the toy's answers hold when training continues from an encoder, as ours does from Meta's?
+# parent:   config/toy.py
 # run:      python train.py config/toy_continue.py     (after config/toy_pretrain.py)
+# result:   docs/toy.md
 from pathlib import Path
 
 exec(Path(__file__).with_name("toy.py").read_text())

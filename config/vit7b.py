@@ -1,12 +1,11 @@
-# question: does DINOv3's ViT-7B train on one node of eight 80 GB GPUs?   parent: config/vithplus.py
+# question: does DINOv3's ViT-7B train on one node of eight 80 GB GPUs?
+# parent:   config/vithplus.py
 # run:      torchrun --nproc_per_node=8 train.py config/vit7b.py
-# cost:     409.2 TFLOP a step, 50.2 of 80 GB a GPU; 50,000 steps: 16.4 h at 1.2 s, 10.3 h at 0.74 s
-#           6.4 M tiles, lr 7.071e-05 at its peak, a checkpoint of 112 GB
 # result:   not run yet
-# Meta's constants of the pretraining (decay and momentum constant, clip 30), at 16 images a GPU as theirs, for a
-# twentieth of its steps; warm-ups likewise, where theirs are 100,000 steps, and the spreading term is this project's
-# instead of KoLeo; tiles, clip and learning rate are not vithplus.py's, so rows of the two do not compare. Keeping
-# products and attention only, and fp8, are theirs too; fp8 saves time, not memory.
+# The constants are those of Meta's pretraining: constant decay and momentum, clip 30. There are 16 images per GPU, as
+# Meta has, for a twentieth of its steps. Warm-ups are a twentieth too; Meta's take 100,000 steps. The spreading term is
+# this project's instead of KoLeo. Do not compare rows with vithplus.py: tiles, clip and learning rate differ.
+# Meta too keeps products and attention only and uses fp8, which saves time, not memory.
 from pathlib import Path
 
 exec(Path(__file__).with_name("vithplus.py").read_text())

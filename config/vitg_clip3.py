@@ -1,8 +1,6 @@
-# question: does gradient clipping at 3 (this is vitg.py itself) or at 30 (config/vitg_clip30.py) reach more?
-#           parent: config/vitg.py
+# question: does clipping gradients at 3 (vitg.py as it is) or at 30 (with config/ablate/clip30.py) reach more?
+# parent:   config/vitg.py
 # run:      torchrun --nproc_per_node=8 train.py config/vitg_clip3.py
-# cost:     248.8 TFLOP a step, 53.5 of 80 GB a GPU; 137,500 steps: 27.5 h at 0.72 s, 17.2 h at 0.45 s
-#           52.8 M tiles, lr 0.0001837 at its peak, a checkpoint of 19.8 GB
 # result:   not run yet
 from pathlib import Path
 

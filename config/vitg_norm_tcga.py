@@ -1,10 +1,9 @@
-# question: pixels normalised by statistics of H&E tiles instead of ImageNet's?   parent: config/vitg.py
+# question: pixels normalised by statistics of H&E tiles instead of ImageNet's?
+# parent:   config/vitg.py
 # run:      torchrun --nproc_per_node=8 train.py config/vitg_norm_tcga.py
-# cost:     248.8 TFLOP a step, 53.5 of 80 GB a GPU; 137,500 steps: 27.5 h at 0.72 s, 17.2 h at 0.45 s
-#           52.8 M tiles, lr 0.0001837 at its peak, a checkpoint of 19.8 GB
 # result:   not run yet
-# Those of Lunit's encoders (Kang et al. 2023: TCGA and TULIP), not measured here: put in what
-# `python data.py --task=stats config/vitg.py` prints of your tiles.
+# These are Lunit's (Kang et al. 2023, on TCGA and TULIP), not measured here. Put in what
+# `python prepare/stats.py config/vitg.py` prints for your tiles.
 from pathlib import Path
 
 exec(Path(__file__).with_name("vitg.py").read_text())

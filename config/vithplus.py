@@ -1,11 +1,11 @@
-# question: what does DINOv3's ViT-H+ reach under path-fm-dinov3's recipe?   parent: config/vitg.py
+# question: what does DINOv3's ViT-H+ reach under path-fm-dinov3's recipe?
+# parent:   config/vitg.py
 # run:      torchrun --nproc_per_node=8 train.py config/vithplus.py
-# cost:     186.5 TFLOP a step, 44.9 of 80 GB a GPU; 250,000 steps: 37.5 h at 0.54 s, 23.4 h at 0.34 s
-#           112 M tiles, lr 0.0005292 at its peak, a checkpoint of 17.9 GB
 # result:   not run yet
-# The constants of its vith16plus_8gpus_localsvs.yaml: schedules are cut at a fortieth, so that they are as good as
-# constant after the warm-up. Spreading sign, stain shift and scale of tiles are the corrected ones (docs/recipe.md).
-# Compiled as theirs. Theirs keeps all activations, which leaves next to nothing of 80 GB: here "selective" stays.
+# The constants are those of its vith16plus_8gpus_localsvs.yaml. Schedules are cut at a fortieth of their length, so
+# they are nearly constant after the warm-up. The sign of the spreading term, the stain shift and the scale of tiles are
+# the corrected ones (docs/recipe.md). It is compiled, as theirs. Theirs keeps all activations, which almost fills
+# 80 GB; here "selective" stays.
 from pathlib import Path
 
 exec(Path(__file__).with_name("vitg.py").read_text())

@@ -1,11 +1,9 @@
 # question: what does a ViT-S tell on one GPU of 24-80 GB within a day? Change one key of it and compare
-#           parent: config/vitg.py
+# parent:   config/vitg.py
 # run:      python train.py config/vits_1gpu.py
-# cost:     18.16 TFLOP a step and 3.959 again, 16.2 of 24 GB a GPU; 50,000 steps: 7 h at 0.51 s, 4.4 h at 0.32 s
-#           6.4 M tiles, lr 0.0002828 at its peak, a checkpoint of 1.87 GB
 # result:   not run yet
-# OpenMidnight's ablation config, since deleted, with batches half and steps twice as many so that 24 GB hold it: four
-# local crops. Its cosines were 40 times as long as the run; here they end with it. Hours are an A10's.
+# This is OpenMidnight's ablation config, since deleted, with four local crops. Batches are half as large and there are
+# twice as many steps, so that 24 GB hold it. Its cosines were 40 times as long as the run; here they end with it.
 from pathlib import Path
 
 exec(Path(__file__).with_name("vitg.py").read_text())

@@ -1,5 +1,5 @@
-# question: gradient clipping at 30, which is none at this size, instead of 3?
-#           parent: config/toy.py or config/toy_continue.py
+# question: clipping gradients at 30, as DINOv3, instead of at 3?
+# parent:   any
 # run:      python train.py config/toy.py config/ablate/clip30.py
 # result:   scratch: 0.506 +- 0.032, -0.162 beyond 0.094, 3 seeds, commit 145bc0d
 out_dir = f"{out_dir}_clip30"
