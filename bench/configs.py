@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import curves
 from bench import budget
 from configurator import configure
+from prepare.stats import train_config
 
 check = False
 
@@ -38,7 +39,7 @@ def estimate(*files):
     """train.py's keys after these config files and budget.estimate's figures, on the ranks of the last launch line."""
     ranks = re.findall(r"nproc_per_node=(\d+)", "".join((ROOT / file).read_text() for file in files))
     world = int(ranks[-1]) if ranks else 1
-    config = budget.train_config([*(str(ROOT / file) for file in files), f"--world_size={world}"])
+    config = train_config([*(str(ROOT / file) for file in files), f"--world_size={world}"])
     return config, budget.estimate(config, world)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import model
-from bench import budget, configs
+from bench import configs
+from prepare.stats import train_config
 
 ROOT = Path(__file__).parents[1]
 TRAIN = {p.stem: p for p in sorted((ROOT / "config").glob("*.py")) if p.stem != "baselines"}
@@ -22,7 +23,7 @@ RECIPES = {"toy", "vitg", "vitg_openmidnight_head", "vitg_openmidnight", "vithpl
 
 def resolve(*files):
     """train.py's keys after these files."""
-    return budget.train_config([str(file) for file in files])
+    return train_config([str(file) for file in files])
 
 
 def parent_of(path):

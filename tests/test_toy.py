@@ -15,7 +15,7 @@ import toy  # noqa: E402
 import eval_bach  # noqa: E402
 import sources  # noqa: E402
 import wsi  # noqa: E402
-from bench import budget  # noqa: E402
+from prepare.stats import train_config  # noqa: E402
 
 SLIDES = [  # format, um/px, level factors, mm
     ("svs", 0.5, (1, 4), 0.9, 0.7),
@@ -137,7 +137,7 @@ def test_a_list_by_levels_has_each_level_of_each_slide_and_trains(world, tmp_pat
         for x, y, level in mine:
             assert 0 <= x <= slide.dimensions[0] - 64 and 0 <= y <= slide.dimensions[1] - 64
             assert wsi.tissue_share(slide.read_level(x, y, 64, level)) > 0.6
-    source = sources.open_source(budget.train_config([f"--sample_list={tmp_path}/a", "--tile_px=64"]))
+    source = sources.open_source(train_config([f"--sample_list={tmp_path}/a", "--tile_px=64"]))
     assert source.read(3)[0].shape == (64, 64, 3)
     again = make("a")
     assert again.returncode == 1 and again.stderr.startswith("levels: give --slides=")

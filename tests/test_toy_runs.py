@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import curves
-from bench import budget, configs, toy_ablations
+from bench import configs, toy_ablations
+from prepare.stats import train_config
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs/toy_runs"
@@ -41,7 +42,7 @@ def test_every_ablation_is_recorded_to_its_end_with_three_seeds_by_one_commit():
 def test_a_recorded_run_s_config_is_its_launch_line_s(folder):
     """A default or a config that has changed since leaves its runs behind. A key that came later does not matter."""
     *files, seed = RUNS[folder]
-    now = json.loads(json.dumps(budget.train_config([*(f"{ROOT}/{file}" for file in files), seed])))
+    now = json.loads(json.dumps(train_config([*(f"{ROOT}/{file}" for file in files), seed])))
     then = json.loads((RECORD / folder / "config.json").read_text())
     assert [k for k in then if k in now and k not in curves.REPEAT and then[k] != now[k]] == []
     assert then["seed"] == now["seed"]
