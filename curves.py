@@ -1,9 +1,9 @@
 """
 Curves and comparisons of training runs, from the files in their folders: no GPU, no torch, also while they train.
 
-    python eval_bach.py --runs=out/toy                  # one run: its curve as a table, and out/toy/bach.png
-    python eval_bach.py --runs='out/*'                  # several: a table against the first, all curves in out/bach.png
-    python eval_bach.py --runs='out/clip3*,out/clip30*' --parent=out/clip30_0 --out=clip.png
+    python curves.py --runs=out/toy                  # one run: its curve as a table, and out/toy/bach.png
+    python curves.py --runs='out/*'                  # several: a table against the first, all curves in out/bach.png
+    python curves.py --runs='out/clip3*,out/clip30*' --parent=out/clip30_0 --out=clip.png
 
 Runs of the same code and the same config.json but for the seed (and REPEAT) are repeats of one experiment: a group. Its
 curve is the mean of the repeats that have got as far as half of them have, so that one that crashed early or has just
@@ -109,7 +109,7 @@ def same_size(a, b):
     return a.size == b.size or None in (a.size, b.size)
 
 
-def group_runs(runs, axis):
+def group_runs(runs, axis="step"):
     """
     Groups in the order of their first runs, named by their folders' common name before _0, -s1, _seed2.
 
@@ -415,3 +415,16 @@ def show(runs, parent="", out=""):
         wrong.append(str(e))
     if wrong:
         raise ValueError("; ".join(wrong))
+
+
+if __name__ == "__main__":
+    from configurator import configure
+
+    runs = ""    # folders of runs: globs, in quotes, separated by commas
+    parent = ""  # a run's folder or a group's name that the others are compared with; "" = the first
+    out = ""     # file of the figure; "" = bach.png in the folder that the runs share
+    configure(globals())
+    try:
+        show(runs, parent, out)
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"curves: {e}")
