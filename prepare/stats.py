@@ -6,6 +6,8 @@ The colours of a source: mean and std of its tiles, to paste as `norm`, with 95 
 It takes the keys and config files of train.py. Tiles of one patient are alike, so the intervals come from a bootstrap
 over patients; with fewer than about 20 patients they are too narrow. The last line is the result as JSON.
 """
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -30,8 +32,9 @@ def train_keys():
 
 
 def train_config(argv):
-    """The keys of train.py as the command line `argv` sets them."""
-    return configure(train_keys(), argv)
+    """The keys of train.py as the command line `argv` sets them, without printing what differs from the defaults."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return configure(train_keys(), argv)
 
 
 def colour_stats(source, config):
