@@ -1,10 +1,10 @@
 #!/bin/bash
-# Under SLURM, two nodes of eight GPUs (one: sbatch --nodes=1 ...). Before a time limit or a preemption all ranks save
-# and the job goes back into the queue; it resumes by itself. The arguments are train.py's:
+# A run under SLURM on two nodes of eight GPUs (for one: sbatch --nodes=1 ...). The arguments are train.py's:
 #
 #   sbatch docs/slurm.sh config/vitg_clip3.py --out_dir=out/vitg_2nodes
 #
-# srun starts the ranks without torchrun, whose agent ends on SIGUSR1 and kills what has not saved 30 s after a SIGTERM.
+# Before a time limit or a preemption all ranks save, and the job goes back into the queue and resumes by itself. srun
+# starts the ranks, not torchrun: torchrun ends on SIGUSR1, and 30 s after a SIGTERM it kills ranks that still save.
 #SBATCH --job-name=nanopfm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -15,20 +15,20 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 out=$(printf '%s\n' "$@" | sed -n 's/^--out_dir=//p' | tail -n 1)
-: "${out:?give --out_dir=...: from what lies there the job knows whether to resume}"
+: "${out:?give --out_dir=...; the job looks there for a checkpoint to resume from}"
 resume=false
 ls "$out"/ckpt/*/.metadata >/dev/null 2>&1 && resume=true
 if [ "$resume" = false ] && [ -d "$out" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
-    mv "$out" "$out.begun-$SLURM_RESTART_COUNT"  # by this job, which ended before its first checkpoint
+    mv "$out" "$out.begun-$SLURM_RESTART_COUNT"  # this job began it and ended before a checkpoint
 fi
-trap : TERM  # a preemption may reach this shell too: it waits for the ranks
+trap : TERM  # a preemption may signal this shell too, which has to wait for the ranks
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) OMP_NUM_THREADS=1
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     exec python train.py "$@" --resume='"$resume" train.py "$@" || exit
 
-# all ranks have saved: at the end, or because a signal came
+# all ranks have saved, at the end of the run or because of a signal; requeue the job if steps are left
 left=$(python - "$out" <<'PY'
 import json, os, sys
 steps = [int(name) for name in os.listdir(f"{sys.argv[1]}/ckpt") if name.isdecimal()]

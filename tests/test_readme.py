@@ -8,7 +8,7 @@ TEXT = (ROOT / "README.md").read_text()
 
 def test_the_map_names_every_file_with_about_its_line_count():
     counts = {file: int(n) for file, n in re.findall(r"^\| (\S+\.py) \| (\d+) \|", TEXT, re.M)}
-    assert {p.name for p in ROOT.glob("*.py")} <= set(counts)
+    assert {path.name for path in ROOT.glob("*.py")} <= set(counts)
     for file, stated in counts.items():
         assert abs(len((ROOT / file).read_text().splitlines()) - stated) <= 0.05 * stated, file
 
@@ -16,9 +16,8 @@ def test_the_map_names_every_file_with_about_its_line_count():
 def test_files_and_keys_that_the_readme_names_exist():
     for path in re.findall(r"(?:config|prepare|bench|docs|tests)/[\w/]+\.(?:py|png)", TEXT):
         assert (ROOT / path).exists(), path
-    scripts = ("train.py", "eval_bach.py", "data.py", "wsi.py", "prepare/toy.py", "prepare/tcga.py",
-               "prepare/weights.py", "bench/toy_baselines.py", "eval_slides.py", "curves.py")
-    train = "".join((ROOT / f).read_text() for f in scripts)
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("prepare/*.py"), *ROOT.glob("bench/*.py")]
+    code = "".join(path.read_text() for path in scripts)
     for key in set(re.findall(r"--(\w+)=", TEXT)) - {"nproc_per_node"}:
-        assert re.search(rf"^ *(\w+ = )*{key} = ", train, re.M), key
-    assert len(TEXT.splitlines()) <= 250 and TEXT.isascii() and not re.search(r"@\w", TEXT)
+        assert re.search(rf"^(\w+ = )*{key} = ", code, re.M), key
+    assert len(TEXT.splitlines()) <= 220 and TEXT.isascii()
