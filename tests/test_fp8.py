@@ -348,8 +348,8 @@ def test_so_it_does_on_two_ranks_checkpointed_and_compiled(mode, tmp_path):
 # ---- in train.py ----------------------------------------------------------------------------------------------------
 
 
-def test_train_refuses_fp8_on_a_narrow_backbone_in_one_line(monkeypatch, tmp_path):
-    message = refused(monkeypatch, flags(tiles="/nowhere", fp8="on", out_dir=tmp_path))
+def test_train_refuses_fp8_on_a_narrow_backbone_in_one_line(tiles, monkeypatch, tmp_path):  # noqa: F811
+    message = refused(monkeypatch, flags(tiles=tiles, fp8="on", out_dir=tmp_path))
     assert message.startswith("train.py: fp8 = 'on': below width 1024") and "'force'" in message and "\n" not in message
     assert "known: 'off', 'on', 'force'" in refused(monkeypatch, flags(tiles="/nowhere", fp8="true", out_dir=tmp_path))
 
