@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STEP_SECONDS = 0.72, 0.45            # per step of config/vitg.py
 FOLDERS = ("scratch", "continued")   # of docs/toy_runs; each has a parent called recipe
 PAGES = ("README.md", "docs/toy.md")
-TABLE = r"(?s)<!-- table: ([\w ]+) -->\n.*?<!-- end -->"
+TABLE = r"(?s)<!-- table: (\w+) -->\n.*?<!-- end -->"
 
 
 @functools.cache
@@ -90,15 +90,13 @@ def comparison(folder, picture):
 
 
 def fill(text, pictures):
-    """A page's text with its tables anew. "runs", "scratch", "continued", or the last with " end": its second table."""
+    """A page's text with its tables anew: "runs", or a folder of docs/toy_runs."""
     def table(match):
-        folder, _, end = match[1].partition(" ")
-        if folder == "runs":
+        if match[1] == "runs":
             lines = run_table()
         else:
-            printed = comparison(folder, f"{pictures}/toy_{folder}.png")
-            shown = (printed.split("\n\n")[1] if end else printed).splitlines()
-            lines = "\n".join(f"    {line}".rstrip() for line in shown)
+            printed = comparison(match[1], f"{pictures}/toy_{match[1]}.png")
+            lines = "\n".join(f"    {line}".rstrip() for line in printed.splitlines())
         return f"<!-- table: {match[1]} -->\n{lines}\n<!-- end -->"
 
     return re.sub(TABLE, table, text)
