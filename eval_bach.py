@@ -84,25 +84,20 @@ def bach_files(bach_dir):
     """
     Paths of the 400 images in eva's order, so that image i has label i // 100.
 
-    bach_dir is the folder that holds ICIAR2018_BACH_Challenge/, that folder itself, or its Photos/. One .tif too many
-    or too few would shift later images across the split unnoticed. A class folder must therefore hold exactly
-    b001.tif .. b100.tif (and so on), else ValueError. Files of other types are ignored.
+    One .tif too many or too few would shift later images across the split unnoticed. A class folder must therefore hold
+    exactly b001.tif .. b100.tif (and so on), else ValueError. Files of other types are ignored.
     """
-    places = [os.path.join(bach_dir, sub) for sub in ("ICIAR2018_BACH_Challenge/Photos", "Photos", "")]
-    photos = next((place for place in places if os.path.isdir(os.path.join(place, "Benign"))), None)
-    if photos is None:
-        raise ValueError(f"bach_dir={bach_dir}: no folder Photos/ with {', '.join(CLASSES)}; {REMEDY}")
     paths = []
     for name, prefix in CLASSES.items():
-        folder = os.path.join(photos, name)
-        expected = [f"{prefix}{i:03d}.tif" for i in range(1, 101)]
+        folder = os.path.join(bach_dir, "ICIAR2018_BACH_Challenge", "Photos", name)
+        expected = {f"{prefix}{i:03d}.tif" for i in range(1, 101)}
         found = os.listdir(folder) if os.path.isdir(folder) else []
         found = {file for file in found if file.lower().endswith(".tif")}
-        if extra := sorted(found - set(expected)):
-            raise ValueError(f"{folder}: unexpected {extra[0]}; delete or rename it (macOS leaves ._ files)")
-        if missing := sorted(set(expected) - found):
-            raise ValueError(f"{folder}: {len(found)} of 100 images, {missing[0]} missing; {REMEDY}")
-        paths += [os.path.join(folder, file) for file in expected]
+        if extra := found - expected:
+            raise ValueError(f"{folder}: unexpected {min(extra)}; delete or rename it (macOS leaves ._ files)")
+        if missing := expected - found:
+            raise ValueError(f"{folder}: {len(found)} of 100 images, {min(missing)} is missing; {REMEDY}")
+        paths += [os.path.join(folder, file) for file in sorted(expected)]
     return paths
 
 
@@ -287,7 +282,7 @@ def one_thread():
 
 
 def heads_loss(heads, x, y, batch):
-    """Sum over heads (R, C, D+1) of their mean cross entropies; batch (R, B) holds each head's indices into x (N, D+1)."""
+    """Sum of the cross entropies of heads (R, C, D+1), each the mean over its row of batch (R, B), indices into x."""
     if len(x) <= 4 * BATCH:  # every head scores all of x: at this N it is cheaper than gathering R batches
         losses = F.cross_entropy(heads @ x.T, y.expand(len(heads), -1), reduction="none").gather(1, batch)
     else:
@@ -447,7 +442,7 @@ def score_files(name, config, load):
         missing = [file for file, _ in files if not os.path.exists(file)]
         if config["dry_run"]:
             for file, norm in files:
-                print(f"{file}: {view}, norm {norm or 'as the file states'}{', no such file' if file in missing else ''}")
+                print(f"{file}: {view}, norm {norm or 'as the file states'}" + ", no such file" * (file in missing))
             return
         if missing:
             raise ValueError(f"{', '.join(missing)}: no such weight file")
@@ -462,7 +457,7 @@ def score_files(name, config, load):
             print(f"{name}: {file}: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
         else:
             print(table(rows[-1:]), json.dumps(rows[-1]), sep="\n", flush=True)
-    if len(files) > 1:
+    if len(rows) > 1:
         print(table(rows), json.dumps({"rows": rows}), sep="\n")
     if len(rows) < len(files):
         raise SystemExit(1)
