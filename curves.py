@@ -15,7 +15,6 @@ import math
 import os
 import re
 import statistics
-import textwrap
 import zlib
 from typing import NamedTuple
 
@@ -23,10 +22,10 @@ import numpy as np
 
 from configurator import configure
 
-# keys of config.json that may differ between repeats, as may wandb_*: where files go, how fast they are read, when a run
-# gives up. Folders of data are not among them, nor are max_steps and eval_interval (the best of more points is higher)
+# repeats may differ in these keys of config.json: where files go, how fast they are read, when a run gives up. Folders
+# of data are not among them, nor are max_steps and eval_interval (the best of more points is higher)
 REPEAT = """seed out_dir resume dry_run device workers open_slides mask_dir log_interval save_interval keep_checkpoints
-    keep_every max_bad_steps max_bad_tiles""".split()
+    keep_every max_bad_steps max_bad_tiles wandb_project""".split()
 FLOOR = 0.02  # all seeds meet the same 132 images, so a smaller difference is no evidence, whatever the seeds say
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (NIST handbook 1.3.6.7.2). Two groups of three seeds
 # have 4: a factor of 2 in place of t would find a difference between 12 % of equal pairs
@@ -36,118 +35,114 @@ T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 class Run(NamedTuple):
     folder: str
     rows: dict     # {step: row of bach.jsonl}, at least one
-    config: dict   # {} = config.json is missing or damaged
-    setting: dict  # what repeats share: config without REPEAT, code, protocol
+    config: dict   # {} = there is no config.json
+    setting: dict  # what repeats share: config without REPEAT, the code and the protocol
 
 
 class Group(NamedTuple):
     name: str
     runs: list
-    used: list         # those in the mean
-    x: list            # the steps that all of these have
-    bach: np.ndarray   # (used, steps)
-    protocol: str      # of its rows
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
+    used: list        # those in the mean
+    x: list           # the steps that all of these have
+    bach: np.ndarray  # (used, steps)
+    protocol: str
 
 
 def read_rows(path):
-    """{step: row} of a .jsonl. A resumed run repeats steps, and the later row counts; an unfinished line does not."""
-    rows = {}
+    """{step: row} of a bach.jsonl. A resumed run repeats steps: the later row counts. An unfinished line does not."""
+    if not os.path.isfile(path):
+        return {}
     try:
         with open(path) as f:
-            for line in f:
-                if line.endswith("\n"):
-                    row = json.loads(line)
-                    rows[int(row["step"])] = row
+            rows = [json.loads(line) for line in f if line.endswith("\n")]
+        return {int(row["step"]): row for row in sorted(rows, key=lambda row: row["step"])}
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: each line must be a JSON object with a step ({type(e).__name__}: {e})") from e
-    return dict(sorted(rows.items()))
 
 
-def read_config(folder):
-    try:
-        with open(f"{folder}/config.json") as f:
-            return dict(json.load(f))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def read_code(folder):
-    """The commit in source.diff, and a checksum of the edits that were not committed; "unknown" without."""
-    if not os.path.isfile(f"{folder}/source.diff"):
+def read_code(path):
+    """The commit in a source.diff, with a checksum of edits that were not committed; "unknown" without the file."""
+    if not os.path.isfile(path):
         return "unknown"
-    with open(f"{folder}/source.diff", errors="replace") as f:
+    with open(path, errors="replace") as f:
         head, _, edits = f.read().partition("\ndiff --git ")
-    _, commit, *_ = [*head.splitlines(), "unknown", ""]  # the first line is the command
+    commit = (head + "\n\n").splitlines()[1]  # after the command
     return commit[:7] + (f"+{zlib.crc32(edits.encode()):08x}" if edits else "")
 
 
 def load_run(folder):
     """A Run, or None while bach.jsonl has no point. ValueError if it is damaged, except at its end."""
-    path = f"{folder}/bach.jsonl"
-    rows = read_rows(path) if os.path.isfile(path) else {}
-    rows = {step: row for step, row in rows.items() if math.isfinite(row.get("bach") or math.nan)}
+    path, config = f"{folder}/config.json", {}
+    rows = read_rows(f"{folder}/bach.jsonl")
     if not rows:
         return None
-    config = read_config(folder)
-    setting = {k: v for k, v in config.items() if k not in REPEAT and not k.startswith("wandb_")}
-    setting["code"] = read_code(folder)
+    if os.path.isfile(path):
+        with open(path) as f:
+            config = json.load(f)
+    setting = {k: v for k, v in config.items() if k not in REPEAT}
+    setting["code"] = read_code(f"{folder}/source.diff")
     setting["protocol"] = " / ".join(sorted({str(row.get("protocol")) for row in rows.values()}))
     return Run(folder, rows, config, setting)
 
 
 def group_runs(runs):
     """
-    Groups of repeats, in the order of their first runs. Each is named by a folder's name without _0, -s1 or _seed2 at
-    its end, or by the whole path where another group has that name. A run without config.json is no repeat.
+    Groups of repeats, in the order of their first runs. A run without config.json is no repeat.
+
+    A group's name is its first folder's without _0, -s1 or _seed2 at the end, or the whole path if that is not unique.
     """
     together = []
     for run in runs:
-        for group in together:
-            if run.config and run.setting == group[0].setting:
-                group.append(run)
+        for repeats in together:
+            if run.config and run.setting == repeats[0].setting:
+                repeats.append(run)
                 break
         else:
             together.append([run])
-    names = [re.sub(r"[-_](s|seed)?\d+$", "", os.path.basename(os.path.abspath(group[0].folder))) for group in together]
+    folders = [os.path.basename(os.path.abspath(repeats[0].folder)) for repeats in together]
+    names = [re.sub(r"[-_](s|seed)?\d+$", "", folder) for folder in folders]
     groups = []
-    for name, group in zip(names, together):
-        name = name if names.count(name) == 1 else group[0].folder
-        used, x = mean_of(group)
-        groups.append(Group(name, group, used, x, values(used, x, "bach"), group[0].setting["protocol"]))
+    for name, repeats in zip(names, together):
+        first = repeats[0]
+        used, x = mean_of(repeats)
+        name = name if names.count(name) == 1 else first.folder
+        groups.append(Group(name, repeats, used, x, values(used, x, "bach"), first.setting["protocol"]))
     return groups
 
 
 def mean_of(runs):
-    """The runs that a group's mean is made of, and the steps that all of these have."""
-    ends = sorted((max(run.rows) for run in runs), reverse=True)
-    used = [run for run in runs if max(run.rows) >= ends[(len(runs) - 1) // 2]]
+    """The runs whose mean is shown, and the steps that all of these have."""
+    ends = [max(run.rows) for run in runs]
+    used = [run for run in runs if max(run.rows) >= statistics.median_high(ends)]
     x = sorted(set.intersection(*(set(run.rows) for run in used)))
     return (used, x) if x else mean_of(used[:1])
 
 
 def values(runs, x, key):
-    """What the runs' rows have under key, as (runs, steps); nan where a row has nothing."""
-    return np.array([[run.rows[step].get(key) for step in x] for run in runs], float)
-
-
-# ---- comparing -------------------------------------------------------------------------------------------------------
+    """What the runs' rows at steps x hold under key, (runs, steps); nan where a row has nothing."""
+    found = np.full((len(runs), len(x)), math.nan)
+    for i, run in enumerate(runs):
+        found[i] = [run.rows[step].get(key, math.nan) for step in x]
+    return found
 
 
 def dip(x, curve):
     """
-    Depth and length of a curve's first fall below its value at step 0: None if it has none, length None if it does not
-    recover. The depth is from the value at step 0 to the lowest point before the recovery. The length is in steps, from
-    the last point before the fall to the recovery. Falls within the noise count too: the depth tells.
+    Depth and length of a curve's first fall below its value at step 0: (0, 0) without one, (nan, nan) without step 0.
+
+    The depth is from the value at step 0 to the lowest point before the recovery. The length, in steps, is from the
+    last point before the fall to the recovery, inf if there is none. Falls within the noise count too.
     """
+    if x[0] != 0:
+        return math.nan, math.nan
     below = [value < curve[0] for value in curve]
-    if x[0] != 0 or not any(below):
-        return None
+    if True not in below:
+        return 0.0, 0
     first = below.index(True)
-    end = below.index(False, first) if False in below[first:] else None
-    return curve[0] - min(curve[first:end]), None if end is None else x[end] - x[first - 1]
+    if False not in below[first:]:
+        return curve[0] - min(curve), math.inf
+    end = below.index(False, first)
+    return curve[0] - min(curve[first:end]), x[end] - x[first - 1]
 
 
 def noise(groups, a, b, at):
@@ -172,36 +167,30 @@ def against(group, parent, groups):
         return "parent"
     if group.protocol != parent.protocol:
         return "other protocol"
-    common = set(group.x) & set(parent.x)
-    if not common:
-        return "no common point"
-    at = max(common)
+    at = max((step for step in group.x if step in parent.x), default=None)
+    if at is None:
+        return "no common step"
     difference = group.bach[:, group.x.index(at)].mean() - parent.bach[:, parent.x.index(at)].mean()
     limit, _, _ = noise(groups, group, parent, at)
-    where = "" if at == max(*group.x, *parent.x) else f" at {at}"
-    return f"{difference:+.3f} {'within' if abs(difference) < limit else 'beyond'} {limit:.3f}{where}"
+    verdict = "within" if abs(difference) < limit else "beyond"
+    return f"{difference:+.3f} {verdict} {limit:.3f}"
 
 
 def remarks(group, parent):
-    """What the group's runs changed against the parent's, and which runs have not ended."""
-    texts = []
-    for run in group.runs:
-        last, end = max(run.rows), run.config.get("max_steps", math.inf)
-        if last < end:
-            left_out = "" if run in group.used else ", not in the mean"
-            texts.append(f"{os.path.basename(run.folder)} at step {last} of {end}{left_out}")
+    """What the group changed against its parent, and which of its runs have not ended."""
+    run, other = group.runs[0], parent.runs[0]
+    mine, theirs = run.setting, other.setting
+    changed = [f"{k}={mine.get(k)!r}" for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
+    if not (run.config and other.config):
+        changed = ["unknown, no config.json"]
+    lines = [f"changed: {', '.join(changed)}"] if group is not parent else []
     if len({run.config.get("seed") for run in group.runs}) < len(group.runs):
-        texts.append("one seed twice: these are no independent repeats, so the noise is underestimated")
-    mine, theirs = group.runs[0].setting, parent.runs[0].setting
-    changed = [f"{k}={mine.get(k)!r}" for k in {**mine, **theirs} if k != "protocol" and mine.get(k) != theirs.get(k)]
-    if not group.runs[0].config:
-        texts.append("changed: unknown, no config.json")
-    elif group is not parent:
-        texts.append(f"changed: {', '.join(changed) or 'nothing'}")
-    return "; ".join(texts)
-
-
-# ---- tables ----------------------------------------------------------------------------------------------------------
+        lines.append("one seed occurs twice: these are no independent repeats, so the noise is underestimated")
+    for run in group.runs:
+        last, end = max(run.rows), run.config.get("max_steps")
+        if last != end:
+            lines.append(f"{run.folder} at step {last} of {end}" + ", not in the mean" * (run not in group.used))
+    return [f"    {line}" for line in lines]
 
 
 def plus_minus(numbers, digits=3):
@@ -214,100 +203,81 @@ def columns(rows):
     """Lines of a table of texts: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
-    for first, *others in rows:
-        right = [text.rjust(width) for text, width in zip(others, widths[1:])]
-        lines.append("  ".join([first.ljust(widths[0]), *right]))
+    for row in rows:
+        cells = [text.rjust(width) for text, width in zip(row, widths)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
     return lines
 
 
 def compare_table(groups, parent):
     """
-    A line per group, under it its remarks, and at the end the noise rule. best: mean of the runs' maxima; at: the
-    median of their steps; final: the last point +- deviation over seeds; dip, length: of the mean curve.
+    A line per group with its remarks, and the noise rule. best: mean of the runs' maxima; at: the median of their
+    steps; final: the last point +- deviation over seeds; dip, length: of the mean curve (inf: not recovered yet).
     """
     rows = [["run", "seeds", "best", "at", "final         ", "against parent", "dip", "length"]]
     for group in groups:
-        best_at = statistics.median_low(group.x[i] for i in group.bach.argmax(1))
-        fall = dip(group.x, group.bach.mean(0))
-        depth, length = (f"{fall[0]:.3f}", str(fall[1] or "never")) if fall else ("-", "-")
-        rows.append([group.name, str(len(group.used)), f"{group.bach.max(1).mean():.3f}", str(best_at),
-                     plus_minus(group.bach[:, -1]), against(group, parent, groups), depth, length])
-    lines = columns(rows)
-    for i, group in enumerate(groups, 1):
-        if text := remarks(group, parent):
-            lines[i] += "\n" + textwrap.fill(text, 120, initial_indent="    ", subsequent_indent="    ")
+        best = group.bach.max(1).mean()
+        at = statistics.median_low(group.x[i] for i in group.bach.argmax(1))
+        depth, length = dip(group.x, group.bach.mean(0))
+        rows.append([group.name, str(len(group.used)), f"{best:.3f}", str(at), plus_minus(group.bach[:, -1]),
+                     against(group, parent, groups), f"{depth:.3f}", str(length)])
+    head, *found = columns(rows)
+    lines = [head]
+    for line, group in zip(found, groups):
+        lines += [line, *remarks(group, parent)]
     _, s, free = noise(groups, parent, parent, parent.x[-1])
-    rule = f"within, beyond: {FLOOR} (132 images), "
-    if free:
-        rule += f"or t s sqrt(1/n + 1/n) at 95 % if larger; sd of seeds s = {s:.3f}, {free} degrees of freedom"
-    else:
-        rule += "as there are no repeats and the deviation of seeds is unknown: train more seeds"
-    return "\n".join([*lines, textwrap.fill(rule, 120)])
+    lines.append(f"within, beyond: {FLOOR} (132 images), or t s sqrt(1/n + 1/n) at 95 % if larger; sd of seeds s = "
+                 f"{s:.3f}, {free} degrees of freedom")
+    return "\n".join(lines)
 
 
 def collapse_table(groups):
     """
-    A line per group with means over its runs +- deviation: BACH at step 0, the depth of each run's own dip, BACH at the
-    end; then effective rank and mean cosine of BACH's images in the teacher, at first, at the worst point, at the end.
+    A line per group, means over its runs +- deviation: BACH at first, the depth of each run's own dip, BACH at the end;
+    then effective rank and mean cosine of BACH's images in the teacher, at first, at the worst point and at the end.
     """
     rows = [["run", "start         ", "own dip       ", "end           ", "rank 0", "least", "end         ", "cosine 0",
              "most", "end           "]]
     for group in groups:
         rank, cosine = (values(group.used, group.x, key) for key in ("effective_rank", "mean_cosine"))
-        falls = [dip(group.x, curve) or (0,) for curve in group.bach]
-        texts = [plus_minus(group.bach[:, 0]), plus_minus([fall[0] for fall in falls]), plus_minus(group.bach[:, -1]),
-                 f"{rank[:, 0].mean():.1f}", f"{rank.min(1).mean():.1f}", plus_minus(rank[:, -1], 1),
-                 f"{cosine[:, 0].mean():.3f}", f"{cosine.max(1).mean():.3f}", plus_minus(cosine[:, -1])]
-        rows.append([group.name, *("-" if "nan" in text else text for text in texts)])
+        depths = [dip(group.x, curve)[0] for curve in group.bach]
+        bach = [plus_minus(group.bach[:, 0]), plus_minus(depths), plus_minus(group.bach[:, -1])]
+        ranks = [f"{rank[:, 0].mean():.1f}", f"{rank.min(1).mean():.1f}", plus_minus(rank[:, -1], 1)]
+        cosines = [f"{cosine[:, 0].mean():.3f}", f"{cosine.max(1).mean():.3f}", plus_minus(cosine[:, -1])]
+        rows.append([group.name, *bach, *ranks, *cosines])
     return "\n".join([*columns(rows), "rank, cosine: effective rank and mean cosine of BACH's images in the teacher"])
 
 
-def curve_table(rows):
+def curve_table(run):
     """A line per row of bach.jsonl."""
-    lines = [["    step", "BACH +- std", "plateau", "eff. rank", "mean cosine", "clean +- std", "kNN"]]
-    for row in rows:
-        row = dict.fromkeys(("std", "plateau", "effective_rank", "mean_cosine", "clean", "clean_std", "knn"), math.nan) | row
-        lines.append([f"{row['step']:8}", f"{row['bach']:.4f} +- {row['std']:.4f}", f"{row['plateau']:.4f}",
-                      f"{row['effective_rank']:.1f}", f"{row['mean_cosine']:.4f}",
-                      f"{row['clean']:.4f} +- {row['clean_std']:.4f}", f"{row['knn']:.4f}"])
-    return "\n".join(columns(lines))
-
-
-# ---- the figure ------------------------------------------------------------------------------------------------------
+    keys = ("bach", "std", "plateau", "effective_rank", "mean_cosine", "clean", "clean_std", "knn")
+    rows = [["step", *keys]]
+    for step, row in run.rows.items():
+        rows.append([str(step)] + [f"{row.get(key, math.nan):.4f}" for key in keys])
+    return "\n".join(columns(rows))
 
 
 def plot(groups, path):
-    """
-    Curves as a PNG: BACH with a band of +- std over seeds, or bars over heads for a single run; beside it, for several
-    groups, what collapse_table has. The first group is black. Needs matplotlib.
-    """
+    """Curves as a PNG: BACH with a band of +- std over seeds, and collapse metrics. The parent is black."""
     from matplotlib.figure import Figure
 
-    several = len(groups) > 1
-    figure = Figure(figsize=(9.6, 5.4) if several else (6.4, 4), dpi=150, layout="constrained")
-    panels = figure.subplot_mosaic("AAB;AAC" if several else "A")
-    panels["A"].set(ylabel="balanced accuracy, 132 images")
+    figure = Figure(figsize=(9.6, 5.4), dpi=150, layout="constrained")
+    panels = figure.subplot_mosaic([["bach", "bach", "effective_rank"], ["bach", "bach", "mean_cosine"]])
     for i, group in enumerate(groups):
-        style = {"color": f"C{(i - 1) % 10}" if i else "black", "linestyle": ("-", "--", ":")[max(i - 1, 0) // 10 % 3]}
-        mean, seeds = group.bach.mean(0), len(group.used)
-        label = f"{group.name}, {seeds} seeds" if seeds > 1 else group.name
-        panels["A"].plot(group.x, mean, label=label, **style)
-        if seeds > 1:
-            std = group.bach.std(0, ddof=1)
-            panels["A"].fill_between(group.x, mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)
-        else:
-            heads = values(group.used, group.x, "std")[0]
-            panels["A"].errorbar(group.x, mean, heads, color=style["color"], fmt="none", elinewidth=0.8)
-        if several:
-            panels["B"].plot(group.x, values(group.used, group.x, "effective_rank").mean(0), lw=1, **style)
-            panels["C"].plot(group.x, values(group.used, group.x, "mean_cosine").mean(0), lw=1, **style)
-    if several:
-        panels["B"].set_title("effective rank", fontsize=9)
-        panels["C"].set_title("mean cosine", fontsize=9)
-    for panel in panels.values():
+        color = f"C{(i - 1) % 10}" if i else "black"
+        line = ("-", "--", ":")[i // 11 % 3]
+        for key, panel in panels.items():
+            found = values(group.used, group.x, key)
+            mean = found.mean(0)
+            panel.plot(group.x, mean, line, color=color, label=f"{group.name} (n = {len(found)})")
+            if key == "bach" and len(found) > 1:
+                std = found.std(0, ddof=1)
+                panel.fill_between(group.x, mean - std, mean + std, color=color, alpha=0.15, lw=0)
+    for key, panel in panels.items():
+        panel.set_title(key.replace("_", " "), fontsize=9)
         panel.grid(alpha=0.25)
-    panels["C" if several else "A"].set_xlabel("step")
-    figure.legend(frameon=False, loc="outside lower center", ncols=4)
+    panels["bach"].set(title="", xlabel="step", ylabel="BACH balanced accuracy, 132 images")
+    figure.legend(*panels["bach"].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path)
 
 
@@ -329,12 +299,12 @@ def show(runs, parent="", out=""):
     named = [g for g in groups if parent == g.name or os.path.normpath(parent) in [run.folder for run in g.runs]]
     if parent and not named:
         raise ValueError(f"parent={parent}: no such run with a curve; there are {', '.join(g.name for g in groups)}")
-    parent = named[0] if parent else groups[0]
+    parent = named[0] if named else groups[0]
     groups.sort(key=lambda group: group is not parent)
     if len(found) > 1:
         print(compare_table(groups, parent), collapse_table(groups), sep="\n\n")
     else:
-        print(curve_table(found[0].rows.values()))
+        print(curve_table(found[0]))
     path = out or os.path.join(os.path.commonpath([run.folder for run in found]), "bach.png")
     try:
         plot(groups, path)
