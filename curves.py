@@ -66,8 +66,8 @@ def read_code(path):
         return "unknown"
     with open(path, errors="replace") as f:
         head, _, edits = f.read().partition("\ndiff --git ")
-    commit = (head + "\n\n").splitlines()[1]  # after the command
-    return commit[:7] + (f"+{zlib.crc32(edits.encode()):08x}" if edits else "")
+    commit = head.partition("\n")[2][:7] or "unknown"  # the command stands in the first line
+    return commit + (f"+{zlib.crc32(edits.encode()):08x}" if edits else "")
 
 
 def load_run(folder):
