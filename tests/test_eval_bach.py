@@ -68,51 +68,27 @@ def test_split():
     assert first == {"b042", "b061", "is040", "iv041", "iv061", "n046"}
 
 
-def test_files_in_order_from_any_level(bach):
-    files = eval_bach.bach_files(bach)
+def test_pixels_are_those_of_the_files_in_order(bach_template):
+    files = eval_bach.bach_files(bach_template)
     assert len(files) == 400 and [Path(f).name for f in files[99:101]] == ["b100.tif", "is001.tif"]
     assert [Path(files[i]).parent.name for i in (0, 100, 200, 300)] == list(eval_bach.CLASSES)
-    for sub in ("ICIAR2018_BACH_Challenge", PHOTOS):
-        assert [Path(f) for f in eval_bach.bach_files(bach / sub)] == [Path(f) for f in files]
-
-
-def remove_class(photos):
-    (photos / "InSitu").rename(photos / "In Situ")
-
-
-def remove_image(photos):
-    (photos / "Normal" / "n017.tif").unlink()
-
-
-def rename_image(photos):
-    (photos / "Benign" / "b007.tif").rename(photos / "Benign" / "b7.tif")
-
-
-def add_macos_file(photos):
-    (photos / "Benign" / "._b001.tif").write_bytes(b"x")
-
-
-def remove_photos(photos):
-    photos.rename(photos.parent / "WSI")
+    pixels = eval_bach.load_pixels(bach_template)
+    assert pixels.shape == (400, 3, 224, 224) and pixels.dtype == torch.uint8
+    assert torch.equal(pixels[399], eval_bach.read_image(bach_template / PHOTOS / "Normal" / "n100.tif")[0])
 
 
 @pytest.mark.parametrize("damage, message", [
-    (remove_photos, "no folder Photos/ .* zenodo"),
-    (remove_class, "InSitu: class folder is missing; .* zenodo"),
-    (remove_image, "Normal: 99 of 100 images, n017.tif missing"),
-    (rename_image, "Benign: unexpected b7.tif .*rename"),
-    (add_macos_file, r"Benign: unexpected \._b001.tif .*delete"),
+    (lambda photos: photos.rename(photos.parent / "WSI"), "Photos/Benign: 0 of 100 images, .* zenodo"),
+    (lambda photos: (photos / "InSitu").rename(photos / "In Situ"), "InSitu: 0 of 100 images, is001.tif is missing"),
+    (lambda photos: (photos / "Normal/n017.tif").unlink(), "Normal: 99 of 100 images, n017.tif is missing"),
+    (lambda photos: (photos / "Benign/b007.tif").rename(photos / "Benign/b7.tif"), "Benign: unexpected b7.tif"),
+    (lambda photos: (photos / "Benign/._b001.tif").write_bytes(b"x"), r"Benign: unexpected \._b001.tif; delete"),
 ])
 def test_bad_folder(bach, damage, message):
     damage(bach / PHOTOS)
     with pytest.raises(ValueError, match=message) as e:
         eval_bach.load_pixels(bach)
     assert "\n" not in str(e.value)
-
-
-def test_missing_folder(tmp_path):
-    with pytest.raises(ValueError, match="nowhere: no folder Photos/"):
-        eval_bach.bach_files(tmp_path / "nowhere")
 
 
 def test_odd_size_and_damaged_file(bach):
@@ -140,12 +116,6 @@ def test_pixels_equal_torchvision_to_the_last_bit(tmp_path):
     seen = []
     eval_bach.embed(Spy(seen), pixels[None], MEAN, STD, "cpu")
     assert np.array_equal(seen[0][0, :, :16, :16].numpy(), golden["normalized_corner"])
-
-
-def test_load_pixels(bach_template):
-    pixels = eval_bach.load_pixels(bach_template)
-    assert pixels.shape == (400, 3, 224, 224) and pixels.dtype == torch.uint8
-    assert torch.equal(pixels[399], eval_bach.read_image(bach_template / PHOTOS / "Normal" / "n100.tif")[0])
 
 
 # features
@@ -213,7 +183,7 @@ def test_embed_on_two_ranks_equals_one(tmp_path):
         torch.testing.assert_close(ranks[0]["features"][n], one, rtol=1e-5, atol=1e-5)
 
 
-def test_spread():
+def test_collapse_metrics():
     g = torch.Generator().manual_seed(0)
     isotropic = torch.randn(400, 16, generator=g)
     r = eval_bach.collapse_metrics(isotropic)
@@ -292,26 +262,17 @@ def test_the_comparison_sees_the_schedule():
         assert (balanced - straight_loop(features, 42, 250, **other)).abs().max() > 1e-3, other
 
 
-def test_gradient_equals_autograd():
+@pytest.mark.parametrize("batch_size", [256, 6])  # all images of a small set are scored, a large set is gathered
+def test_the_heads_gradient_is_that_of_each_on_its_own_batch(monkeypatch, batch_size):
+    monkeypatch.setattr(eval_bach, "BATCH", batch_size)
     g = torch.Generator().manual_seed(0)
-    x, heads = torch.randn(20, 7, generator=g), torch.randn(4 * 3, 7, generator=g, requires_grad=True)
-    labels = torch.randint(0, 4, (20,), generator=g)
-    batches = [torch.randperm(20, generator=g)[:6] for _ in range(3)]
-    logits = (heads @ x.T).view(4, 3, 20)
-    sum(F.cross_entropy(logits[:, r, b].T, labels[b]) for r, b in enumerate(batches)).backward()
-    weight = torch.zeros(3, 20).scatter_(1, torch.stack(batches), 1 / 6)
-    ours = eval_bach.cross_entropy_grad(heads.detach(), x, F.one_hot(labels).T[:, None].float(), weight)
-    torch.testing.assert_close(ours, heads.grad, rtol=1e-5, atol=1e-6)
-
-
-def test_gathered_batches_of_a_large_set_give_the_gradient_of_masked_ones(monkeypatch):
-    g = torch.Generator().manual_seed(0)
-    x, heads = torch.randn(40, 7, generator=g), torch.randn(4 * 3, 7, generator=g)
-    onehot = F.one_hot(torch.randint(0, 4, (40,), generator=g)).T[:, None].float()
+    x, heads = torch.randn(40, 7, generator=g), torch.randn(3, 4, 7, generator=g, requires_grad=True)
+    labels = torch.randint(0, 4, (40,), generator=g)
     batch = torch.stack([torch.randperm(40, generator=g)[:6] for _ in range(3)])
-    masked = eval_bach.batch_grad(heads, x, onehot, batch)
-    monkeypatch.setattr(eval_bach, "BATCH", 6)
-    torch.testing.assert_close(eval_bach.batch_grad(heads, x, onehot, batch), masked, rtol=1e-5, atol=1e-6)
+    eval_bach.heads_loss(heads, x, labels, batch).backward()
+    for head, grad, b in zip(heads, heads.grad, batch):
+        probs = (x[b] @ head.detach().T).softmax(1)
+        torch.testing.assert_close(grad, (probs - F.one_hot(labels[b], 4)).T @ x[b] / 6, rtol=1e-5, atol=1e-6)
 
 
 def test_learning_rate_is_a_third_for_five_epochs(monkeypatch):
@@ -413,7 +374,7 @@ def test_an_image_of_another_mode_is_read_as_rgb_and_one_of_16_bits_refused(tmp_
         Image.new("RGB", (64, 48), (90, 90, 90)).convert(mode).save(tmp_path / "x.tif")
         assert (eval_bach.read_image(tmp_path / "x.tif")[0] == 90).all()
     Image.fromarray(np.full((48, 64), 40_000, np.uint16)).save(tmp_path / "x.tif")  # would saturate to white
-    with pytest.raises(ValueError, match="x.tif: .*more than 8 bits a channel"):
+    with pytest.raises(ValueError, match="x.tif: .*more than 8 bits per channel"):
         eval_bach.read_image(tmp_path / "x.tif")
 
 
@@ -506,7 +467,7 @@ def test_tiles_cover_the_image_and_every_pixel_of_a_square_once():
 
 def test_views_of_tiles_are_cut_at_their_mpp_and_averaged(bach_template):
     view = eval_bach.View(px=14, mpp=0.84, concat=True)  # 64x48 px at 0.42 are 32x24 at 0.84: 3 x 2 tiles
-    with pytest.raises(ValueError, match="b001.tif: 64x48 px, not BACH's 2048x1536 px at 0.42 um/px; .*image_mpp"):
+    with pytest.raises(ValueError, match="b001.tif: 64x48 px, not BACH's 2048x1536 px: .*give --image_mpp"):
         eval_bach.load_pixels(bach_template, view)
     pixels = eval_bach.load_pixels(bach_template, view, 0.42)
     assert len(pixels) == 400 and {tuple(image.shape) for image in pixels} == {(3, 24, 32)}
@@ -558,13 +519,8 @@ def test_failed_features_leave_the_modes_of_training():
 # the command line
 
 
-def command(*flags):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, "eval_bach.py", *flags], cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-KEYS = {"weights": "", "bach_dir": "", "image_dir": "", "norm": None, "views": "resize", "mpp": 0.5, "input_px": 224,
-        "concat": False, "arch": "", "device": "cpu", "dry_run": False}
+KEYS = {"weights": "", "norm": None, "views": "resize", "mpp": 0.5, "input_px": 224, "concat": False, "arch": "",
+        "device": "cpu", "dry_run": False}
 
 
 def save_teacher(path, config, seed=0):
@@ -574,11 +530,15 @@ def save_teacher(path, config, seed=0):
     return str(path)
 
 
-def test_weights_command(bach_template, tmp_path):
+def command(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["eval_bach.py", *flags])
+    runpy.run_path(str(ROOT / "eval_bach.py"), run_name="__main__")
+
+
+def test_weights_command(bach_template, tmp_path, monkeypatch, capsys):
     save_teacher(tmp_path / "7.pth", {"norm": ([0.5] * 3, [0.4] * 3)})
-    done = command(f"--weights={tmp_path}/7.pth", f"--bach_dir={bach_template}", "--device=cpu")
-    assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout.splitlines()[-1])
+    command(monkeypatch, f"--weights={tmp_path}/7.pth", f"--bach_dir={bach_template}", "--device=cpu")
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0.5 < row["bach"] <= 1 and len(row["seeds"]) == 5 and row["protocol"].startswith("eva-bach: ")
     assert {"std", "accuracy", "plateau", "effective_rank", "mean_cosine", "recall", "confusion"} <= row.keys()
     assert all(0.3 < row[key] <= 1 for key in ("clean", "knn", "plateau"))
@@ -593,44 +553,34 @@ def test_weights_command(bach_template, tmp_path):
 def test_images_are_normalised_as_the_teacher_was_trained(config, stated, want, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(eval_bach, "embed", lambda vit, pixels, mean, std, *_: seen.extend((mean, std)))
-    monkeypatch.setattr(eval_bach, "bach_row", lambda *_: {})
     save_teacher(tmp_path / "7.pth", config)
-    row = eval_bach.score_file(str(tmp_path / "7.pth"), stated, KEYS, [])
+    row = eval_bach.score_file(str(tmp_path / "7.pth"), stated, KEYS, [], lambda *_: {})
     for got, stored, value in zip(seen, row["norm"], want):
         np.testing.assert_allclose(got, np.broadcast_to(value, 3))
         assert stored == got
 
 
-def test_the_view_reaches_the_features_and_one_norm_all_files(tmp_path, monkeypatch):
+def test_the_view_reaches_the_features_and_one_norm_all_files(tmp_path, capsys):
     seen = []
-    monkeypatch.setattr(eval_bach, "load_pixels", lambda *a: torch.zeros(2, 3, 42, 42, dtype=torch.uint8))
-    monkeypatch.setattr(eval_bach, "bach_row", lambda features, view: seen.append((features.shape, str(view))) or {})
     files = [save_teacher(tmp_path / f"{step}.pth", {}, seed=step) for step in (1, 2)]
-    c = {**KEYS, "weights": f" {files[0]}, {files[1]},", "bach_dir": "x", "image_mpp": 0}
-    rows, failed = eval_bach.score({**c, "input_px": 42, "concat": True})
-    assert [row["weights"] for row in rows] == files and failed == 0
+    config = {**KEYS, "weights": f" {files[0]}, {files[1]},", "input_px": 42, "concat": True, "norm": "half"}
+    pixels = torch.zeros(2, 3, 42, 42, dtype=torch.uint8)
+    eval_bach.score_files("x", config, lambda: (pixels, lambda *a: seen.append((a[0].shape, str(a[1]))) or {}))
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["weights"], row["norm"][0]) for row in rows] == [(file, [0.5] * 3) for file in files]
     assert seen == [((2, 256), "cls+patches 42 px")] * 2
 
 
-def test_a_file_whose_network_fails_is_named_and_the_others_are_scored(tmp_path, monkeypatch, capsys):
-    files = [save_teacher(tmp_path / f"{step}.pth", {}, seed=step) for step in (1, 2)]
-    monkeypatch.setattr(eval_bach, "load_pixels", lambda *a: torch.zeros(2, 3, 42, 42, dtype=torch.uint8))
-    answers = iter((lambda: torch.zeros(1) @ torch.zeros(2), dict))  # a RuntimeError, as running out of memory is
-    monkeypatch.setattr(eval_bach, "bach_row", lambda *a: next(answers)())
-    rows, failed = eval_bach.score({**KEYS, "weights": ",".join(files), "bach_dir": "x", "image_mpp": 0})
-    error = capsys.readouterr().err
-    assert failed == 1 and len(rows) == 1 and error.startswith(f"eval_bach: {files[0]}: ") and error.count("\n") == 1
-
-
 @pytest.mark.slow
-def test_a_table_of_several_weight_files(bach_template, tmp_path):
+def test_a_table_of_several_weight_files_and_the_name_of_one_that_fails(bach_template, tmp_path, monkeypatch, capsys):
     files = [save_teacher(tmp_path / f"{step}.pth", {}, seed=step) for step in (1, 2)]
     (tmp_path / "bad.pth").write_bytes(b"not weights")
-    done = command(f"--weights={files[0]},{tmp_path}/bad.pth,{files[1]}", f"--bach_dir={bach_template}", "--device=cpu",
-                   "--norm=imagenet,half,half", "--input_px=42", "--concat=true")
-    assert done.returncode == 1  # two of three were scored
-    assert [line for line in done.stderr.splitlines() if "bad.pth" in line] and "Traceback" not in done.stderr
-    lines = done.stdout.splitlines()
+    with pytest.raises(SystemExit) as e:  # two of three were scored
+        command(monkeypatch, f"--weights={files[0]},{tmp_path}/bad.pth,{files[1]}", f"--bach_dir={bach_template}",
+                "--device=cpu", "--norm=imagenet,half,half", "--input_px=42", "--concat=true")
+    out, err = capsys.readouterr()
+    assert e.value.code == 1 and err.startswith(f"eval_bach: {tmp_path}/bad.pth") and err.count("\n") == 1
+    lines = out.splitlines()
     rows = json.loads(lines[-1])["rows"]
     assert [row["weights"] for row in rows] == files and [row["norm"][0][0] for row in rows] == [0.485, 0.5]
     assert [line.split()[0] for line in lines[-4:-1]] == ["weights", *files]
@@ -640,25 +590,32 @@ def test_a_table_of_several_weight_files(bach_template, tmp_path):
     assert sum(json.loads(line) == row for row in rows for line in lines[:-4] if line.startswith("{")) == 2
 
 
+def test_a_network_that_fails_is_named_and_the_others_are_scored(tmp_path, capsys):
+    files = [save_teacher(tmp_path / f"{step}.pth", {}, seed=step) for step in (1, 2)]
+    answers = iter((lambda: torch.zeros(1) @ torch.zeros(2), dict))  # a RuntimeError, as running out of memory is
+    pixels = torch.zeros(2, 3, 42, 42, dtype=torch.uint8)
+    config = {**KEYS, "weights": ",".join(files), "input_px": 42}
+    with pytest.raises(SystemExit):
+        eval_bach.score_files("eval_bach", config, lambda: (pixels, lambda *_: next(answers)()))
+    out, err = capsys.readouterr()
+    assert err.startswith(f"eval_bach: {files[0]}: ") and err.count("\n") == 1
+    assert json.loads(out.splitlines()[-1])["weights"] == files[1]
+
+
 @pytest.mark.parametrize("flags, message", [
-    ([], "give --weights=FILE and either --bach_dir=DIR or --image_dir=DIR"),
-    (["--weights=a.pth", "--bach_dir=a", "--image_dir=b"], "give --weights=FILE and either"),
-    (["--weights=nowhere.pth", "--bach_dir=nowhere"], "nowhere.pth: no such"),
-    (["--weights=README.md", "--bach_dir=nowhere"], "nowhere: no folder Photos/"),
-    (["--weights=README.md", "--bach_dir=nowhere", "--arch=vit"], "unknown arch 'vit'"),
+    ([], "0 files, 1 norms; give --weights=FILE"),
+    (["--weights=nowhere.pth", "--bach_dir=nowhere"], "nowhere.pth: no such weight file"),
+    (["--weights=README.md", "--bach_dir=nowhere"], "nowhere/ICIAR2018_BACH_Challenge/Photos/Benign: 0 of 100 images"),
     (["--weights=README.md", "--bach_dir=nowhere", "--norm=foo"], "norm = 'foo'"),
-    (["--weights=README.md", "--bach_dir=nowhere", "--device=cuda"], "torch sees no GPU"),
-    (["--weights=README.md,Makefile", "--bach_dir=a", "--norm=half,half,half"], "norm: 3 for 2 weight files"),
+    (["--weights=README.md,Makefile", "--bach_dir=a", "--norm=half,half,half"], "2 files, 3 norms"),
     (["--weights=README.md", "--bach_dir=a", "--views=grid"], "views = 'grid'; known: 'resize'"),
-    (["--weights=README.md", "--bach_dir=a", "--views=tiles", "--mpp=0"], "mpp = 0.0: must be more than 0"),
-    (["--runs=nowhere/*"], "nowhere/*"),
+    (["--weights=README.md", "--bach_dir=a", "--views=tiles", "--mpp=0"], "mpp = 0.0: both must be more than 0"),
     (["--LR=1"], "unknown key 'LR'"),  # the protocol cannot be set from outside
 ])
 def test_wrong_command(monkeypatch, flags, message):
-    monkeypatch.setattr(sys, "argv", ["eval_bach.py", *flags])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as e:
-        runpy.run_path(str(ROOT / "eval_bach.py"), run_name="__main__")
+        command(monkeypatch, *flags)
     assert message in e.value.code and "\n" not in e.value.code
 
 

@@ -3,7 +3,6 @@ import os
 import re
 import runpy
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,6 @@ import model
 
 ROOT = Path(__file__).parent.parent
 OSTEOSARCOMA = ROOT.parent / "shared" / "data" / "osteosarcoma"
-HALF = (0.5,) * 3, (0.5,) * 3
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +38,16 @@ class Colours(torch.nn.Module):
 
     def forward(self, x):
         return {"cls": torch.cat([x.mean((2, 3)), x.std((2, 3))], 1), "patches": x.flatten(2).transpose(1, 2)}
+
+
+def samples_of(config):
+    return eval_slides.find_samples(config["image_dir"], config["groups"])
+
+
+def row_of(config, backbone, mean=(0.5,) * 3, std=(0.5,) * 3):
+    pixels, score = eval_slides.load(config)
+    view = eval_bach.view_of(config)
+    return score(eval_bach.embed(backbone, pixels, mean, std, "cpu", view), view)
 
 
 def groups_csv(path, rows, header="file,patient,fold"):
@@ -192,19 +200,19 @@ def test_few_shot_survives_a_common_direction_and_repeats_itself():
 
 
 def test_folder_is_read_in_order_and_scored(tiles, capsys):
-    data = eval_slides.load(keys(tiles))
+    samples = samples_of(keys(tiles))
     names = sorted(str(i) for i in range(12))
-    assert data.files == [f"{c}/{i}.png" for c in ("green", "red") for i in names] and data.classes == ["green", "red"]
-    assert data.labels.tolist() == [0] * 12 + [1] * 12
-    assert data.groups.tolist() == 2 * [int(i) // 2 for i in names]
-    assert data.folds.tolist() == 2 * [int(i) // 2 % 3 for i in names]
+    assert samples.files == [f"{c}/{i}.png" for c in ("green", "red") for i in names]
+    assert samples.classes == ["green", "red"] and samples.labels.tolist() == [0] * 12 + [1] * 12
+    assert samples.groups.tolist() == 2 * [int(i) // 2 for i in names]
+    assert samples.folds.tolist() == 2 * [int(i) // 2 % 3 for i in names]
     with Image.open(tiles / "red" / "3.png") as image:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    assert torch.equal(data.pixels[data.files.index("red/3.png")], eval_bach.shrink(pixels, 16))
-    row = eval_slides.score(keys(tiles), data, Colours(), *HALF)
+        want = eval_bach.shrink(torch.from_numpy(np.array(image)).permute(2, 0, 1), 16)
+    assert torch.equal(eval_slides.load(keys(tiles))[0][samples.files.index("red/3.png")], want)
+    row = row_of(keys(tiles), Colours())
     out = capsys.readouterr().out
     assert f"{tiles}: shot16 has 8 shots" in out and "no groups.csv" not in out
-    assert row == json.loads(json.dumps(row)) == eval_slides.score(keys(tiles), data, Colours(), *HALF)
+    assert row == json.loads(json.dumps(row)) == row_of(keys(tiles), Colours())
     assert (row["images"], row["classes"], row["groups"], row["shots"]) == (24, ["green", "red"], 6, 8)
     assert len(row["seeds"]) == 5 and len(row["folds"]) == 3 and len(row["recall"]) == 2
     assert {"image_dir", "std", "se_groups", "knn", "shot16_std", "effective_rank", "mean_cosine"} < row.keys()
@@ -213,14 +221,15 @@ def test_folder_is_read_in_order_and_scored(tiles, capsys):
 
 def test_a_folder_without_a_table_is_split_by_image_with_a_warning(tiles, capsys):
     pytest.importorskip("sklearn")
-    (tiles / "groups.csv").rename(tiles.parent / "mine.csv")
-    data = eval_slides.load(keys(tiles))
-    assert data.groups.tolist() == list(range(24)) and len(data.folds.unique()) == 5
+    (tiles / "groups.csv").unlink()
+    samples = samples_of(keys(tiles))
+    assert samples.groups.tolist() == list(range(24)) and len(samples.folds.unique()) == 5
     assert "images of one patient may be on both sides" in capsys.readouterr().out
-    bare = [line.rsplit(",", 1)[0] for line in ROWS]
-    groups_csv(tiles.parent / "mine.csv", bare, "file,patient")
-    data = eval_slides.load(keys(tiles, groups=str(tiles.parent / "mine.csv")))
-    assert int(data.groups.max()) == 5 and all(len(data.folds[data.groups == i].unique()) == 1 for i in range(6))
+    mine = tiles.parent / "mine.csv"
+    groups_csv(mine, [line.rsplit(",", 1)[0] for line in ROWS], "file,patient")
+    samples = samples_of(keys(tiles, groups=str(mine)))
+    assert int(samples.groups.max()) == 5
+    assert all(len(samples.folds[samples.groups == i].unique()) == 1 for i in range(6))
     assert capsys.readouterr().out == ""
 
 
@@ -228,35 +237,38 @@ def test_a_bare_name_and_what_spreadsheets_write_are_understood(tiles):
     (tiles / "red" / "3.png").rename(tiles / "red" / "last.TIFF")
     rows = [line.replace("red/3.png", "last.TIFF").replace("green/", "green\\") for line in reversed(ROWS)]
     (tiles / "groups.csv").write_text("\ufefffile, patient, fold,note\r\n" + "\r\n".join(f"./{r}," for r in rows))
-    data = eval_slides.load(keys(tiles))
-    assert len(data.files) == 24 and "red/last.TIFF" in data.files and len(data.groups.unique()) == 6
+    samples = samples_of(keys(tiles))
+    assert len(samples.files) == 24 and "red/last.TIFF" in samples.files and len(samples.groups.unique()) == 6
+
+
+def test_published_folds_may_be_numbered_with_gaps(tiles):
+    want = samples_of(keys(tiles)).folds
+    groups_csv(tiles / "groups.csv", [line.replace(",3", ",5") for line in ROWS])
+    assert torch.equal(samples_of(keys(tiles)).folds, want)
 
 
 def test_tiles_at_a_scale(tiles):
-    c = keys(tiles, views="tiles", mpp=0.5, image_mpp=0.4, concat=True)
-    data = eval_slides.load(c)
-    assert data.pixels[0].shape == (3, 19, 16)
-    row = eval_slides.score(c, data, Colours(), *HALF)
-    assert "at 0.5 um/px from 0.4, 24 images" in row["protocol"]
+    config = keys(tiles, views="tiles", mpp=0.5, image_mpp=0.4, concat=True)
+    assert eval_slides.load(config)[0][0].shape == (3, 19, 16)
+    assert "at 0.5 um/px from 0.4, 24 images" in row_of(config, Colours())["protocol"]
     with pytest.raises(ValueError, match=r"views=tiles needs its images' um/px; give --image_mpp="):
-        eval_slides.load(c | {"image_mpp": 0.0})
+        eval_slides.load(config | {"image_mpp": 0.0})
 
 
 def test_whatever_changes_the_number_shows_in_the_protocol(tiles, monkeypatch):
     monkeypatch.setattr(eval_bach, "fit_heads", lambda x, *a: (None, None, torch.zeros(a[3], len(x), dtype=torch.long)))
 
     def protocol(**changes):
-        c = keys(tiles, **changes)
-        return eval_slides.score(c, eval_slides.load(c), Colours(), *HALF)["protocol"]
+        return row_of(keys(tiles, **changes), Colours())["protocol"]
     seen = [protocol(), protocol(input_px=8), protocol(concat=True)]
-    for module, name, value in ((eval_slides, "MAX_STEPS", 100), (eval_slides, "SEED", 1), (eval_slides, "RUNS", 2),
-                                (eval_slides, "SHOTS", 3), (eval_slides, "SUPPORT_SETS", 7), (eval_bach, "LR", 1e-3),
-                                (eval_bach, "WEIGHT_DECAY", 0.0), (eval_bach, "WARM_EPOCHS", 0),
-                                (eval_bach, "WARM_FACTOR", 0.5), (eval_bach, "BATCH", 8), (eval_bach, "PATIENCE", 9),
-                                (eval_bach, "NEIGHBOURS", 5), (eval_bach, "KNN_TEMP", 1.0)):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, value)
-            seen.append(protocol())
+    for module, changes in (
+            (eval_slides, {"MAX_STEPS": 100, "SEED": 1, "RUNS": 2, "SHOTS": 3, "SUPPORT_SETS": 7}),
+            (eval_bach, {"LR": 1e-3, "WEIGHT_DECAY": 0.0, "WARM_EPOCHS": 0, "WARM_FACTOR": 0.5, "BATCH": 8,
+                         "PATIENCE": 9, "NEIGHBOURS": 5, "KNN_TEMP": 1.0})):
+        for name, value in changes.items():
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, value)
+                seen.append(protocol())
     assert protocol() == seen[0]
     groups_csv(tiles / "groups.csv", [line[:-1] + str(int(line[-1]) % 3) for line in ROWS])  # folds in another order
     seen.append(protocol())
@@ -270,95 +282,81 @@ def test_command(tiles, tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     vit = model.ViT(replace(model.ARCHS["toy"], layerscale=1.0))
     torch.save({"teacher": vit.state_dict(), "arch": "toy", "step": 7, "config": {}}, tmp_path / "7.pth")
-    monkeypatch.setattr(sys, "argv", ["eval_bach.py", f"--weights={tmp_path}/7.pth", f"--image_dir={tiles}",
-                                      "--input_px=28", "--device=cpu"])
-    with pytest.raises(SystemExit) as e:
-        runpy.run_path(str(ROOT / "eval_bach.py"), run_name="__main__")
-    assert not e.value.code
+
+    def command(image_dir):
+        flags = [f"--weights={tmp_path}/7.pth", f"--image_dir={image_dir}", "--input_px=28", "--device=cpu"]
+        monkeypatch.setattr(sys, "argv", ["eval_slides.py", *flags])
+        runpy.run_path(str(ROOT / "eval_slides.py"), run_name="__main__")
+    command(tiles)
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["image_dir"] == str(tiles) and row["step"] == 7 and 0 <= row["balanced"] <= 1
+    with pytest.raises(SystemExit, match="^eval_slides: image_dir=nowhere: no such folder$"):
+        command("nowhere")
 
 
 # bad input
 
 
-def broken(tiles, what):
-    """Damage the folder or its table; the remedy of each is in the test below."""
-    red, rows, header = tiles / "red", list(ROWS), "file,patient,fold"
-    if what == "empty":
-        for file in red.glob("[0-9]*"):
-            file.unlink()
-    elif what == "single":
-        red.rename(tiles.parent / "red")
-    elif what == "unreadable":
-        (red / "5.png").write_bytes(b"no picture")
-    elif what == "header":
-        header = "file;patient;fold"
-    elif what == "latin":
-        return (tiles / "groups.csv").write_bytes(b"file,patient\nred/0.png,M\xfcller\n")
-    elif what == "few":
-        header = "file,patient"
-        rows = [f"green/{i}.png,P{i}" for i in range(12)] + [f"red/{i}.png,P{i % 2}" for i in range(12)]
-    elif what == "untrained":
-        rows = [f"green/{i}.png,P{i},{3 + i % 2}" for i in range(12)]
-        rows += [f"red/{i}.png,Q{i % 3},{1 + i % 3 // 2}" for i in range(12)]
-    else:
-        rows = {"nowhere": [*rows, "red/99.png,P1,1"], "ambiguous": ["3.png,P1,1"], "unlisted": rows[2:],
-                "twice": [*rows, rows[3]], "float": ["green/0.png,P0,1.5", *rows[1:]],
-                "blank": ["green/0.png,P0,", *rows[1:]], "nobody": ["green/0.png,,1", *rows[1:]],
-                "parted": ["green/0.png,P0,2", *rows[1:]], "gap": [line.replace(",3", ",5") for line in rows],
-                "two": [line.replace(",3", ",2") for line in rows]}[what]
-    groups_csv(tiles / "groups.csv", rows, header)
+GREEN, HEADER = ROWS[:12], "file,patient,fold"
 
 
-@pytest.mark.parametrize("what, message", [
-    ("empty", "red: no .jpg .jpeg .png .tif .tiff directly in this class folder; fill it or move it away"),
-    ("single", "green as class folders; put the images of each of two or more classes in a subfolder"),
-    ("unreadable", "red/5.png: not a readable image"),
-    ("header", "groups.csv: no column file and patient but ['file;patient;fold']; its first line must be file,patient"),
-    ("latin", "groups.csv: not a readable csv in UTF-8"),
-    ("nowhere", "groups.csv, line 26: no images in the class folders are called 'red/99.png'"),
-    ("ambiguous", "groups.csv, line 2: 2 images in the class folders are called '3.png'; write class/name"),
-    ("unlisted", "groups.csv: 2 of 24 images are not listed, such as green/0.png"),
-    ("twice", "groups.csv, line 26: green/3.png is listed twice; delete one"),
-    ("float", "groups.csv, line 2: patient 'P0', fold '1.5'; give each image a patient, and a whole number"),
-    ("blank", "groups.csv, line 2: patient 'P0', fold ''; give"),
-    ("nobody", "groups.csv, line 2: patient '', fold '1'; give each image a patient"),
-    ("parted", "groups.csv: patient P0 is in folds 2 and 1; put all images of a patient in one fold"),
-    ("gap", "groups.csv: the folds are [1, 2, 5]; number at least 3 (to train, select and test) without a gap"),
-    ("two", "groups.csv: the folds are [1, 2]; number at least 3"),
-    ("few", "groups (patients) of class red: 2; 3 are needed, to train, select and test; add patients, or merge"),
-    ("untrained", "when fold 0 (from 0) tests and the next one selects, no image of class red is left to train on"),
+@pytest.mark.parametrize("lines, message", [
+    (["file;patient;fold", *ROWS], "its columns are ['file;patient;fold']; the first line must be file,patient or"),
+    (["file,patient", "red/0.png,M\xfcller"], "not a readable csv in UTF-8"),
+    ([HEADER, *ROWS, "red/99.png,P1,1"], "line 26: no images in the class folders are called 'red/99.png'"),
+    ([HEADER, "3.png,P1,1"], "line 2: 2 images in the class folders are called '3.png'; write class/name"),
+    ([HEADER, *ROWS[2:]], "groups.csv: 2 of 24 images are not listed, such as green/0.png"),
+    ([HEADER, *ROWS, ROWS[3]], "line 26: green/3.png is listed twice; delete one"),
+    ([HEADER, "green/0.png,P0,1.5", *ROWS[1:]], "line 2: patient 'P0', fold '1.5'; give each image a patient"),
+    ([HEADER, "green/0.png,P0,", *ROWS[1:]], "line 2: patient 'P0', fold ''; give"),
+    ([HEADER, "green/0.png,,1", *ROWS[1:]], "line 2: patient '', fold '1'; give each image a patient"),
+    ([HEADER, "green/0.png,P0,2", *ROWS[1:]], "patient P0 is in folds 2 and 1; put all images of a patient in"),
+    ([HEADER, *(line.replace(",3", ",2") for line in ROWS)], "the folds are [1, 2]; give at least 3 (to train, select"),
+    (["file,patient", *(line[:-2] for line in GREEN), *(f"red/{i}.png,P{i % 2}" for i in range(12))],
+     "groups (patients) of class red: 2; 3 are needed, to train, select and test; add patients, or merge"),
+    ([HEADER, *(f"green/{i}.png,P{i},{3 + i % 2}" for i in range(12)),
+      *(f"red/{i}.png,Q{i % 3},{1 + i % 3 // 2}" for i in range(12))],
+     "when fold 0 (from 0) tests and the next one selects, no image of class red is left to train on"),
 ])
-def test_bad_folders_and_tables_are_refused_in_one_line(tiles, what, message):
-    broken(tiles, what)
+def test_bad_tables_are_refused_in_one_line(tiles, lines, message):
+    (tiles / "groups.csv").write_text("\n".join(lines) + "\n", encoding="latin-1")
+    with pytest.raises(ValueError) as e:
+        eval_slides.load(keys(tiles))
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda red: [file.unlink() for file in red.glob("[0-9]*")], "red: no .jpg .jpeg .png .tif .tiff in this class"),
+    (lambda red: (red / "more").mkdir(), "red/more: a folder in a class folder would be left out; move its images up"),
+    (lambda red: red.rename(red.parent.parent / "red"), "green as class folders; put the images of each of"),
+    (lambda red: (red / "5.png").write_bytes(b"no picture"), "red/5.png: not a readable image"),
+])
+def test_bad_folders_are_refused_in_one_line(tiles, damage, message):
+    damage(tiles / "red")
     with pytest.raises(ValueError) as e:
         eval_slides.load(keys(tiles))
     assert message in str(e.value) and "\n" not in str(e.value)
 
 
 def test_folders_and_tables_that_are_not_there(tmp_path, tiles):
-    with pytest.raises(ValueError, match="nowhere: no such folder"):
-        eval_slides.load(keys(tmp_path / "nowhere"))
     (tmp_path / "flat").mkdir()
-    with pytest.raises(ValueError, match="flat: nothing as class folders"):
-        eval_slides.load(keys(tmp_path / "flat"))
-    with pytest.raises(ValueError, match="nowhere.csv: not a readable csv"):
-        eval_slides.load(keys(tiles, groups=str(tmp_path / "nowhere.csv")))
+    for config, message in ((keys(tmp_path / "flat"), "flat: nothing as class folders"),
+                            (keys(tiles, groups=str(tmp_path / "nowhere.csv")), "nowhere.csv: not a readable csv")):
+        with pytest.raises(ValueError, match=message):
+            eval_slides.load(config)
 
 
 def test_scikit_learn_is_needed_for_made_folds_alone(tiles, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.model_selection", None)
-    eval_slides.load(keys(tiles))
+    samples_of(keys(tiles))
     (tiles / "groups.csv").unlink()
     with pytest.raises(ValueError, match="pip install scikit-learn, or give groups.csv a column fold"):
-        eval_slides.load(keys(tiles))
+        samples_of(keys(tiles))
 
 
 def test_features_that_are_not_finite(tiles):
-    data = eval_slides.load(keys(tiles))
     with pytest.raises(ValueError, match="features of 24 of 24 images are not finite"):
-        eval_slides.score(keys(tiles), data, Colours(), (float("nan"),) * 3, HALF[1])
+        row_of(keys(tiles), Colours(), mean=(float("nan"),) * 3)
 
 
 # real tiles
@@ -387,15 +385,12 @@ def test_osteosarcoma_tiles(tmp_path, monkeypatch, capsys):
     toy = model.ViT(replace(model.ARCHS["toy"], layerscale=1.0))
     cases = osteosarcoma(tmp_path / "three", two_classes=False, by_case=True)
     with pytest.raises(ValueError, match=r"groups \(patients\) of class Non-Viable-Tumor: 2; 3 are needed"):
-        eval_slides.load(keys(cases))
+        samples_of(keys(cases))
     for folder, groups, folds in ((osteosarcoma(tmp_path / "two", True, True), 4, 3),
                                   (osteosarcoma(tmp_path / "blocks", False, False), 26, 5)):
-        c = keys(folder, input_px=224)
-        data = eval_slides.load(c)
         for backbone in (toy, Colours()):
-            start = time.time()
-            row = eval_slides.score(c, data, backbone, *model.NORMS["imagenet"])
-            print({k: v for k, v in row.items() if k != "image_dir"}, f"{time.time() - start:.1f} s")
+            row = row_of(keys(folder, input_px=224), backbone, *model.NORMS["imagenet"])
+            print({k: v for k, v in row.items() if k != "image_dir"})
             assert (row["images"], row["groups"], len(row["folds"])) == (60, groups, folds)
             assert len(row["classes"]) == (2 if folds == 3 else 3) and 0 < row["balanced"] < 1
             assert 0.02 < row["se_groups"] < 0.3
