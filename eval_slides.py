@@ -46,7 +46,7 @@ class Samples(NamedTuple):
 
 
 def find_samples(image_dir, groups=""):
-    """The Samples of a folder with a subfolder per class; groups is a csv, "" for groups.csv in it. Raises ValueError."""
+    """The Samples of a folder with a subfolder per class; groups is a csv, "" = groups.csv in it. Raises ValueError."""
     files, labels, classes = find_images(image_dir)
     table, patients, folds = groups or os.path.join(image_dir, "groups.csv"), files, None
     if groups or os.path.exists(table):
@@ -170,8 +170,8 @@ def standard_error(predicted, labels, groups):
     Standard error of the heads' mean balanced accuracy over groups; predicted is (R, n).
 
     It is the delete-one-group jackknife, sqrt((G - 1) / G sum_g (s_g - mean s)^2) with s_g the score without group g
-    (Tukey 1958), which errs upwards (Efron and Stein 1981). Nothing is drawn, and no class is ever absent. It covers the
-    choice of patients to test, not the choice of patients to train on.
+    (Tukey 1958), which errs upwards (Efron and Stein 1981). Nothing is drawn, and no class is ever absent. It covers
+    the choice of patients to test, not the choice of patients to train on.
     """
     onehot = F.one_hot(labels).double()  # (n, C)
     share = (predicted == labels).double().mean(0)  # of the heads that are right
