@@ -187,7 +187,7 @@ def test_an_archive_with_another_md5_is_not_unzipped(server, tmp_path, run):
     ("", "all 400 images are there"),
     ("flipped bit", "damaged (Bad CRC-32"),
     ("cut short", "damaged (File is not"),
-    ("missing", "Invasive: 99 of 100 images, iv007.tif missing"),
+    ("missing", "Invasive: 99 of 100 images, iv007.tif is missing"),
     ("absent", "No such file"),
 ])
 def test_an_archive_that_you_have_gives_all_images_or_none(tmp_path, run, trouble, says):
