@@ -108,9 +108,12 @@ def resize(image, h, w):
 
 def shrink(image, px=SIZE):
     """uint8 (3, H, W) -> (3, px, px), bit-equal to torchvision's v2 Resize(px, antialias=True) and CenterCrop(px)."""
-    short, long = sorted(image.shape[1:])
-    h, w = (px if side == short else int(px * long / short) for side in image.shape[1:])
-    top, left = round((h - px) / 2), round((w - px) / 2)
+    _, h, w = image.shape
+    short, long = sorted((h, w))
+    long_px = int(px * long / short)
+    h, w = (px if side == short else long_px for side in (h, w))
+    top = round((h - px) / 2)
+    left = round((w - px) / 2)
     return resize(image, h, w)[:, top : top + px, left : left + px]
 
 
@@ -130,16 +133,16 @@ def read_image(path, view=View(), mpp=BACH_MPP):
         reason = " ".join(f"{type(e).__name__}: {e}".split())
         raise ValueError(f"{path}: not a readable image ({reason}); fetch or unzip it again") from e
     height, width, _ = pixels.shape
-    image, size = torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), f"{width}x{height} px"
+    size = f"{width}x{height} px"
+    image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     if not view.mpp:
         return shrink(image, view.px), size
     scale = mpp / view.mpp
     if scale > 1.03:
-        raise ValueError(f"{path}: --mpp={view.mpp:g} is finer than the image's {mpp:g} um/px; give {mpp:g} or more")
+        raise ValueError(f"{path}: --mpp={view.mpp:g} is finer than the image's {mpp:g} um/px")
     h, w = round(height * scale), round(width * scale)
     if min(h, w) < view.px:
-        raise ValueError(f"{path}: {w}x{h} px at {view.mpp:g} um/px, smaller than a tile of {view.px} px; give a "
-                         "smaller --mpp or --input_px, or --views=resize")
+        raise ValueError(f"{path}: {w}x{h} px at --mpp={view.mpp:g}, smaller than a tile of --input_px={view.px}")
     return resize(image, h, w), size
 
 
@@ -161,7 +164,7 @@ def load_pixels(bach_dir, view=View(), mpp=0.0):
     images, sizes = load_images(paths, view, mpp or BACH_MPP)
     for path, size in zip(paths, sizes):
         if size != sizes[0]:
-            raise ValueError(f"{path}: {size}, but {os.path.basename(paths[0])} has {sizes[0]}; {REMEDY}")
+            raise ValueError(f"{path}: {size}, unlike the first image's {sizes[0]}; {REMEDY}")
     if not view.mpp:
         return torch.stack(images)
     if not mpp and sizes[0] != BACH_SIZE:
@@ -173,9 +176,12 @@ def tiles(image, px):
     """uint8 (3, h, w) -> (T, 3, px, px): the fewest tiles that cover it, evenly spaced; one for an image of px x px."""
     starts = []
     for side in image.shape[1:]:
-        n = math.ceil(side / px)
-        starts.append([round(i * (side - px) / max(n - 1, 1)) for i in range(n)])
-    return torch.stack([image[:, y : y + px, x : x + px] for y in starts[0] for x in starts[1]])
+        last = math.ceil(side / px) - 1
+        starts.append([round(i * (side - px) / max(last, 1)) for i in range(last + 1)])
+    found = []
+    for y in starts[0]:
+        found += [image[:, y : y + px, x : x + px] for x in starts[1]]
+    return torch.stack(found)
 
 
 @torch.no_grad()
@@ -189,13 +195,16 @@ def embed(backbone, pixels, mean, std, device, view=View(), batch_size=64):
     features. Repeats fill up the last round, because a sharded backbone needs equally many forward calls on all ranks.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = (torch.arange(math.ceil(len(pixels) / world)) * world + rank) % len(pixels)
-    mean, std = (torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1) for v in (mean, std))
+    rounds = math.ceil(len(pixels) / world)
+    mine = (torch.arange(rounds) * world + rank) % len(pixels)
+    mean = torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1)
+    std = torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
     training = [m for m in backbone.modules() if m.training]
     most = max(len(tiles(image, view.px)) for image in pixels)  # per image
 
     def forward(x):
-        out = backbone((x.to(device).float() * (1 / 255) - mean) / std)
+        x = x.to(device).float() * (1 / 255)
+        out = backbone((x - mean) / std)
         cls = out["cls"].float()
         return torch.cat([cls, out["patches"].float().mean(1)], 1) if view.concat else cls
 
@@ -204,8 +213,9 @@ def embed(backbone, pixels, mean, std, device, view=View(), batch_size=64):
     try:
         for batch in mine.split(max(batch_size // most, 1)):
             cut = [tiles(pixels[i], view.px) for i in batch]
-            of_tiles = torch.cat([forward(part) for part in torch.cat(cut).split(batch_size)])
-            features += [part.mean(0) for part in of_tiles.split([len(c) for c in cut])]
+            parts = torch.cat(cut).split(batch_size)
+            of_tiles = torch.cat([forward(part) for part in parts])
+            features += [of_image.mean(0) for of_image in of_tiles.split([len(c) for c in cut])]
     finally:
         for m in training:
             m.training = True
@@ -232,9 +242,11 @@ def collapse_metrics(features):
     x = features.double()
     s = torch.linalg.svdvals(x - x.mean(0))
     s = s[s > x.norm() * max(x.shape) * torch.finfo(torch.float32).eps]  # below: rounding noise around one point
-    p, z = s / s.sum(), F.normalize(x, dim=1)
+    p = s / s.sum()
+    entropy = (-p * p.log()).sum()
+    z = F.normalize(x, dim=1)
     pairs = z.sum(0).square().sum() - z.square().sum()
-    return {"effective_rank": float((-p * p.log()).sum().exp()), "mean_cosine": float(pairs / (len(x) * (len(x) - 1)))}
+    return {"effective_rank": float(entropy.exp()), "mean_cosine": float(pairs / (len(x) * (len(x) - 1)))}
 
 
 def recalls(predicted, labels):
@@ -262,10 +274,13 @@ def knn(features, labels, train_index, test_index):
     kNN (Wu et al. 2018). Nothing is trained or selected.
     """
     z = F.normalize(features, dim=1)
-    onehot, predicted = F.one_hot(labels)[train_index], []
+    onehot = F.one_hot(labels)[train_index]
+    predicted = []
     for part in torch.as_tensor(test_index).split(1024):
-        near = (z[part] @ z[train_index].T).topk(min(NEIGHBOURS, len(train_index)), 1)
-        votes = onehot[near.indices] * (near.values / KNN_TEMP).exp()[..., None]  # (n_test, k, C)
+        cosines = z[part] @ z[train_index].T
+        near = cosines.topk(min(NEIGHBOURS, len(train_index)), 1)
+        weights = (near.values / KNN_TEMP).exp()
+        votes = onehot[near.indices] * weights[..., None]  # (n_test, k, C)
         predicted.append(votes.sum(1).argmax(1))
     return torch.cat(predicted)
 
@@ -284,7 +299,8 @@ def one_thread():
 def heads_loss(heads, x, y, batch):
     """Sum of the cross entropies of heads (R, C, D+1), each the mean over its row of batch (R, B), indices into x."""
     if len(x) <= 4 * BATCH:  # every head scores all of x: at this N it is cheaper than gathering R batches
-        losses = F.cross_entropy(heads @ x.T, y.expand(len(heads), -1), reduction="none").gather(1, batch)
+        of_all = F.cross_entropy(heads @ x.T, y.expand(len(heads), -1), reduction="none")
+        losses = of_all.gather(1, batch)
     else:
         losses = F.cross_entropy(heads @ x[batch].mT, y[batch], reduction="none")
     return losses.mean(1).sum()  # (R, B)
@@ -303,13 +319,16 @@ def fit_heads(features, labels, train_index, val_index, runs, seed, max_steps):
     x, y = everything[train_index], labels[train_index]
     x_val, y_val = everything[val_index], labels[val_index]
     generators = [torch.Generator().manual_seed(seed + r) for r in range(runs)]
-    bound, shape = features.shape[1] ** -0.5, (int(labels.max()) + 1, x.shape[1])
+    bound = features.shape[1] ** -0.5
+    shape = int(labels.max()) + 1, x.shape[1]
     heads = [torch.empty(shape, dtype=x.dtype).uniform_(-bound, bound, generator=g) for g in generators]
     heads = torch.stack(heads).requires_grad_()  # (R, C, D+1)
     optimizer = torch.optim.AdamW([heads], lr=LR, weight_decay=WEIGHT_DECAY)
     epochs = max_steps // math.ceil(len(x) / BATCH)
-    balanced, predicted = torch.zeros(epochs, runs), torch.zeros(runs, len(features), dtype=torch.long)
-    best, best_epoch = torch.full((runs,), -1.0), torch.zeros(runs, dtype=torch.long)
+    balanced = torch.zeros(epochs, runs)
+    predicted = torch.zeros(runs, len(features), dtype=torch.long)
+    best = torch.full((runs,), -1.0)
+    best_epoch = torch.zeros(runs, dtype=torch.long)
     for epoch in range(epochs):
         optimizer.param_groups[0]["lr"] = LR * WARM_FACTOR if epoch < WARM_EPOCHS else LR
         order = torch.stack([torch.randperm(len(x), generator=g) for g in generators])  # (R, N)
@@ -322,7 +341,8 @@ def fit_heads(features, labels, train_index, val_index, runs, seed, max_steps):
         stopped = epoch - best_epoch > PATIENCE  # trains on with the others, but what it gains does not count
         better = (balanced[epoch] > best) & ~stopped
         if better.any():
-            best[better], best_epoch[better] = balanced[epoch, better], epoch
+            best[better] = balanced[epoch, better]
+            best_epoch[better] = epoch
             predicted[better] = (trained @ everything.T).argmax(1)[better]
         if (epoch - best_epoch >= PATIENCE).all():
             break
@@ -341,7 +361,7 @@ def probe(features, labels, train_index, val_index, runs=RUNS, seed=SEED, max_st
     bach: mean over heads of the best balanced accuracy on val_index; std: its sample deviation; seeds: the values;
     accuracy (plain), recall (per class) and confusion (rows are true classes): at the same epochs, mean or sum over
     heads; plateau: mean balanced accuracy over the last fifth of each head's epochs; epochs: the number of these;
-    protocol: rows that differ in it cannot be compared. It takes at most 6 s at D = 128 and 20 s at 1536 on one core.
+    protocol: rows that differ in it cannot be compared. It takes at most 7 s at D = 128 and 20 s at 1536 on one core.
     """
     balanced, best, predicted = fit_heads(features, labels, train_index, val_index, runs, seed, max_steps)
     predicted, truth = predicted[:, val_index], labels[val_index]
@@ -389,10 +409,12 @@ COLUMNS = ("bach", "balanced", "std", "se_groups", "plateau", "clean", "accuracy
 
 
 def table(rows):
-    keys, width = [k for k in COLUMNS if k in rows[0]], max(len(row["weights"]) for row in rows)
-    lines = [f"{'weights':{width}}" + "".join(f"{k:>11}" for k in keys)]
+    keys = [key for key in COLUMNS if key in rows[0]]
+    width = max(len(row["weights"]) for row in rows)
+    lines = ["weights".ljust(width) + "".join(key.rjust(11) for key in keys)]
     for row in rows:
-        lines.append(f"{row['weights']:{width}}" + "".join(f"{row[k]:11.4f}" for k in keys))
+        numbers = [f"{row[key]:11.4f}" for key in keys]
+        lines.append(row["weights"].ljust(width) + "".join(numbers))
     return "\n".join(lines)
 
 
@@ -401,17 +423,18 @@ def view_of(config):
         raise ValueError(f"views = {config['views']!r}; known: 'resize' (eva's), 'tiles'")
     if config["input_px"] <= 0 or config["mpp"] <= 0:
         raise ValueError(f"input_px = {config['input_px']}, mpp = {config['mpp']}: both must be more than 0")
-    return View(config["input_px"], config["mpp"] if config["views"] == "tiles" else 0.0, config["concat"])
+    mpp = config["mpp"] if config["views"] == "tiles" else 0.0
+    return View(config["input_px"], mpp, config["concat"])
 
 
 def weight_files(config):
     """[(file, norm)] of the weights in config; norm None = as the file states. ValueError for keys that do not fit."""
     files = [file.strip() for file in config["weights"].split(",") if file.strip()]
-    norms = config["norm"].split(",") if isinstance(config["norm"], str) else [config["norm"]]
+    norm = config["norm"]
+    norms = [name.strip() or None for name in norm.split(",")] if isinstance(norm, str) else [norm]
     if not files or len(norms) not in (1, len(files)):
         raise ValueError(f"weights, norm: {len(files)} files, {len(norms)} norms; give --weights=FILE, several with "
                          "commas between, and one norm for all or one for each")
-    norms = [norm.strip() or None if isinstance(norm, str) else norm for norm in norms]
     for norm in norms:
         model.norm_values(norm)
     return list(zip(files, norms * (len(files) // len(norms))))

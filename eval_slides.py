@@ -55,7 +55,8 @@ def find_samples(image_dir, groups=""):
         print(f"{image_dir}: no groups.csv, so each image is its own group; images of one patient may be on both sides "
               "of a split, which flatters", flush=True)
     numbers = {name: i for i, name in enumerate(sorted(set(patients)))}
-    labels, groups = torch.tensor(labels), torch.tensor([numbers[name] for name in patients])
+    labels = torch.tensor(labels)
+    groups = torch.tensor([numbers[name] for name in patients])
     return Samples(files, labels, classes, groups, find_folds(image_dir, labels, classes, groups, folds))
 
 
@@ -63,7 +64,8 @@ def find_images(image_dir):
     """Files as class/name, their labels, and the classes. Hidden names and what macOS leaves in zips do not count."""
     if not os.path.isdir(image_dir):
         raise ValueError(f"image_dir={image_dir}: no such folder")
-    classes = sorted(e.name for e in os.scandir(image_dir) if e.is_dir() and e.name[0] != "." and e.name != "__MACOSX")
+    folders = [e.name for e in os.scandir(image_dir) if e.is_dir()]
+    classes = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
     if len(classes) < 2:
         raise ValueError(f"image_dir={image_dir}: {' '.join(classes) or 'nothing'} as class folders; put the images of "
                          "each of two or more classes in a subfolder of its own")
@@ -112,7 +114,9 @@ def read_groups(path, files):
         raise ValueError(f"{path}: {len(missing)} of {len(files)} images are not listed, such as {missing[0]}; add "
                          "them or move them away")
     patients = [patients[file] for file in files]
-    return patients, check_folds(path, patients, [int(folds[file]) for file in files]) if "fold" in columns else None
+    if "fold" not in columns:
+        return patients, None
+    return patients, check_folds(path, patients, [int(folds[file]) for file in files])
 
 
 def check_folds(path, patients, folds):
@@ -130,7 +134,9 @@ def check_folds(path, patients, folds):
 
 def find_folds(image_dir, labels, classes, groups, folds):
     """Folds (n,): the given ones, or made if None. ValueError if a class has too few groups or none to train on."""
-    fewest, name = min((len(groups[labels == label].unique()), name) for label, name in enumerate(classes))
+    counts = [len(groups[labels == label].unique()) for label in range(len(classes))]
+    fewest = min(counts)
+    name = classes[counts.index(fewest)]
     if fewest < 3:
         raise ValueError(f"image_dir={image_dir}: groups (patients) of class {name}: {fewest}; 3 are needed, to train, "
                          "select and test; add patients, or merge or drop the class")
@@ -151,7 +157,8 @@ def make_folds(labels, groups, k):
     except ImportError:
         raise ValueError("to make folds: pip install scikit-learn, or give groups.csv a column fold") from None
     folds = torch.empty_like(labels)
-    for f, (_, test) in enumerate(StratifiedGroupKFold(k).split(labels, labels.numpy(), groups.numpy())):
+    parts = StratifiedGroupKFold(k).split(labels, labels.numpy(), groups.numpy())
+    for f, (_, test) in enumerate(parts):
         folds[torch.from_numpy(test)] = f
     assert len(folds.unique()) == k, folds.bincount()
     return folds
@@ -179,7 +186,8 @@ def standard_error(predicted, labels, groups):
     of_group = counts.new_zeros(2, int(groups.max()) + 1, onehot.shape[1]).index_add_(1, groups, counts)
     hits, images = of_group.sum(1, keepdim=True) - of_group  # (G, C) without group g
     s = (hits / images).mean(1)
-    return ((s - s.mean()).square().sum() * (len(s) - 1) / len(s)).sqrt().item()
+    squares = (s - s.mean()).square().sum()
+    return (squares * (len(s) - 1) / len(s)).sqrt().item()
 
 
 def simple_shot(x, support, query):
@@ -202,24 +210,30 @@ def simple_shot(x, support, query):
 def few_shot(features, labels, folds, shots):
     """Balanced accuracy for each of SUPPORT_SETS draws; the support of an image comes from outside its fold."""
     x = features - features.mean(0)  # simple_shot centres anyway, but a direction common to all would cost it digits
-    predicted, generator = torch.empty(SUPPORT_SETS, len(x), dtype=torch.long), torch.Generator().manual_seed(SEED)
+    predicted = torch.empty(SUPPORT_SETS, len(x), dtype=torch.long)
+    generator = torch.Generator().manual_seed(SEED)
     for train, selection, test in splits(folds):
         outside = torch.cat([train, selection])
         pools = [outside[labels[outside] == label] for label in range(int(labels.max()) + 1)]
         for rows in predicted.split(CHUNK):
-            draws = [pool[torch.rand(len(rows), len(pool), generator=generator).topk(shots).indices] for pool in pools]
-            rows[:, test] = simple_shot(x, torch.stack(draws, 1), x[test])
+            support = []
+            for pool in pools:
+                drawn = torch.rand(len(rows), len(pool), generator=generator).topk(shots).indices
+                support.append(pool[drawn])
+            rows[:, test] = simple_shot(x, torch.stack(support, 1), x[test])
     return eval_bach.balanced_accuracy(predicted, labels)
 
 
 def probe(features, labels, groups, folds):
     """Scores of features (n, D), each sample's by heads, neighbours and support sets outside its fold; see score."""
-    predicted, neighbours = torch.empty(RUNS, len(labels), dtype=torch.long), torch.empty(1, len(labels)).long()
+    predicted = torch.empty(RUNS, len(labels), dtype=torch.long)
+    neighbours = torch.empty(1, len(labels), dtype=torch.long)
     by_fold, shots = [], SHOTS
     for train, selection, test in splits(folds):
         _, _, classes = eval_bach.fit_heads(features, labels, train, selection, RUNS, SEED, MAX_STEPS)
         predicted[:, test] = classes[:, test]
-        by_fold.append(eval_bach.balanced_accuracy(classes[:, test], labels[test]).mean().item())
+        balanced = eval_bach.balanced_accuracy(classes[:, test], labels[test])
+        by_fold.append(balanced.mean().item())
         outside = torch.cat([train, selection])
         neighbours[:, test] = eval_bach.knn(features, labels, outside, test)
         shots = min(shots, int(labels[outside].bincount().min()))
@@ -250,8 +264,8 @@ def score(config, samples, features, view):
     row = probe(features, labels, groups, folds)
     if row["shots"] < SHOTS:
         print(f"{image_dir}: shot16 has {row['shots']} shots, the images that a class has outside some fold")
-    listed = "".join(f"{file},{fold}\n" for file, fold in zip(files, folds.tolist()))
-    checksum = hashlib.sha256(listed.encode()).hexdigest()[:8]
+    listed = [f"{file},{fold}\n" for file, fold in zip(files, folds.tolist())]
+    checksum = hashlib.sha256("".join(listed).encode()).hexdigest()[:8]
     scale = f" from {config['image_mpp']:g}" if view.mpp else ""
     row["protocol"] = (
         f"folder: {view}{scale}, {n} images of {G} groups in {len(row['folds'])} folds, files and folds {checksum}, "

@@ -96,7 +96,7 @@ def test_odd_size_and_damaged_file(bach):
     good = path.read_bytes()
     path.unlink()
     Image.new("RGB", (64, 50)).save(path)
-    with pytest.raises(ValueError, match="iv033.tif: 64x50 px, but b001.tif has 64x48 px"):
+    with pytest.raises(ValueError, match="iv033.tif: 64x50 px, unlike the first image's 64x48 px"):
         eval_bach.load_pixels(bach)
     for damaged in (good[: len(good) // 2], b"not an image", b""):
         path.write_bytes(damaged)
@@ -499,7 +499,7 @@ class Both(nn.Module):
 
 @pytest.mark.parametrize("view, message", [
     (eval_bach.View(14, 0.3), "--mpp=0.3 is finer than the image's 0.42 um/px"),
-    (eval_bach.View(224, 0.5), "b001.tif: 54x40 px at 0.5 um/px, smaller than a tile of 224 px")])
+    (eval_bach.View(224, 0.5), "b001.tif: 54x40 px at --mpp=0.5, smaller than a tile of --input_px=224")])
 def test_tiles_that_the_images_do_not_hold(bach_template, view, message):
     with pytest.raises(ValueError, match=message):
         eval_bach.load_pixels(bach_template, view, 0.42)
