@@ -327,7 +327,7 @@ def test_bad_tables_are_refused_in_one_line(tiles, lines, message):
     (lambda red: [file.unlink() for file in red.glob("[0-9]*")], "red: no .jpg .jpeg .png .tif .tiff in this class"),
     (lambda red: (red / "more").mkdir(), "red/more: a folder in a class folder would be left out; move its images up"),
     (lambda red: red.rename(red.parent.parent / "red"), "green as class folders; put the images of each of"),
-    (lambda red: [(red.parent / c).rename(red.parent.parent / c) for c in ("red", "green")], "nothing as class folders"),
+    (lambda red: [(red.parent / c).rename(red.parent.parent / c) for c in ("red", "green")], "nothing as class"),
     (lambda red: (red / "5.png").write_bytes(b"no picture"), "red/5.png: not a readable image"),
 ])
 def test_bad_folders_are_refused_in_one_line(tiles, damage, message):
