@@ -361,7 +361,7 @@ def probe(features, labels, train_index, val_index, runs=RUNS, seed=SEED, max_st
     bach: mean over heads of the best balanced accuracy on val_index; std: its sample deviation; seeds: the values;
     accuracy (plain), recall (per class) and confusion (rows are true classes): at the same epochs, mean or sum over
     heads; plateau: mean balanced accuracy over the last fifth of each head's epochs; epochs: the number of these;
-    protocol: rows that differ in it cannot be compared. It takes at most 7 s at D = 128 and 20 s at 1536 on one core.
+    protocol: rows that differ in it cannot be compared. It takes at most 10 s at D = 128 and 20 s at 1536 on one core.
     """
     balanced, best, predicted = fit_heads(features, labels, train_index, val_index, runs, seed, max_steps)
     predicted, truth = predicted[:, val_index], labels[val_index]
