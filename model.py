@@ -238,8 +238,11 @@ class Rope(nn.Module):
 
 
 def rotate(x, sin, cos):
-    """Rotate the patches of x (B, heads, N, head_dim) in fp32. Class token and registers in front stay."""
-    N = len(sin)
+    """
+    Rotate the last N tokens of x (B, heads, tokens, head_dim) in fp32. Class token and registers in front stay. sin and
+    cos are (N, head_dim), or (B, 1, N, head_dim) where every crop has positions of its own (context.py).
+    """
+    N = sin.shape[-2]
     prefix, patches = x.split([x.shape[2] - N, N], dim=2)
     p = patches.float()
     a, b = p.chunk(2, dim=-1)
