@@ -1,38 +1,54 @@
 """
-A frozen tile encoder scored on labelled tiles of your own, by patient.
+Frozen features scored on your own labels, by patient: labelled tiles, labelled slides, or labelled places of slides.
 
-    python eval_slides.py --weights=out/run/teacher/5000.pth --image_dir=data/crc     # the last line is one JSON object
-    python eval_slides.py --weights=a.pth,b.pth --image_dir=data/crc --views=tiles --mpp=0.5 --image_mpp=0.25
+    python eval_slides.py --image_dir=data/crc --weights=out/run/teacher/5000.pth     # tiles; several: a.pth,b.pth
+    python eval_slides.py --features=data/features_1.0 --context=data/context --labels=labels.csv   # slides
+    python eval_slides.py --features=data/features_1.0 --context=data/context --places=places.csv   # places
 
-data: {image_dir}/{class}/*.{jpg,jpeg,png,tif,tiff} of any size. {image_dir}/groups.csv or --groups=FILE says which
+The last line is one JSON object. No sample has a say in its own score, and each patient is in one fold only.
+
+Tiles: {image_dir}/{class}/*.{jpg,jpeg,png,tif,tiff} of any size. {image_dir}/groups.csv or --groups=FILE says which
 patient each image is from:
 
     file,patient,fold          class/name, or the name alone where only one class has it
     tumor/a_001.png,P01,0      fold is optional, a published split; without it we make 5 folds (needs scikit-learn)
 
-Fold f tests, fold f + 1 stops and selects the heads, and the others train. No image has a say in its own score, and
-each patient is in one fold only. Read `balanced` with `se_groups`, its standard error over patients, which is a rough
-guess below ten of them. std is the deviation over the seeds of the heads and says nothing about other patients.
+Fold f tests, fold f + 1 stops and selects the heads, and the others train. Read `balanced` with `se_groups`, its
+standard error over patients, which is a rough guess below ten of them. std is the deviation over the seeds of the
+heads and says nothing about other patients.
+
+Slides and places: labels.csv has slide,patient,label, places.csv also x,y, a tile's centre in level-0 px; time,event
+instead of label ask for survival; fold is optional. Does context help? Each row is compared with the mean of raw
+features (places: with the raw feature) by a bootstrap over patients; "none" marks a difference whose 95 % interval
+holds 0. With --encoder=FILE the table has two controls: the same encoder untrained, and trained but shown shuffled
+coordinates when it is tested. A gain that they have too is not learnt context.
 """
 import csv
 import hashlib
+import json
 import os
 import statistics
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import eval_bach
+import wsi
 from configurator import configure
+from context import embed_slide, load_encoder, random_encoder
+from places import files_of, open_features
 
 # ---- the protocol, with that of the heads in eval_bach.py: changing any of these invalidates earlier rows ------------
 FOLDS = 5                       # fewer where a class has fewer groups, at least 3
 SHOTS, SUPPORT_SETS = 16, 1000  # images per class, and how often they are drawn
 RUNS, SEED, MAX_STEPS = eval_bach.RUNS, eval_bach.SEED, eval_bach.MAX_STEPS
 CHUNK = 20                      # support sets drawn at a time, which bounds the memory
+DRAWS = 1000                    # of patients, in the bootstrap
 # ----------------------------------------------------------------------------------------------------------------------
 TYPES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+CONTEXT, RANDOM, SHUFFLED = "raw, context", "raw, untrained context", "raw, shuffled context"  # rows of the table
 
 
 class Samples(NamedTuple):
@@ -83,16 +99,22 @@ def find_images(image_dir):
     return files, labels, classes
 
 
-def read_groups(path, files):
-    """The patient of each of files, and their folds counted from 0, or None if the csv has no such column."""
+def read_csv(path, needed):
+    """(columns, [(line, {column: text})]) of a csv in UTF-8 that has the needed columns. Raises ValueError."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             table = csv.DictReader(f, skipinitialspace=True)
             lines, columns = [(table.line_num, row) for row in table], table.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f"{path}: not a readable csv in UTF-8 ({e})") from e
-    if not {"file", "patient"} <= set(columns):
-        raise ValueError(f"{path}: its columns are {columns}; the first line must be file,patient or file,patient,fold")
+    if not set(needed) <= set(columns):
+        raise ValueError(f"{path}: its columns are {columns}; the first line must be {','.join(needed)}, and more")
+    return columns, [(line, {key: (row[key] or "").strip() for key in columns}) for line, row in lines]
+
+
+def read_groups(path, files):
+    """The patient of each of files, and their folds counted from 0, or None if the csv has no such column."""
+    columns, lines = read_csv(path, ("file", "patient"))
     full_names = {}  # of a full name or a bare one
     for file in files:
         full_names.setdefault(file, []).append(file)
@@ -119,16 +141,15 @@ def read_groups(path, files):
     return patients, check_folds(path, patients, [int(folds[file]) for file in files])
 
 
-def check_folds(path, patients, folds):
-    """The folds counted from 0. ValueError if there are too few, or if a patient is in two of them."""
+def check_folds(path, patients, folds, least=3):
+    """The folds counted from 0. ValueError if there are fewer than `least`, or if a patient is in two of them."""
     home, numbers = {}, sorted(set(folds))
     for patient, fold in zip(patients, folds):
         if home.setdefault(patient, fold) != fold:
             raise ValueError(f"{path}: patient {patient} is in folds {home[patient]} and {fold}; put all images of a "
                              "patient in one fold")
-    if len(numbers) < 3:
-        raise ValueError(f"{path}: the folds are {numbers}; give at least 3 (to train, select and test), or leave the "
-                         "column out")
+    if len(numbers) < least:
+        raise ValueError(f"{path}: the folds are {numbers}; give at least {least}, or leave the column out")
     return [numbers.index(fold) for fold in folds]
 
 
@@ -150,14 +171,15 @@ def find_folds(image_dir, labels, classes, groups, folds):
     return folds
 
 
-def make_folds(labels, groups, k):
-    """k folds (n,) of whole groups with like shares of the classes; no randomness. ValueError without scikit-learn."""
+def make_folds(labels, groups, k, seed=None):
+    """k folds (n,) of whole groups with like shares of the classes; seed None draws nothing. Needs scikit-learn."""
     try:
         from sklearn.model_selection import StratifiedGroupKFold
     except ImportError:
         raise ValueError("to make folds: pip install scikit-learn, or give groups.csv a column fold") from None
     folds = torch.empty_like(labels)
-    parts = StratifiedGroupKFold(k).split(labels, labels.numpy(), groups.numpy())
+    splitter = StratifiedGroupKFold(k, shuffle=seed is not None, random_state=seed)
+    parts = splitter.split(labels, labels.numpy(), groups.numpy())
     for f, (_, test) in enumerate(parts):
         folds[torch.from_numpy(test)] = f
     assert len(folds.unique()) == k, folds.bincount()
@@ -285,7 +307,401 @@ def load(config):
     return pixels, lambda features, view: score(config, samples, features, view)
 
 
+# ---- labelled slides and places, from features ----------------------------------------------------------------------
+
+
+class Labels(NamedTuple):
+    """What is known of n labelled slides, or places of slides, before any feature is read."""
+
+    slides: list          # n names of feature files
+    where: np.ndarray     # float (n, 2), centres of places in level-0 px; (n, 0) for slides
+    labels: torch.Tensor  # (n,) indices into classes; of survival, whether the event was seen
+    classes: list         # C names, sorted
+    groups: torch.Tensor  # (n,) 0 .. G - 1, one per patient
+    patients: list        # G names, sorted
+    folds: torch.Tensor   # (repeats, n)
+    time: np.ndarray      # float (n,), of survival; else zeros
+
+
+def find_labels(config, files):
+    """The Labels of the csv in config; `files` are the slides that have features. Raises ValueError."""
+    path, column = config["places"] or config["labels"], config["label"]
+    columns, lines = read_csv(path, ("slide", "patient"))
+    survival = {"time", "event"} <= set(columns)
+    column = "event" if survival else column
+    kept = ["x", "y"] if config["places"] else []
+    if missing := {column, *kept} - set(columns):
+        raise ValueError(f"{path}: there is no column {min(missing)} among {columns}; --label names the labels' column")
+    absent = sorted({row["slide"] for _, row in lines} - set(files))
+    if absent:
+        print(f"{path}: {len(absent)} slides have no features, such as {absent[0]}: left out")
+    lines = [(line, row) for line, row in lines if row["slide"] in files]
+    rows = [row for _, row in lines]
+    slides = [row["slide"] for row in rows]
+    if unlabelled := sorted(set(files) - set(slides)):
+        print(f"{path}: {len(unlabelled)} slides with features have no label, such as {unlabelled[0]}: left out")
+    for line, row in lines:
+        if not row["patient"] or not row[column]:
+            raise ValueError(f"{path}, line {line}: patient '{row['patient']}', {column} '{row[column]}'; give both")
+        if not kept and slides.count(row["slide"]) > 1:
+            raise ValueError(f"{path}, line {line}: slide {row['slide']} is listed twice; delete one of the lines")
+    classes = sorted({row[column] for row in rows})
+    patients = sorted({row["patient"] for row in rows})
+    if len(classes) < 2:
+        raise ValueError(f"{path}: {' '.join(classes) or 'no class'} in column {column}; 2 or more are needed")
+    labels = torch.tensor([classes.index(row[column]) for row in rows])
+    groups = torch.tensor([patients.index(row["patient"]) for row in rows])
+    if "fold" in columns:
+        given = check_folds(path, [row["patient"] for row in rows], [int(row["fold"]) for row in rows], least=2)
+        folds = torch.tensor([given])
+    else:
+        fewest = min(len(groups[labels == label].unique()) for label in range(len(classes)))
+        if fewest < 2:
+            raise ValueError(f"{path}: a class of {column} has one patient only; train and test need one each")
+        seeds = range(SEED, SEED + config["repeats"])
+        folds = torch.stack([make_folds(labels, groups, min(fewest, FOLDS), seed) for seed in seeds])
+    check_classes(path, labels, classes, folds)
+    where = np.array([[row[key] for key in kept] for row in rows], float)
+    time = np.array([row["time"] if survival else 0 for row in rows], float)
+    return Labels(slides, where, labels, classes, groups, patients, folds, time)
+
+
+def check_classes(path, labels, classes, folds):
+    """ValueError if a fold leaves no sample of a class to train on."""
+    for split in folds:
+        for f in split.unique().tolist():
+            if absent := set(range(len(classes))) - set(labels[split != f].tolist()):
+                raise ValueError(f"{path}: when fold {f} (from 0) tests, nothing of class {classes[min(absent)]} is "
+                                 "left to train on; give other folds")
+
+
+def check_unseen(found, header, allowed, pattern):
+    """ValueError if the encoder was trained on a slide of these patients: every one of them is tested in some fold."""
+    trained = {wsi.patient_of(name, pattern) for name in header["slides"]}
+    trained |= {patient for slide, patient in zip(found.slides, np.array(found.patients)[found.groups])
+                if slide in set(header["slides"])}
+    own = {wsi.patient_of(name, pattern) for name in found.slides} | set(found.patients)
+    if seen := sorted(trained & own):
+        text = f"the encoder was trained on slides of {len(seen)} of these patients, such as {seen[0]}"
+        if not allowed:
+            raise ValueError(f"{text}; train it without them (context.py --train_slides), or --allow_seen=true")
+        return text
+    return ""
+
+
+def neighbours(raw, centres):
+    """The mean of each 3 x 3 neighbourhood, of the places that there are: (N, D) from (N, D) and centres (N, 2)."""
+    from sklearn.neighbors import NearestNeighbors
+    if len(centres) < 2:
+        return raw
+    near = NearestNeighbors().fit(centres)
+    pitch = np.median(near.kneighbors(n_neighbors=1)[0])
+    graph = near.radius_neighbors_graph(centres, 1.5 * pitch)  # a place is in its own neighbourhood
+    return graph @ raw / np.asarray(graph.sum(1)).reshape(-1, 1)
+
+
+def readouts(raw, contexts, centres, places):
+    """{row of the table: (N, D') per place, or (D',) of the slide} from raw features and {row: context (N, D_c)}."""
+    near = neighbours(raw, centres)
+    beside = {name: np.concatenate([raw, own], 1) for name, own in contexts.items()}
+    if places:
+        return {"raw": raw, "raw, 3x3 mean": np.concatenate([raw, near], 1), **beside}
+    moments = np.concatenate([raw, near, near**2], 1)
+    pooled = {"mean": raw, "moments": moments, **beside}
+    return {"max": raw.max(0), **{name: own.mean(0) for name, own in pooled.items()}}
+
+
+def contexts_of(slide, stored, encoder, raw, centres):
+    """{row: context (N, D_c)}: as stored, and the controls of an encoder: (trained, untrained, its header)."""
+    found = {} if stored is None else {CONTEXT: np.asarray(stored, np.float32)}
+    if encoder:
+        trained, untrained, header, device = encoder
+        order = np.random.default_rng(SEED).permutation(len(raw))
+        found[RANDOM] = embed_slide(untrained, header, raw, centres, device)
+        found[SHUFFLED] = embed_slide(trained, header, raw, centres[order], device)
+    return found
+
+
+def read_slides(config, found):
+    """
+    ({row: (n, D')}, bags, text of the encoder). bags are [(raw (N, D), context (N, D_c) or None)] of slides, mapped
+    from disk; [] for places. A place is given to the nearest tile.
+    """
+    encoder, text = None, ""
+    if config["encoder"]:
+        net, header = load_encoder(config["encoder"])
+        text = check_unseen(found, header, config["allow_seen"], config["patient"])
+        encoder = net, random_encoder(header, SEED), header, config["device"]
+    files = files_of(config["features"])
+    stored = files_of(config["context"]) if config["context"] else {}
+    rows, bags, is_places = {}, [], found.where.shape[1] > 0
+    for slide in dict.fromkeys(found.slides):
+        features, centres, about = open_features(files[slide])
+        own = open_context(slide, stored, features) if stored else None
+        contexts = contexts_of(slide, own, encoder, features, centres)
+        vectors = readouts(np.asarray(features, np.float32), contexts, centres, is_places)
+        if is_places:
+            mine = [i for i, name in enumerate(found.slides) if name == slide]
+            nearest = nearest_tiles(slide, found.where[mine] * about["level0_mpp"], centres, about["pitch"])
+            vectors = {name: own[nearest] for name, own in vectors.items()}
+        else:
+            mine = [found.slides.index(slide)]
+            bags.append((features, own))
+        for name, own in vectors.items():
+            rows.setdefault(name, np.zeros((len(found.slides), own.shape[-1]), np.float32))[mine] = own
+    return rows, bags, text
+
+
+def open_context(slide, stored, features):
+    """The context of a slide's places (N, D_c), mapped. ValueError if it is missing or of other features."""
+    if slide not in stored:
+        raise ValueError(f"{slide}: no context; run context.py --task=embed on its features")
+    own, _, _ = open_features(stored[slide], "context")
+    if len(own) != len(features) or (open_features(stored[slide])[0] != features).any():
+        raise ValueError(f"{stored[slide]}: context of other features than {slide}'s; embed them again")
+    return own
+
+
+def nearest_tiles(slide, where, centres, pitch):
+    """Index of the tile whose centre is nearest to each place (n, 2), in um. ValueError if it is a tile away."""
+    from sklearn.neighbors import NearestNeighbors
+    distance, index = NearestNeighbors(n_neighbors=1).fit(centres).kneighbors(where)
+    if (distance > pitch).any():
+        raise ValueError(f"{slide}: {int((distance > pitch).sum())} places are more than a tile from any feature; are "
+                         "x and y level-0 px of the centre?")
+    return index[:, 0]
+
+
+# ---- probes: out-of-fold predictions, and what they are worth --------------------------------------------------------
+
+
+def regression(x, labels, groups, C):
+    """
+    Logistic regression as in Patho-Bench: C = 0.5, balanced classes, nothing scaled. C = None chooses it among 1e-4 ..
+    1e4 by balanced accuracy on inner folds of whole patients.
+    """
+    from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+    keys = dict(class_weight="balanced", max_iter=10_000)
+    if C is None:
+        inner = [(fit.numpy(), held.numpy()) for fit, held in inner_splits(labels, groups)]
+        keys |= dict(Cs=np.logspace(-4, 4, 9), cv=inner, scoring="balanced_accuracy", l1_ratios=(0,),
+                     use_legacy_attributes=False)
+        return LogisticRegressionCV(**keys).fit(x, labels)
+    return LogisticRegression(C=C, **keys).fit(x, labels)
+
+
+def inner_splits(labels, groups):
+    """[(fit, held)] indices of up to three folds of whole patients."""
+    fewest = min(len(groups[labels == label].unique()) for label in labels.unique())
+    folds = make_folds(labels, groups, max(min(fewest, 3), 2), SEED)
+    return [((folds != f).nonzero()[:, 0], (folds == f).nonzero()[:, 0]) for f in folds.unique()]
+
+
+def cox(x, time, event):
+    """Cox regression with elastic net (Patho-Bench's, alpha 0.07, l1 0.5)."""
+    try:
+        from sksurv.linear_model import CoxnetSurvivalAnalysis
+    except ImportError:
+        raise ValueError("columns time and event need scikit-survival: pip install scikit-survival") from None
+    outcome = np.array(list(zip(event, time)), [("event", bool), ("time", float)])
+    return CoxnetSurvivalAnalysis(alphas=[0.07], l1_ratio=0.5).fit(x, outcome)
+
+
+def out_of_fold(found, fit):
+    """What fit(train, test) -> (n_test, C) predicts for each sample outside its fold: (repeats, n, C)."""
+    predicted = torch.zeros(*found.folds.shape, len(found.classes))
+    for repeat, folds in enumerate(found.folds):
+        for f in folds.unique():
+            test = (folds == f).nonzero()[:, 0]
+            predicted[repeat, test] = fit((folds != f).nonzero()[:, 0], test).float()
+    return predicted
+
+
+def linear_probe(found, x, at_test, C):
+    """Out-of-fold predictions from features x (n, D); those that are tested may be others, at_test."""
+    def fit(train, test):
+        if found.time.any():
+            risk = cox(x[train], found.time[train], found.labels[train] == 1).predict(at_test[test])
+            return torch.tensor(np.stack([-risk, risk], 1))
+        probe = regression(x[train], found.labels[train], found.groups[train], C)
+        return torch.from_numpy(probe.predict_proba(at_test[test]))
+    return out_of_fold(found, fit)
+
+
+# attention MIL (Ilse et al. 2018) as three groups train it; which one is chosen inside each fold
+MIL = {"patho-bench": dict(width=512, gated=False, dropout=0.25, lr=3e-4, weight_decay=1e-5, batch=1, epochs=20),
+       "eva": dict(width=128, gated=True, dropout=0.0, lr=1e-3, weight_decay=0.01, batch=32, epochs=100),
+       "titan": dict(width=512, gated=True, dropout=0.25, lr=1e-4, weight_decay=1e-5, batch=1, epochs=20)}
+BAG = 2048  # places of a slide per training step
+
+
+class AttentionMIL(torch.nn.Module):
+    """keys (N, D_k) decide how much each of values (N, D_v) counts: logits (C,)."""
+
+    def __init__(self, key_dim, value_dim, classes, width, gated, dropout):
+        super().__init__()
+        drop = torch.nn.Dropout(dropout)
+        self.key = torch.nn.Sequential(torch.nn.Linear(key_dim, width), torch.nn.ReLU(), drop)
+        self.value = torch.nn.Sequential(torch.nn.Linear(value_dim, width), torch.nn.ReLU(), drop)
+        self.tanh = torch.nn.Linear(width, width)
+        self.gate = torch.nn.Linear(width, width) if gated else None
+        self.score = torch.nn.Linear(width, 1)
+        self.classify = torch.nn.Linear(width, classes)
+
+    def forward(self, keys, values):
+        keys = self.key(keys)
+        hidden = self.tanh(keys).tanh()
+        if self.gate is not None:
+            hidden = hidden * self.gate(keys).sigmoid()
+        weights = self.score(hidden).softmax(0)  # (N, 1)
+        return self.classify((weights * self.value(values)).sum(0))
+
+
+def train_mil(bags, labels, classes, setting, seed):
+    """An AttentionMIL of bags [(keys, values)], last epoch, with a cosine schedule; classes count equally."""
+    torch.manual_seed(seed)
+    settings = dict(MIL[setting])
+    lr, weight_decay, batch, epochs = (settings.pop(key) for key in ("lr", "weight_decay", "batch", "epochs"))
+    net = AttentionMIL(*(t.shape[1] for t in bags[0]), classes, **settings)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    counts = labels.bincount(minlength=classes)
+    weights = len(labels) / (classes * counts)
+    for _ in range(epochs):
+        for part in torch.randperm(len(bags)).split(batch):
+            optimizer.zero_grad()
+            for i in part.tolist():
+                some = torch.randperm(len(bags[i][0]))[:BAG]
+                logits = net(*(tensor(t, some) for t in bags[i]))
+                loss = F.cross_entropy(logits, labels[i]) * weights[labels[i]]
+                (loss / len(part)).backward()
+            optimizer.step()
+        schedule.step()
+    return net.eval()
+
+
+def tensor(mapped, rows=slice(None)):
+    return torch.from_numpy(np.asarray(mapped[rows], np.float32))
+
+
+@torch.no_grad()
+def apply_mil(net, bags):
+    return torch.stack([net(*map(tensor, bag)).softmax(0) for bag in bags])
+
+
+@eval_bach.one_thread()
+def mil_probe(found, bags):
+    """Out-of-fold predictions of attention MIL from bags [(keys, values)]; the setting is chosen inside each fold."""
+    classes = len(found.classes)
+
+    def fit(train, test):
+        labels, (rest, held), *_ = found.labels[train], *inner_splits(found.labels[train], found.groups[train])
+        mine = [bags[i] for i in train]
+        nets = [train_mil([mine[i] for i in rest], labels[rest], classes, setting, SEED) for setting in MIL]
+        chosen = [apply_mil(net, [mine[i] for i in held]).argmax(1)[None] for net in nets]
+        scores = [eval_bach.balanced_accuracy(own, labels[held]).item() for own in chosen]
+        best = list(MIL)[scores.index(max(scores))]
+        return apply_mil(train_mil(mine, labels, classes, best, SEED), [bags[i] for i in test])
+    return out_of_fold(found, fit)
+
+
+def resampled(predicted, found, weights):
+    """Balanced accuracy, mean over repeats, for each row of weights (B, G): how often each patient was drawn. (B,)."""
+    hits = (predicted.argmax(2) == found.labels).double().mean(0)
+    onehot = F.one_hot(found.labels).double()
+    counts = torch.stack([hits[:, None] * onehot, onehot])  # (2, n, C)
+    of_patient = counts.new_zeros(2, len(found.patients), onehot.shape[1]).index_add_(1, found.groups, counts)
+    right, all_of = weights @ of_patient  # (B, C)
+    return (right / all_of).nanmean(1)  # a draw may be without a class
+
+
+def concordance(predicted, found, weights):
+    """The same for survival: the c-index, mean over repeats."""
+    from sksurv.metrics import concordance_index_censored
+    scores = []
+    for drawn in weights.long():
+        i = torch.arange(len(found.groups)).repeat_interleave(drawn[found.groups])
+        of_repeat = [concordance_index_censored(found.labels[i].numpy() == 1, found.time[i], risk[i, 1].numpy())[0]
+                     for risk in predicted]
+        scores.append(statistics.mean(of_repeat))
+    return torch.tensor(scores)
+
+
+def compare(name, predicted, mean, found):
+    """
+    A row of the table from out-of-fold predictions (repeats, n, C) and those of the mean of raw features.
+
+    balanced: balanced accuracy, or the c-index of survival; auroc: macro, one class against the rest; difference to the
+    mean, and low and high, its 95 % interval by a bootstrap over patients (paired: both rows see the same draws).
+    """
+    from sklearn.metrics import roc_auc_score
+    score = concordance if found.time.any() else resampled
+    G = len(found.patients)
+    drawn = torch.randint(G, (DRAWS, G), generator=torch.Generator().manual_seed(SEED))
+    weights = F.one_hot(drawn, G).sum(1).double()
+    once = torch.ones(1, G).double()
+    gain = score(predicted, found, weights) - score(mean, found, weights)
+    low, high = gain.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    balanced = score(predicted, found, once).item()
+    row = {"row": name, "balanced": balanced, "difference": balanced - score(mean, found, once).item(),
+           "low": low, "high": high}
+    if not found.time.any():
+        onehot = F.one_hot(found.labels).numpy()
+        row["auroc"] = statistics.mean(roc_auc_score(onehot, own, average="macro") for own in predicted.numpy())
+    return row
+
+
+def score_features(config):
+    """The rows of one csv of labelled slides or places, printed as a table as they are done; returns them as a dict."""
+    files = files_of(config["features"])
+    found = find_labels(config, files)
+    rows, bags, text = read_slides(config, found)
+    first = next(iter(rows)) if found.where.shape[1] else "mean"
+    at_test = {name: own for name, own in rows.items()}
+    if SHUFFLED in rows and CONTEXT in rows:
+        rows[SHUFFLED] = rows[CONTEXT]  # trained on the true order
+    mean = linear_probe(found, rows[first], rows[first], 0.5)
+    done = []
+    print(f"{'':28}balanced   auroc  C tuned   difference to {first} and its 95 % interval")
+    for name, x in {first: rows[first], **rows}.items():
+        row = compare(name, linear_probe(found, x, at_test[name], 0.5), mean, found)
+        if not found.time.any():
+            row["tuned"] = compare(name, linear_probe(found, x, at_test[name], None), mean, found)["balanced"]
+        done.append(show(row, name == first))
+    if bags and not found.time.any():
+        kinds = {"attention MIL": [(raw, raw) for raw, _ in bags]}
+        if config["context"]:
+            kinds["attention of context on raw"] = [(own, raw) for raw, own in bags]
+        for name, pairs in kinds.items():
+            done.append(show(compare(name, mil_probe(found, pairs), mean, found)))
+    listed = "".join(f"{slide},{folds}\n" for slide, folds in zip(found.slides, found.folds.T.tolist()))
+    checksum = hashlib.sha256(listed.encode()).hexdigest()[:8]
+    kind = "places" if found.where.shape[1] else "slides"
+    protocol = (f"{kind}: {len(found.slides)} of {len(found.patients)} patients, {len(found.folds)} x "
+                f"{int(found.folds.max()) + 1} folds {checksum}, logistic regression C 0.5 balanced")
+    return {"rows": done, "classes": found.classes, "seen": text, "protocol": protocol}
+
+
+def show(row, is_mean=False):
+    interval = "" if is_mean else f"{row['difference']:+8.3f}  [{row['low']:+.3f}, {row['high']:+.3f}]"
+    none = "" if is_mean or row["low"] > 0 or row["high"] < 0 else "  none"
+    numbers = "".join(f"{row[key]:9.3f}" if key in row else " " * 9 for key in ("balanced", "auroc", "tuned"))
+    print(f"{row['row']:27}{numbers}   {interval}{none}", flush=True)
+    return row
+
+
+def main(config):
+    if not config["features"]:
+        eval_bach.score_files("eval_slides", config, lambda: load(config))
+        return
+    try:
+        print(json.dumps(score_features(config)))
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"eval_slides: {e}") from e
+
+
 if __name__ == "__main__":
+    # ---- labelled tiles
     weights = ""      # files or Hugging Face folders, with commas between: released, of this project, OpenMidnight's
     image_dir = ""    # folder of labelled tiles, with a subfolder for each class
     groups = ""       # csv of file, patient and perhaps fold; "" = groups.csv in image_dir, if there is one
@@ -297,6 +713,16 @@ if __name__ == "__main__":
     arch = ""         # name in model.ARCHS; "" = as the file tells
     norm = None       # "imagenet", "half" (Midnight, Kaiko), (mean, std); None = the model's own; one each: half,,half
     dry_run = False   # say what would be scored, and stop
+    # ---- labelled slides or places
+    features = ""     # folder of prepare/features.py
+    context = ""      # folder of context.py --task=embed; "" = no rows of context
+    encoder = ""      # the file it was made with, for the two controls; "" = none
+    labels = ""       # csv of slide, patient and label
+    places = ""       # csv of slide, x, y, patient and label
+    label = "label"   # column of the labels
+    repeats = 5       # times that folds are drawn, where the csv gives none
+    allow_seen = False  # score slides of patients that the encoder was trained on; shows in the row
+    patient = r"TCGA-\w\w-\w{4}"  # pattern of the patient in the names of the slides that an encoder was trained on
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = configure(globals())
-    eval_bach.score_files("eval_slides", config, lambda: load(config))
+    main(config)
