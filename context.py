@@ -124,6 +124,7 @@ class SlideEncoder(nn.Module):
         d = self.config["width"] // self.config["heads"] // 4
         periods = low * (high / low) ** torch.linspace(0, 1, d, device=nm.device)
         positions = nm.float() / (1000 * self.about[0]["pitch"])
+        positions = positions - positions.mean(1, keepdim=True)  # registers are not turned: they stand in the middle
         angles = 2 * math.pi * positions[..., None] / periods  # (B, N, 2, d)
         angles = angles.flatten(2).tile(2)[:, None]
         return angles.sin(), angles.cos()

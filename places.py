@@ -49,7 +49,7 @@ def open_features(path):
         about = {key: np.asarray(value).tolist() for key, value in stated.items()}
         extent = about["patch_size_level0"]
         side = about["mpp"] * about["tile_px"]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as e:
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as e:
         raise ValueError(f"{path}: not features as prepare/features.py writes them ({e})") from None
     if len(shape) != 2 or coords.shape != (shape[0], 2):
         raise ValueError(f"{path}: features {shape} and coords {coords.shape}: not (N, C) and (N, 2)")
@@ -223,14 +223,14 @@ def nearest(centres, at, count):
 def cover(centres, counts):
     """
     Yield (point, indices per scale) of windows that cover a slide. Each is around the first place that was not among
-    the nearest quarter of any before. A smaller slide is one window.
+    the nearest half of any before. A smaller slide is one window.
     """
     done = np.zeros(len(centres[0]), bool)
     while not done.all():
         at = centres[0][done.argmin()]
         rows = [nearest(own, at, count) for own, count in zip(centres, counts)]
         yield at, rows
-        core = counts[0] // 4 if counts[0] < len(done) else len(done)
+        core = counts[0] // 2 if counts[0] < len(done) else len(done)
         done[rows[0][:core]] = True
 
 
