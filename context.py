@@ -1,31 +1,26 @@
 """
 Whole-slide context: a slide encoder over frozen tile features, trained by masked feature modelling.
 
-    tile features   python prepare/features.py --slides='data/TCGA/**/*.svs' --weights=teacher.pth --mpp=1.0 \\
-                        --out=data/features_1.0
-    one core        python context.py config/context_toy.py --features=FOLDER
-    one node        torchrun --nproc_per_node=8 context.py config/context.py --features=data/features_1.0
-    two scales      torchrun ... config/context.py --features=data/features_1.0,data/features_2.0
-    after a stop    the same command with --resume=true
-    embed           python context.py --task=embed --features=data/features_1.0 --weights=out/context/30000.pth \\
-                        --out=data/context
+    tile features  python prepare/features.py --slides='TCGA/*.svs' --weights=teacher.pth --mpp=1.0 --out=features_1.0
+    one core       python context.py config/context_toy.py --features=FOLDER
+    one node       torchrun --nproc_per_node=8 context.py config/context.py --features=features_1.0
+    two scales     torchrun --nproc_per_node=8 context.py config/context.py --features=features_1.0,features_2.0
+    after a stop   the same command with --resume=true
+    embed          python context.py --task=embed --features=features_1.0 --weights=out/context/30000.pth --out=context
 
-A slide is a set of places: the feature of a tile, and its centre in um. In a window of them (places.py) blocks are
-hidden, and a transformer with rotary positions predicts their features. The number to watch is loss/neighbours, the
-loss over that of a weighted mean of visible neighbours: at 1 nothing has been learnt. As in train.py, a step is a pure
-function of (config, seed, step), and what a later step depends on is in the checkpoint.
+A place is a tile's feature and its centre in um. In windows of places (places.py) blocks are hidden, and a transformer
+with rotary positions predicts their features. The number to watch is loss/neighbours, the loss over that of a weighted
+mean of visible neighbours: at 1 nothing has been learnt. A step is a pure function of (config, seed, step).
 """
 import functools
-import hashlib
 import math
 import os
 import signal
+import sys
 import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -35,7 +30,7 @@ import model
 import places
 import sharding
 from configurator import configure
-from places import open_features  # noqa: F401  for those who read context.py's files
+from places import open_features  # noqa: F401  for eval_slides.py
 
 # ---- run ------------------------------------------------------------------------------------------------------------
 task = "train"           # or "embed": one file per slide with its places' context
@@ -50,8 +45,7 @@ seed = 0
 max_steps = 30_000
 resume = False           # continue from the newest complete checkpoint in out_dir
 log_interval = 10        # write a row every N steps; skipped steps and signals are checked only then
-save_interval = 2500     # steps between checkpoints and exports; also at the end; 0 = only there
-keep_checkpoints = 2     # keep the newest N checkpoints; 0 = all. every export is kept
+save_interval = 2500     # steps between exports, and checkpoints, of which two stay; also at the end; 0 = only there
 max_bad_steps = 10       # skipped steps (loss or gradient not finite) before the run stops
 workers = 4              # data processes per rank
 # ---- windows --------------------------------------------------------------------------------------------------------
@@ -65,7 +59,6 @@ width = 768
 depth = 6
 heads = 12
 registers = 4
-layerscale = 1.0         # first value
 periods = (2.0, 64.0)    # waves of rotary positions, in pitches of the first scale: the shortest and the longest
 scale_embedding = True   # add log2 um/px times a learnt vector; matters with several scales
 # ---- optimizer: AdamW -----------------------------------------------------------------------------------------------
@@ -77,17 +70,11 @@ betas = (0.9, 0.95)
 weight_decay = 0.05
 clip_grad = 1.0          # max gradient norm; 0 = off
 
-CLIP = 5.0  # standard deviations
-
 # ---- network --------------------------------------------------------------------------------------------------------
 
 
 class SlideEncoder(nn.Module):
-    """
-    model.py's blocks over the places of a window. It has no class token, because nothing would train one.
-
-    config: width, depth, heads, registers, layerscale, periods, scale_embedding. about: of features, per scale.
-    """
+    """model.py's blocks over a window's places. There is no class token, because nothing would train one."""
 
     def __init__(self, config, about):
         super().__init__()
@@ -106,19 +93,17 @@ class SlideEncoder(nn.Module):
     @torch.no_grad()
     def init_tensor(self, name, t, generator=None):
         """Give the parameter `name` its first values, in place."""
-        if name.endswith("gamma"):
-            t.fill_(self.config["layerscale"])
-        elif "norm" in name:
-            t.fill_(name.endswith("weight"))
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             t.zero_()
+        elif "norm" in name or name.endswith("gamma"):
+            t.fill_(1)
         else:
             nn.init.trunc_normal_(t, std=t.shape[-1] ** -0.5, generator=generator)  # 0.02 is slow at small widths
 
     def forward(self, parts, nm, hidden, layer=0):
         """
         parts: standardised features (B, N_s, C) per scale; nm: int32 (B, N, 2), places in nm; hidden: bool (B, N) ->
-        (context (B, N, D) after `layer` blocks, 0 = all, and the final norm; predicted features (B, N, C)).
+        (context (B, N, D) after `layer` blocks, 0 = all, and the final norm; predicted features (B * N, C)).
         """
         x = torch.cat([self.input(part) for part in parts], 1)
         x = torch.where(hidden[..., None], self.mask_token, x)
@@ -130,8 +115,8 @@ class SlideEncoder(nn.Module):
         x = x.flatten(0, 1)
         for block in self.blocks[: layer or None]:
             x = block(x, [shape[:2]], [rope])
-        x = self.norm(x).view(shape)[:, -nm.shape[1] :]
-        return x, self.output(x)
+        x = self.norm(x).view(shape)[:, -nm.shape[1] :].contiguous()
+        return x, self.output(x.flatten(0, 1))
 
     def rope(self, nm):
         """sin and cos, each (B, 1, N, head_dim). Positions are in pitches, never relative to the window's size."""
@@ -139,37 +124,10 @@ class SlideEncoder(nn.Module):
         d = self.config["width"] // self.config["heads"] // 4
         periods = low * (high / low) ** torch.linspace(0, 1, d, device=nm.device)
         positions = nm.float() / (1000 * self.about[0]["pitch"])
+        positions = positions - positions.mean(1, keepdim=True)  # registers are not turned: they stand in the middle
         angles = 2 * math.pi * positions[..., None] / periods  # (B, N, 2, d)
         angles = angles.flatten(2).tile(2)[:, None]
         return angles.sin(), angles.cos()
-
-
-# ---- objective ------------------------------------------------------------------------------------------------------
-
-
-def standardise(x, mean, std):
-    return ((x.float() - mean) / std).clamp(-CLIP, CLIP)
-
-
-def difference(predicted, target):
-    """Of (..., C): smooth-L1 + 0.5 (1 - cosine), (...)."""
-    smooth = F.smooth_l1_loss(predicted, target, reduction="none").mean(-1)
-    return smooth + 0.5 * (1 - F.cosine_similarity(predicted, target, dim=-1))
-
-
-def losses(target, predicted, nm, hidden, wanted):
-    """
-    Of one scale, (4,): the loss, and the same of three guesses that need no network: zero, the mean of the window's
-    visible places, and their mean weighted by 1 / distance^2. A mean over the wanted places of a window, then windows.
-    """
-    seen = (~hidden[:, None]).float()  # (B, 1, N)
-    mean = seen @ target / seen.sum(2, keepdim=True).clamp(min=1)
-    um = nm.float() / 1000
-    near = seen / (torch.cdist(um, um).square() + 1)
-    neighbours = near @ target / near.sum(2, keepdim=True).clamp(min=1e-20)
-    guesses = predicted.float(), torch.zeros_like(target), mean.expand_as(target), neighbours
-    each = torch.stack([difference(guess, target) for guess in guesses])  # (4, B, N)
-    return ((each * wanted).sum(2) / wanted.sum(1).clamp(min=1)).mean(1)
 
 
 # ---- embedding ------------------------------------------------------------------------------------------------------
@@ -205,7 +163,7 @@ def embed_slide(net, header, features, centres_um, device="cpu", layer=0):
     visits = np.zeros((len(total), 1), np.float32)
     for at, rows in places.cover(centres_um, [scale["count"] for scale in header["about"]]):
         tiles = [torch.from_numpy(own[r])[None] for own, r in zip(features, rows)]
-        parts = [standardise(*scale).to(device) for scale in zip(tiles, header["mean"], header["std"])]
+        parts = [places.standardise(*scale).to(device) for scale in zip(tiles, header["mean"], header["std"])]
         nm = places.to_nm(np.concatenate([own[r] - at for own, r in zip(centres_um, rows)]))[None].to(device)
         x, _ = net(parts, nm, torch.zeros(nm.shape[:2], dtype=torch.bool, device=device), layer)
         total[rows[0]] += x[0, : len(rows[0])].float().cpu().numpy()
@@ -213,38 +171,11 @@ def embed_slide(net, header, features, centres_um, device="cpu", layer=0):
     return total / visits
 
 
-def embed_file(path, name, file, part, config, net, header):
-    """A job of prepare/slides.py: one slide's features, context, coords, and the means of the first two."""
-    paths = [path, *(places.files_of(folder)[name] for folder in config["features"].split(",")[1:])]
-    features, centres, about = map(list, zip(*map(open_features, paths)))
-    for scale in zip(centres, about, header["about"], strict=True):
-        places.check(*scale)
-    context = embed_slide(net, header, features, centres, config["device"])
-    if not np.isfinite(context).all():
-        raise ValueError("features that are not finite")
-    raw = features[0]
-    arrays = {"features": raw, "context": context.astype(np.float16), "coords": places.stored(path)[1],
-              "mean_raw": raw.mean(0, np.float32), "mean_context": context.mean(0)}
-    places.write(file, part, arrays, about[0])
-    return f"{len(context)} places"
-
-
-def embed(config):
-    from prepare.coords import h5py
-    from prepare.slides import walk
-    net, header = load_encoder(weights)
-    with open(weights, "rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    found = {"slides": features.split(",")[0] + "/*.[hn][5p]*", "names": "stem", "overlap": 0, "tile_px": 1}
-    job = functools.partial(embed_file, net=net, header=header)
-    walk("context", config | found, job, ".h5" if h5py else ".npz", 0, {"encoder": sha256})
-
-
 # ---- training -------------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
     config = configure(globals())
-    config["device"] = dev = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dev = device or ("cuda" if torch.cuda.is_available() else "cpu")
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
     def say(message):
@@ -254,20 +185,21 @@ if __name__ == "__main__":
     def stop(message):
         raise SystemExit(f"context.py: {message}")
 
-    if task == "embed":
-        try:
-            embed(config)
-        except (ValueError, OSError) as e:
-            stop(e)
-        raise SystemExit
-    if rank == 0 and not resume and os.path.isdir(out_dir) and os.listdir(out_dir):
-        stop(f"{out_dir} is not empty: continue with --resume=true, delete it, or choose another --out_dir")
-    mesh = sharding.begin(dev)
-    try:
-        names = open(train_slides).read().splitlines() if train_slides else None
-        slides, about, found = places.training_set(features.split(","), names, window, dev, say)
+    if task not in ("train", "embed") or device not in ("", "cpu", "cuda") or not 0 < mask_share < 1:
+        stop("task is train or embed, device is cpu or cuda, mask_share lies between 0 and 1")
+    try:  # what users state, and the files that it names
+        if task == "embed":
+            net, header = load_encoder(weights)
+            places.embed_files(config, header, functools.partial(embed_slide, net, header, device=dev))
+            sys.exit()
+        if rank == 0 and not resume and os.path.isdir(out_dir) and os.listdir(out_dir):
+            stop(f"{out_dir} is not empty: continue with --resume=true, delete it, or choose another --out_dir")
+        mesh = sharding.begin(dev)
+        slides, about, found = places.training_set(features.split(","), train_slides, window, dev, say)
     except (ValueError, OSError) as e:
         stop(e)
+    config["slides"] = len(slides)  # a resumed run says if there are others
+    counts = [scale["count"] for scale in about]
     mean, square = found.mean(0)  # (scales, C); every slide counts the same, as in windows
     std = (square - mean.square()).clamp(min=1e-8).sqrt()
     with torch.device("meta"):
@@ -275,40 +207,37 @@ if __name__ == "__main__":
     sharding.shard(net, mesh, bf16=dev == "cuda", trained=True)
     sharding.materialize(net, dev, seed)
     optimizer = sharding.adamw(model.param_groups(net), betas, dev)
-    windows, counts = batch_size * world, [scale["count"] for scale in about]
-    peak_lr = base_lr * math.sqrt(windows / 1024)
-    progress = {"step": 0, "bad_steps": 0, "samples": 0}
-    header = {"config": config, "slides": [slide.name for slide in slides], "about": about}
+    saver = checkpoint.Saver(f"{out_dir}/ckpt", 2, 0)
     signals = []  # SIGTERM, or SIGUSR1 some time before it: save and end
+    progress = {"step": 0, "bad_steps": 0, "samples": 0}
+    windows = batch_size * world  # per step
 
     def state():
-        weights_of, adam = get_state_dict(net, optimizer)
-        return {"model": weights_of, "optimizer": adam, "mean": mean, "std": std, "progress": progress}
+        parameters, moments = get_state_dict(net, optimizer)
+        return {"model": parameters, "optimizer": moments, "mean": mean, "std": std, "progress": progress}
 
     def save(done, wait):
-        rest = header | {"mean": mean.cpu(), "std": std.cpu(), "step": done}
         try:
-            checkpoint.export(out_dir, sharding.gathered(net["backbone"]), rest)
+            header = {"config": config, "about": about, "slides": [slide.name for slide in slides]}
+            header |= {"step": done, "mean": mean.cpu(), "std": std.cpu()}
+            checkpoint.export(out_dir, sharding.gathered(net["backbone"]), header)
             saver.save(done, state())
             if wait:
                 saver.finish()
         except ValueError as e:
             stop(e)
-        say(f"saved: {out_dir}/{done}.pth")
 
-    def log(done, means, lr, norm):
-        row = {"step": done, "loss/neighbours": (means[:, 0] / means[:, 3]).mean().item()}
+    def log(means, row):
+        """Write a row: the loss, and the same of guesses that need no network, per scale. Returns loss/neighbours."""
         for scale, values in zip(about, means.tolist()):
             tail = f"_{scale['mpp']:g}" if len(about) > 1 else ""
-            row |= dict(zip((f"{k}{tail}" for k in ("loss", "zero", "mean", "neighbours")), values))
-        steps, seconds = done - clock[1], time.time() - clock[0]
-        row |= {"lr": lr, "grad_norm": norm, "windows_per_s": steps * windows / seconds, "bad_steps": bad_steps.item()}
+            row |= dict(zip((guess + tail for guess in ("loss", "zero", "mean", "neighbours")), values))
+        row["loss/neighbours"] = ratio = (means[:, 0] / means[:, 3]).mean().item()
         if rank == 0:
             checkpoint.append_row(f"{out_dir}/metrics.jsonl", row)
-        say(f"step {done}/{max_steps}: loss/neighbours {row['loss/neighbours']:.3f}, {row['windows_per_s']:.1f} windows/s")
-        return row["loss/neighbours"]
+        say(f"step {row['step']}: loss/neighbours {ratio:.3f}, {row['windows_per_s']:.1f} windows/s")
+        return ratio
 
-    saver = checkpoint.Saver(f"{out_dir}/ckpt", keep_checkpoints, 0)
     if resume:
         loaded = state()
         try:
@@ -325,24 +254,22 @@ if __name__ == "__main__":
     dataset = places.Windows(slides, about, config, rank, world, progress["samples"] - progress["step"] * windows)
     batches = iter(data.loader(dataset, range(progress["step"], max_steps), workers, dev))
     bad_steps = torch.tensor(progress["bad_steps"], device=dev)  # counted on the device, so that no step waits for it
-    clock = time.time(), progress["step"]
-    say(f"data: {len(slides)} slides, windows of {counts} places")
-
+    began, before = time.time(), progress["step"]
     for step in range(progress["step"], max_steps):
-        lr = model.cosine_schedule(step, peak_lr, min_lr, max_steps, warmup_steps)
+        lr = model.cosine_schedule(step, base_lr * math.sqrt(windows / 1024), 0.0, max_steps, warmup_steps)
         for group in optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr, weight_decay * group["wd_scale"]
         batch = {k: v.to(dev, non_blocking=True) for k, v in next(batches).items()}
-        parts = [standardise(*scale) for scale in zip(batch["features"].split(counts, 1), mean, std)]
+        parts = [places.standardise(*scale) for scale in zip(batch["features"].split(counts, 1), mean, std)]
         _, predicted = net["backbone"](parts, batch["places"], batch["hidden"])
+        predicted = predicted.view(batch["features"].shape)
         if subtract_mean:
-            slide_means = standardise(found[batch["slide"], 0], mean, std).split(1, 1)  # (B, 1, C) per scale
+            slide_means = places.standardise(found[batch["slide"], 0], mean, std).split(1, 1)  # (B, 1, C) per scale
             parts = [part - own for part, own in zip(parts, slide_means)]
         pieces = [x.split(counts, 1) for x in (predicted, batch["places"], batch["hidden"], batch["wanted"])]
-        terms = torch.stack([losses(*scale) for scale in zip(parts, *pieces)])  # (scales, 4)
+        terms = torch.stack([model.window_losses(*scale) for scale in zip(parts, *pieces)])  # (scales, 4)
         means = model.all_reduce(terms.detach() / world)
-        # with several scales each counts by its loss over that of its neighbours, so that an easy one is heard
-        loss = terms[0, 0] if len(counts) == 1 else (terms[:, 0] / means[:, 3]).mean()
+        loss = terms[0, 0] if len(about) == 1 else (terms[:, 0] / means[:, 3]).mean()  # no scale outweighs another
         loss.backward()
         norms = sharding.clip_gradients(net, clip_grad)
         finite = torch.isfinite(torch.cat([means.flatten(), norms])).all()  # equal on all ranks
@@ -355,22 +282,22 @@ if __name__ == "__main__":
         last = done == max_steps
         logging = last or done % log_interval == 0
         saving = last or (save_interval and done % save_interval == 0)
-        preempted = False
-        if logging or saving:
-            progress["bad_steps"] = bad_steps.item()
-            preempted = model.all_reduce(torch.tensor(len(signals), device=dev)).item() > 0
+        if not (logging or saving):
+            continue
+        progress["bad_steps"] = bad_steps.item()
+        preempted = model.all_reduce(torch.tensor(len(signals), device=dev)).item() > 0
         if progress["bad_steps"] > max_bad_steps:
             stop(f"{progress['bad_steps']} steps were not finite (max_bad_steps = {max_bad_steps})")
         if logging:
-            ratio = log(done, means, lr, norms.item())
-            clock = time.time(), done
+            speed = (done - before) * windows / (time.time() - began)
+            ratio = log(means, {**progress, "lr": lr, "grad_norm": norms.item(), "windows_per_s": speed})
+            began, before = time.time(), done
+        if last and not ratio < 1:
+            say(f"loss/neighbours = {ratio:.3f}: nothing was learnt that a mean of visible neighbours does not tell")
         if saving or preempted:
             save(done, wait=last or preempted)
         if preempted and not last:
             say(f"stopped by a signal after step {done}: resume with the same command and --resume=true")
             break
-
     del batches  # its workers end now
-    if progress["step"] == max_steps and not ratio < 1:
-        say(f"loss/neighbours = {ratio:.3f}: nothing was learnt that a mean of visible neighbours does not tell")
-    dist.destroy_process_group()
+    torch.distributed.destroy_process_group()

@@ -618,6 +618,28 @@ def kde_loss_openmidnight(x, kappa=5.0):
     return -((kappa * z @ z.T).exp().sum(1) + 1e-9).log().mean()
 
 
+def feature_loss(predicted, target):
+    """Of features (..., C): smooth-L1 + 0.5 (1 - cosine), (...)."""
+    smooth = F.smooth_l1_loss(predicted, target, reduction="none").mean(-1)
+    return smooth + 0.5 * (1 - F.cosine_similarity(predicted, target, dim=-1))
+
+
+def window_losses(target, predicted, nm, hidden, wanted):
+    """
+    context.py's objective (4,): feature_loss of predicted (B, N, C), and of three guesses that need no network: zero,
+    the mean of the window's visible places, their mean weighted by 1 / distance^2. nm (B, N, 2) are positions; hidden
+    and wanted (B, N) are bool. Means over a window's wanted places, then over windows.
+    """
+    seen = (~hidden[:, None]).float()  # (B, 1, N)
+    mean = seen @ target / seen.sum(2, keepdim=True).clamp(min=1)
+    um = nm.float() / 1000
+    near = seen / (torch.cdist(um, um).square() + 1)
+    neighbours = near @ target / near.sum(2, keepdim=True).clamp(min=1e-20)
+    guesses = predicted.float(), torch.zeros_like(target), mean.expand_as(target), neighbours
+    each = torch.stack([feature_loss(guess, target) for guess in guesses])  # (4, B, N)
+    return ((each * wanted).sum(2) / wanted.sum(1).clamp(min=1)).mean(1)
+
+
 # ---- optimisation: parameter groups, schedules ----------------------------------------------------------------------
 
 

@@ -1,12 +1,15 @@
 """
-Tile features of slides as they lie on disk, and windows of them: the places nearest to a random one, with blocks hidden.
+Tile features of slides on disk, and windows of them: the places nearest to a random one, with blocks of them hidden.
 
     data/features_1.0/A.h5    features (N, C), coords (N, 2) and attributes, by prepare/features.py; or A.npz
+    data/context/A.h5         the same, and context (N, D), mean_raw (C), mean_context (D), by context.py --task=embed
 
 Features are mapped, not copied: with 1,024 windows per step a run reads 0.8 GB out of TCGA's 74. Window n of a run is a
 pure function of (seed, n), so a run resumes exactly, and with data.sample_numbers any ranks share a batch.
 """
+import functools
 import glob
+import hashlib
 import os
 import struct
 import zipfile
@@ -21,29 +24,32 @@ import data
 import model
 
 STATED = "weights_sha256", "norm", "mpp", "tile_px"  # what all features of a run must agree on, where they state it
+ARRAYS = "features", "coords", "context", "mean_raw", "mean_context"  # the rest of an .npz are attributes
+CLIP = 5.0  # standard deviations
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- features on disk -----------------------------------------------------------------------------------------------
 
 
 def files_of(folder):
     """{slide: path} of the features in a folder. Raises ValueError if there are none."""
     paths = sorted(glob.glob(f"{folder}/*.h5") + glob.glob(f"{folder}/*.npz"))
     if not paths:
-        raise ValueError(f"no .h5 or .npz in features = {folder}; prepare/features.py writes them")
+        raise ValueError(f"features: no .h5 or .npz in '{folder}'; prepare/features.py writes them")
     return {Path(path).stem: path for path in paths}
 
 
 def open_features(path, name="features"):
     """
-    A file of prepare/features.py or context.py: (features or another array by name, a memory map (N, C); centres of the tiles, float32 (N, 2) in um; what the
+    A file of prepare/features.py: (features, or another array by name, a memory map (N, C); centres of the tiles, float32 (N, 2) in um; what the
     file states, a dict, and width C, side and pitch of tiles in um). Raises ValueError if it is another kind of file,
     compressed, or without a place.
     """
     try:
         (shape, dtype, offset), coords, stated = stored(path, name)
         about = {key: np.asarray(value).tolist() for key, value in stated.items()}
-        extent, side = about["patch_size_level0"], about["mpp"] * about["tile_px"]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as e:
+        extent = about["patch_size_level0"]
+        side = about["mpp"] * about["tile_px"]
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as e:
         raise ValueError(f"{path}: not features as prepare/features.py writes them ({e})") from None
     if len(shape) != 2 or coords.shape != (shape[0], 2):
         raise ValueError(f"{path}: features {shape} and coords {coords.shape}: not (N, C) and (N, 2)")
@@ -51,23 +57,23 @@ def open_features(path, name="features"):
         raise ValueError(f"{path}: no place in it")
     if offset is None:
         raise ValueError(f"{path}: features are chunked or compressed and cannot be mapped; write them again")
-    pitch = side * (1 - about.get("overlap", 0) / about["tile_px"])
+    about["width"], about["side"] = shape[1], side
+    about["pitch"] = side * (1 - about.get("overlap", 0) / about["tile_px"])
     um = about.get("level0_mpp", side / extent)  # the latter is off by the rounding of the extent
     centres = (coords + extent / 2) * um
-    about |= {"width": shape[1], "side": side, "pitch": pitch}
     return np.memmap(path, dtype, "r", offset, shape), centres.astype(np.float32), about
 
 
-def stored(path, name="features"):
-    """((shape, dtype, offset in the file) of an array, coords, attributes)."""
+def stored(path, name):
+    """((shape, dtype, offset in the file) of the array `name`, coords, attributes)."""
     if path.endswith(".h5"):
         import h5py
         with h5py.File(path) as h5:
-            found, coords = h5[name], h5["coords"]
-            where = found.shape, found.dtype, found.id.get_offset()  # None where it is chunked
+            array, coords = h5[name], h5["coords"]
+            where = array.shape, array.dtype, array.id.get_offset()  # None where it is chunked
             return where, coords[:], {**h5["features"].attrs, **coords.attrs}
     with np.load(path) as arrays:
-        attributes = {key: arrays[key] for key in arrays if key not in ("features", "context", "coords")}
+        attributes = {key: arrays[key] for key in arrays if key not in ARRAYS}
         return stored_npy(path, f"{name}.npy"), arrays["coords"], attributes
 
 
@@ -78,20 +84,9 @@ def stored_npy(path, name):
         shape, _, dtype = np.lib.format.read_array_header_1_0(array)
         entry = archive.getinfo(name)
         f.seek(entry.header_offset + 26)
-        before = 30 + sum(struct.unpack("<HH", f.read(4)))  # the zip's own header ends with two texts of these lengths
+        before = 30 + sum(struct.unpack("<HH", f.read(4)))  # the zip's header ends with two texts of these lengths
         offset = entry.header_offset + before + array.tell()
         return shape, dtype, None if entry.compress_type else offset
-
-
-def write(file, part, arrays, about):
-    """Write arrays, the first with attributes, as a file of prepare/features.py; complete once it has its name."""
-    if file.endswith(".h5"):
-        from prepare.coords import write_h5
-        write_h5(part, arrays, dict.fromkeys(arrays, {}) | {"features": about})
-    else:
-        with open(part, "wb") as f:
-            np.savez(f, **arrays, **about)
-    os.replace(part, file)
 
 
 def check(centres, about, trained):
@@ -102,21 +97,56 @@ def check(centres, about, trained):
     if about["width"] != trained["width"]:
         raise ValueError(f"features of another encoder: {about['width']} wide, not {trained['width']}")
     for key in STATED:
-        a, b = about.get(key), trained.get(key)
-        if None in (a, b):
+        value, expected = about.get(key), trained.get(key)
+        if None in (value, expected) or value == expected:
             continue
-        if a != b if isinstance(a, str) else not np.allclose(a, b, rtol=0.02):  # um/px of slides differ a little
-            raise ValueError(f"features of another encoder, norm or scale: {key} is {a}, not {b}")
-    apart = spacing(centres) / trained["pitch"] if len(centres) > 1 else 1.0
-    if not 0.7 < apart < 1.5:
-        raise ValueError(f"coordinates in another unit than level-0 px? Neighbours are {apart:.3g} tiles apart, not 1")
-
-
-def spacing(centres):
-    """um between a place and its nearest neighbour, the lowest tenth of a few places."""
-    some = centres[:: len(centres) // 16 + 1]
+        if isinstance(value, str) or not np.allclose(value, expected, rtol=0.02):  # um/px of slides differ a little
+            raise ValueError(f"features of another encoder, norm or scale: {key} is {value}, not {expected}")
+    some = centres[:: len(centres) // 16 + 1] if len(centres) > 1 else ()
     apart = [np.partition(np.hypot(*(centres - place).T), 1)[1] for place in some]
-    return np.quantile(apart, 0.1)
+    pitches = np.quantile(apart or [trained["pitch"]], 0.1) / trained["pitch"]
+    if not 0.7 < pitches < 1.5:
+        raise ValueError(f"coordinates in another unit than level-0 px? Neighbours are {pitches:.3g} tiles apart")
+
+
+def embed_files(config, header, embed):
+    """
+    context.py --task=embed: a file for each slide of the first folder. `embed` makes context (N, D) from features and
+    centres, lists with an item per scale. Slides that are done are skipped, and a folder that another encoder began is
+    refused. Raises ValueError, and SystemExit naming the slides that failed.
+    """
+    from prepare import coords, slides
+    first, *others = config["features"].split(",")
+    keys = {"slides": first + "/*.[hn][5p]*", "overlap": 0, "tile_px": 1, "names": "stem"}
+    with open(config["weights"], "rb") as f:
+        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    others = [files_of(folder) for folder in others]
+    job = functools.partial(embed_file, header=header, embed=embed, others=others)
+    slides.walk("context", config | keys, job, ".h5" if coords.h5py else ".npz", 0, {"encoder": sha256})
+
+
+def embed_file(path, name, file, part, config, header, embed, others):
+    """A job of prepare/slides.py's walk."""
+    if not all(name in files for files in others):
+        raise ValueError("not in every folder of features")
+    paths = [path, *(files[name] for files in others)]
+    features, centres, about = zip(*map(open_features, paths))
+    for scale in zip(centres, about, header["about"], strict=True):
+        check(*scale)
+    context = embed(features, centres)
+    if not np.isfinite(context).all():
+        raise ValueError("features that are not finite")
+    arrays = {"features": features[0], "coords": stored(path, "features")[1], "context": context.astype(np.float16)}
+    arrays["mean_raw"] = features[0].mean(0, np.float32)
+    arrays["mean_context"] = context.mean(0)
+    if file.endswith(".h5"):
+        from prepare.coords import write_h5
+        write_h5(part, arrays, dict.fromkeys(arrays, {}) | {"features": about[0]})
+    else:
+        with open(part, "wb") as f:
+            np.savez(f, **arrays, **about[0])
+    os.replace(part, file)
+    return f"{len(context)} places"
 
 
 # ---- slides to train on ---------------------------------------------------------------------------------------------
@@ -124,60 +154,58 @@ def spacing(centres):
 Slide = namedtuple("Slide", "name maps centres")  # per scale: arguments of np.memmap, and float32 (N, 2) in um
 
 
-def open_slides(folders, names, window, say):
+def training_set(folders, names_file, window, dev, say):
     """
-    ([Slide], [about per scale]) of the named slides. Slides that cannot be trained on are named through `say` and left
-    out. A scale's `about` also has `count`, its places per window: as many as cover the area of the first scale's.
-    Files are not kept open, because there are 11,000.
+    ([Slide], [about per scale], float32 (slides, 2, scales, C) on `dev`: their mean features and mean squares) of the
+    slides that a file names, or of all if it is "". Those that cannot be trained on are named through `say`. Every rank
+    reads its share. A collective. Raises ValueError if no slide is left.
     """
-    slides, trained = [], None
+    files = [files_of(folder) for folder in folders]
+    names = Path(names_file).read_text().splitlines() if names_file else sorted(files[0])
+    slides, about = open_slides(files, names, window, say)
+    if not slides:
+        raise ValueError("features: no slide is left to train on")
+    found = torch.zeros(len(slides), 2, len(folders), about[0]["width"])
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    for i in range(rank, len(slides), world):
+        for scale, where in enumerate(slides[i].maps):
+            x = torch.from_numpy(np.memmap(*where).astype(np.float32))
+            found[i, :, scale] = torch.stack([x.mean(0), x.square().mean(0)])
+    found = model.all_reduce(found.to(dev))
+    sound = found.isfinite().flatten(1).all(1).tolist()
+    for slide, good in zip(slides, sound):
+        if not good:
+            say(f"left out: {slide.name}: features that are not finite")
+    if not any(sound):
+        raise ValueError("features: no slide is left to train on")
+    return [slide for slide, good in zip(slides, sound) if good], about, found[sound]
+
+
+def open_slides(files, names, window, say):
+    """
+    ([Slide], [about per scale]), of the named slides that can be trained on. A scale's `about`, that of the first
+    slide, gets `count`, its places per window: as many as cover the area of the first scale's `window`. Files do not
+    stay open, because there are 11,000.
+    """
+    slides, trained = [], []
     for name in names:
         try:
-            opened = [open_features(files[name]) for files in folders]
+            if not all(name in paths for paths in files):
+                raise ValueError("not in every folder of features")
+            opened = [open_features(paths[name]) for paths in files]
             trained = trained or [about for _, _, about in opened]
             for (_, centres, about), scale in zip(opened, trained):
-                scale["count"] = max(round(window * (trained[0]["side"] / scale["side"]) ** 2), 4)
+                ratio = trained[0]["side"] / scale["side"]
+                scale["count"] = max(round(window * ratio**2), 4)
+                check(centres, about, scale)
                 if len(centres) < scale["count"]:
                     raise ValueError(f"{len(centres)} places, and a window has {scale['count']}")
-                check(centres, about, scale)
-        except KeyError:
-            say(f"left out: {name}: not in every folder of features")
         except ValueError as e:
             say(f"left out: {name}: {e}")
         else:
             maps = [(f.filename, f.dtype, "r", f.offset, f.shape) for f, _, _ in opened]
             slides.append(Slide(name, maps, [centres for _, centres, _ in opened]))
     return slides, trained
-
-
-def training_set(folders, names, window, dev, say):
-    """
-    ([Slide], [about], float32 (slides, 2, scales, C) on `dev`: their mean features and mean squares) of the named
-    slides, or of all if that is None. Every rank reads its share. A collective.
-    """
-    files = [files_of(folder) for folder in folders]
-    slides, about = open_slides(files, names or sorted(files[0]), window, say)
-    found = moments(slides, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    found = model.all_reduce(found.to(dev))
-    sound = found.isfinite().flatten(1).all(1)
-    for i in torch.nonzero(~sound).flatten().tolist():
-        say(f"left out: {slides[i].name}: features that are not finite")
-    slides = [slides[i] for i in torch.nonzero(sound).flatten().tolist()]
-    if not slides:
-        raise ValueError(f"features = {','.join(folders)}: no slide is left to train on")
-    return slides, about, found[sound]
-
-
-def moments(slides, rank, world):
-    """(slides, 2, scales, C): a slide's mean feature and mean square; zero for the slides that other ranks read."""
-    shape = slides[0].maps[0][-1] if slides else (0, 0)
-    scales = len(slides[0].maps) if slides else 0
-    found = torch.zeros(len(slides), 2, scales, shape[1])
-    for i in range(rank, len(slides), world):
-        for scale, where in enumerate(slides[i].maps):
-            x = torch.from_numpy(np.memmap(*where).astype(np.float32))
-            found[i, :, scale] = torch.stack([x.mean(0), x.square().mean(0)])
-    return found
 
 
 # ---- windows --------------------------------------------------------------------------------------------------------
@@ -194,15 +222,16 @@ def nearest(centres, at, count):
 
 def cover(centres, counts):
     """
-    Yield (place, indices per scale) of windows that cover a slide. Each is around the first place that was not among
-    the nearest quarter of any before. A smaller slide is one window.
+    Yield (point, indices per scale) of windows that cover a slide. Each is around the first place that was not among
+    the nearest half of any before. A smaller slide is one window.
     """
     done = np.zeros(len(centres[0]), bool)
     while not done.all():
         at = centres[0][done.argmin()]
         rows = [nearest(own, at, count) for own, count in zip(centres, counts)]
         yield at, rows
-        done[rows[0][: -(-counts[0] // 4)]] = True
+        core = counts[0] // 2 if counts[0] < len(done) else len(done)
+        done[rows[0][:core]] = True
 
 
 def draw_blocks(rng, points, count, block):
@@ -221,7 +250,8 @@ def draw_blocks(rng, points, count, block):
 def touches(points, side, others, other_side):
     """bool (N,): which tiles around points (N, 2) overlap one around `others` by a tenth of a side or more."""
     reach = (side + other_side) / 2 - 0.1 * min(side, other_side)
-    return (np.abs(points[:, None] - others).max(2) < reach).any(1)
+    apart = np.abs(points[:, None] - others).max(2)  # (N, M)
+    return (apart < reach).any(1)
 
 
 def hide(rng, points, sides, share, block):
@@ -233,12 +263,13 @@ def hide(rng, points, sides, share, block):
     """
     coarse = int(np.argmax(sides))
     chosen = draw_blocks(rng, points[coarse], round(share * len(points[coarse])), block)
-    region = points[coarse][chosen], sides[coarse]
-    wanted = [touches(own, 0.0, *region) for own in points]
+    region = points[coarse][chosen]
+    wanted = [touches(own, 0.0, region, sides[coarse]) for own in points]
     wanted[coarse] = chosen
     hidden = [own.copy() for own in wanted]
     for i, j in np.argwhere(~np.eye(len(sides), dtype=bool)):
-        hidden[i] |= touches(points[i], sides[i], points[j][wanted[j]], sides[j])
+        seen_through = points[j][wanted[j]]
+        hidden[i] |= touches(points[i], sides[i], seen_through, sides[j])
     return np.concatenate(hidden), np.concatenate(wanted)
 
 
@@ -253,6 +284,10 @@ def turn(rng, points, free):
 def to_nm(points):
     """um -> an int32 tensor in nm: FSDP2 casts what floats a network is given to bf16, which has 8 bits."""
     return torch.from_numpy(np.rint(points * 1000).astype(np.int32))
+
+
+def standardise(x, mean, std):
+    return ((x.float() - mean) / std).clamp(-CLIP, CLIP)
 
 
 class Windows(torch.utils.data.Dataset):
@@ -275,15 +310,18 @@ class Windows(torch.utils.data.Dataset):
         return default_collate([self.window(n) for n in numbers])
 
     def window(self, n):
-        config, rng = self.config, np.random.default_rng((self.config["seed"], n))
+        config = self.config
+        rng = np.random.default_rng((config["seed"], n))
         number = rng.integers(len(self.slides))
-        _, maps, centres = self.slides[number]
-        at = rng.choice(centres[0])
-        rows = [nearest(own, at, scale["count"]) for own, scale in zip(centres, self.about)]
-        points = [own[r] - at for own, r in zip(centres, rows)]
+        slide = self.slides[number]
+        at = rng.choice(slide.centres[0])
+        features, points = [], []
+        for where, centres, scale in zip(slide.maps, slide.centres, self.about):
+            rows = nearest(centres, at, scale["count"])
+            features.append(np.memmap(*where)[rows])
+            points.append(centres[rows] - at)
         sides = [scale["side"] for scale in self.about]
         hidden, wanted = hide(rng, points, sides, config["mask_share"], config["mask_block"])
-        places = turn(rng, np.concatenate(points), config["free_rotation"])
-        features = np.concatenate([np.memmap(*where)[r] for where, r in zip(maps, rows)])
-        tensors = {"features": features, "hidden": hidden, "wanted": wanted}
-        return {k: torch.from_numpy(v) for k, v in tensors.items()} | {"places": to_nm(places), "slide": number}
+        nm = to_nm(turn(rng, np.concatenate(points), config["free_rotation"]))
+        features = torch.from_numpy(np.concatenate(features))
+        return {"features": features, "places": nm, "hidden": hidden, "wanted": wanted, "slide": number}
