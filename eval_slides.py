@@ -46,6 +46,7 @@ SHOTS, SUPPORT_SETS = 16, 1000  # images per class, and how often they are drawn
 RUNS, SEED, MAX_STEPS = eval_bach.RUNS, eval_bach.SEED, eval_bach.MAX_STEPS
 CHUNK = 20                      # support sets drawn at a time, which bounds the memory
 DRAWS = 1000                    # of patients, in the bootstrap
+CS = tuple(10.0**e for e in range(-3, 3))  # that the regression may choose from
 # ----------------------------------------------------------------------------------------------------------------------
 TYPES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 CONTEXT, RANDOM, SHUFFLED = "raw, context", "raw, untrained context", "raw, shuffled context"  # rows of the table
@@ -107,8 +108,9 @@ def read_csv(path, needed):
             lines, columns = [(table.line_num, row) for row in table], table.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f"{path}: not a readable csv in UTF-8 ({e})") from e
+    head = ",".join(needed)
     if not set(needed) <= set(columns):
-        raise ValueError(f"{path}: its columns are {columns}; the first line must be {','.join(needed)}, and more")
+        raise ValueError(f"{path}: its columns are {columns}; the first line must be {head} or {head},fold")
     return columns, [(line, {key: (row[key] or "").strip() for key in columns}) for line, row in lines]
 
 
@@ -149,7 +151,8 @@ def check_folds(path, patients, folds, least=3):
             raise ValueError(f"{path}: patient {patient} is in folds {home[patient]} and {fold}; put all images of a "
                              "patient in one fold")
     if len(numbers) < least:
-        raise ValueError(f"{path}: the folds are {numbers}; give at least {least}, or leave the column out")
+        raise ValueError(f"{path}: the folds are {numbers}; give at least {least} (to train, "
+                         f"{'select ' * (least > 2)}and test), or leave the column out")
     return [numbers.index(fold) for fold in folds]
 
 
@@ -416,6 +419,8 @@ def contexts_of(slide, stored, encoder, raw, centres):
     found = {} if stored is None else {CONTEXT: np.asarray(stored, np.float32)}
     if encoder:
         trained, untrained, header, device = encoder
+        if stored is None or stored.shape[1] != header["config"]["width"]:
+            raise ValueError(f"{slide}: --encoder needs the --context that it has made")
         order = np.random.default_rng(SEED).permutation(len(raw))
         found[RANDOM] = embed_slide(untrained, header, raw, centres, device)
         found[SHUFFLED] = embed_slide(trained, header, raw, centres[order], device)
@@ -477,14 +482,14 @@ def nearest_tiles(slide, where, centres, pitch):
 
 def regression(x, labels, groups, C):
     """
-    Logistic regression as in Patho-Bench: C = 0.5, balanced classes, nothing scaled. C = None chooses it among 1e-4 ..
-    1e4 by balanced accuracy on inner folds of whole patients.
+    Logistic regression as in Patho-Bench: C = 0.5, balanced classes, nothing scaled. C = None chooses it from CS
+    by balanced accuracy on inner folds of whole patients.
     """
     from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
     keys = dict(class_weight="balanced", max_iter=10_000)
     if C is None:
         inner = [(fit.numpy(), held.numpy()) for fit, held in inner_splits(labels, groups)]
-        keys |= dict(Cs=np.logspace(-4, 4, 9), cv=inner, scoring="balanced_accuracy", l1_ratios=(0,),
+        keys |= dict(Cs=CS, cv=inner, scoring="balanced_accuracy", l1_ratios=(0,),
                      use_legacy_attributes=False)
         return LogisticRegressionCV(**keys).fit(x, labels)
     return LogisticRegression(C=C, **keys).fit(x, labels)
@@ -658,8 +663,8 @@ def score_features(config):
     rows, bags, text = read_slides(config, found)
     first = next(iter(rows)) if found.where.shape[1] else "mean"
     at_test = {name: own for name, own in rows.items()}
-    if SHUFFLED in rows and CONTEXT in rows:
-        rows[SHUFFLED] = rows[CONTEXT]  # trained on the true order
+    if SHUFFLED in rows:
+        rows[SHUFFLED] = rows[CONTEXT]  # the probe is trained on places in their true order
     mean = linear_probe(found, rows[first], rows[first], 0.5)
     done = []
     print(f"{'':28}balanced   auroc  C tuned   difference to {first} and its 95 % interval")
@@ -669,11 +674,12 @@ def score_features(config):
             row["tuned"] = compare(name, linear_probe(found, x, at_test[name], None), mean, found)["balanced"]
         done.append(show(row, name == first))
     if bags and not found.time.any():
+        once = found._replace(folds=found.folds[:1])  # it takes minutes
         kinds = {"attention MIL": [(raw, raw) for raw, _ in bags]}
         if config["context"]:
             kinds["attention of context on raw"] = [(own, raw) for raw, own in bags]
         for name, pairs in kinds.items():
-            done.append(show(compare(name, mil_probe(found, pairs), mean, found)))
+            done.append(show(compare(name, mil_probe(once, pairs), mean[:1], once)))
     listed = "".join(f"{slide},{folds}\n" for slide, folds in zip(found.slides, found.folds.T.tolist()))
     checksum = hashlib.sha256(listed.encode()).hexdigest()[:8]
     kind = "places" if found.where.shape[1] else "slides"
