@@ -8,8 +8,6 @@ The images go to data/BACH/ICIAR2018_BACH_Challenge/Photos/{Benign,InSitu,Invasi
 slides are left out. A download that breaks off starts over: on a poor connection fetch the archive with `wget -c`. The
 data is CC BY-NC-ND 4.0: no commercial use, and you must not pass on changed copies.
 """
-import hashlib
-import json
 import os
 import sys
 import tempfile
@@ -17,7 +15,6 @@ import zipfile
 import zlib
 from http.client import HTTPException
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 from torch.hub import download_url_to_file
 
@@ -35,20 +32,6 @@ Or by hand: download {name}.zip (10.4 GB) from https://zenodo.org/records/363203
 copy it here, and run: python prepare/bach.py --zip={name}.zip --out={out}"""
 
 
-def fetch():
-    """Fetch the archive into `out` and return its path. Raises ValueError if its md5 is not Zenodo's."""
-    record, path = f"{server}/api/records/3632035", Path(out, f"{NAME}.zip")
-    with urlopen(Request(record, headers={"User-Agent": "nanopfm"}), timeout=60) as response:
-        stated = {file["key"]: file["checksum"] for file in json.load(response)["files"]}
-    if not path.exists():
-        download_url_to_file(f"{record}/files/{path.name}/content", path)
-    with open(path, "rb") as file:
-        found = "md5:" + hashlib.file_digest(file, "md5").hexdigest()
-    if found != stated[path.name]:
-        raise ValueError(f"{path}: expected {stated[path.name]}, got {found}; delete the file and try again")
-    return path
-
-
 def unzip(path):
     """Put the archive's photos into `out`, all 400 or nothing. Reading them checks their CRCs."""
     with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory(dir=out, prefix=".unzip") as temporary:
@@ -60,13 +43,16 @@ def unzip(path):
 
 if __name__ == "__main__":
     configure(globals())
+    archive = Path(zip).expanduser() if zip else Path(out, f"{NAME}.zip")
     try:
         os.makedirs(out, exist_ok=True)
         if not Path(out, NAME).exists():
-            unzip(Path(zip).expanduser() if zip else fetch())
+            if not zip and not archive.exists():
+                download_url_to_file(f"{server}/api/records/3632035/files/{NAME}.zip/content", archive)
+            unzip(archive)
         bach_files(out)
     except (zipfile.BadZipFile, zlib.error, EOFError) as e:
-        raise SystemExit(f"bach: the archive is damaged ({e}); delete it and fetch it again")
-    except (OSError, HTTPException, KeyError, ValueError) as e:
+        raise SystemExit(f"bach: {archive} is damaged ({e}); delete it and fetch it again")
+    except (OSError, HTTPException, ValueError) as e:
         raise SystemExit(f"bach: {e}{'' if zip else MANUAL.format(name=NAME, out=out)}")
     print(f"{out}: all 400 images are there (CC BY-NC-ND 4.0); next: --bach_dir={out}")

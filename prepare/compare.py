@@ -4,7 +4,7 @@ What two preprocessings make of the same slides, side by side: a and b are two c
     python prepare/compare.py --a='config/toy.py' --b='config/toy.py --exact_reads=false' --out=out/compare
 
 Prints a table and writes compare.csv (a row per tile) and compare.png: um/px, width of the tile, shares of tissue,
-black and white pixels, sharpness, near-duplicates, and tiles that share more than half their area with another one.
+black and white pixels, sharpness and near-duplicates.
 """
 import math
 import os
@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sources
 import wsi
 from configurator import configure
-from prepare import report
+from prepare import slides
+from prepare.report import sharpness
 from prepare.stats import train_keys
 
 a = ""          # a command line of train.py
@@ -36,27 +37,20 @@ MEASURES = {"mpp": "um/px", "field_um": "width of the tile, um", "tissue": "shar
 def compare(configs, samples, out):
     """configs: {"a", "b"} -> train.py's keys. Prints the table, writes compare.csv and .png, returns {side: rows}."""
     os.makedirs(out, exist_ok=True)
-    sides, columns = {}, {}
+    sides = {}
     for side, config in configs.items():
         source = sources.open_source(config)
         print(f"{side}: {source.about}")
-        rows = sides[side] = tile_rows(source, side, samples)
-        if not rows:
-            raise ValueError(f"none of {samples} tiles of side {side} could be read")
-        mark_near_duplicates(rows)
-        mark_overlaps(rows, config)
-        columns[side] = column(rows) | {"unreadable": str(samples - len(rows))}
-    report.write_csv(os.path.join(out, "compare.csv"), sides["a"] + sides["b"])
-    print(f"{'':14} | {'a':^40} | {'b':^40}")
-    for label, text in columns["a"].items():
-        print(f"{label:14} | {text:>40} | {columns['b'][label]:>40}")
+        sides[side] = tile_rows(source, side, samples)
+    slides.write_csv(os.path.join(out, "compare.csv"), sides["a"] + sides["b"])
+    print_table(sides, samples)
     plot(sides, os.path.join(out, "compare.png"))
     return sides
 
 
 def tile_rows(source, side, samples):
     """A row per readable tile among samples 0, 1, ... of a source. Prints the most frequent reasons for the others."""
-    rows, reasons = [], {}
+    rows, hashes, reasons = [], [], {}
     for n in tqdm(range(samples), f"side {side}", unit="tile"):
         try:
             tile, where = source.read(n)
@@ -65,54 +59,38 @@ def tile_rows(source, side, samples):
             continue
         rows.append({
             "side": side, **where, "field_um": len(tile) * where["mpp"], "tissue": wsi.tissue_share(tile),
-            "black": (tile.max(2) < 25).mean(), "white": (tile.min(2) > 220).mean(),
-            "sharpness": report.sharpness(tile), "dhash": difference_hash(tile).tobytes().hex()})
+            "black": (tile.max(2) < 25).mean(), "white": (tile.min(2) > 220).mean(), "sharpness": sharpness(tile)})
+        hashes.append(difference_hash(tile))
     for reason in sorted(reasons, key=reasons.get, reverse=True)[:5]:
         print(f"side {side}: {reasons[reason]} x unreadable: {reason}")
+    if not rows:
+        raise ValueError(f"none of {samples} tiles of side {side} could be read")
+    bits = np.array(hashes) * np.float32(2) - 1  # 1 and -1: a product counts bits that agree
+    for row, own in zip(rows, bits):
+        row["near_duplicate"] = int((bits @ own >= 64 - 2 * NEAR).sum() > 1)
     return rows
 
 
 def difference_hash(tile):
-    """64 bits in 8 bytes: where a thumbnail gets lighter to the right."""
+    """64 bits (64,): where a thumbnail gets lighter to the right."""
     small = np.asarray(Image.fromarray(tile).convert("L").resize((9, 8), Image.BILINEAR))
-    return np.packbits(small[:, 1:] > small[:, :-1])
+    return (small[:, 1:] > small[:, :-1]).ravel()
 
 
-def mark_near_duplicates(rows):
-    hashes = np.array([list(bytes.fromhex(row["dhash"])) for row in rows], np.uint8)
-    bits = np.unpackbits(hashes, axis=1) * np.float32(2) - 1  # 1 and -1: a product counts bits that agree
-    for row, own in zip(rows, bits):
-        row["near_duplicate"] = int((bits @ own >= 64 - 2 * NEAR).sum() > 1)
+def known(rows, key):
+    return [row[key] for row in rows if not math.isnan(row[key])]
 
 
-def mark_overlaps(rows, config):
-    """Sets overlapped to 1 if another tile covers more than half of the tile, to "" if the slide does not say."""
-    by_slide = {}
-    for row in rows:
-        by_slide.setdefault(row["slide"], []).append(row)
-    for path, group in by_slide.items():
-        try:  # only the slide can turn x and y, in level-0 px, into um
-            mpp_xy = sources.open_slide(path, config).mpp_xy
-        except wsi.SlideError:
-            mpp_xy = (math.nan, math.nan)
-        low = np.array([(row["x"], row["y"]) for row in group]) * mpp_xy  # (n, 2), um
-        side = np.array([row["field_um"] for row in group])[:, None]
-        for i, row in enumerate(group):
-            shared = np.minimum(low + side, low[i] + side[i]) - np.maximum(low, low[i])
-            area = shared.clip(0).prod(1) / side[i] ** 2
-            row["overlapped"] = "" if np.isnan(area[i]) else int((area > 0.5).sum() > 1)
-
-
-def column(rows):
-    """{label: text} of one side of the table."""
-    texts = {"": "".join(f"{head:>10}" for head in ("5 %", "median", "95 %", "mean"))}
+def print_table(sides, samples):
+    print(f"{'':14} side" + "".join(f"{head:>10}" for head in ("5 %", "median", "95 %", "mean")))
     for key in MEASURES:
-        values = [row[key] for row in rows if row[key] == row[key]] or [math.nan]
-        texts[key] = "".join(f"{v:10.4g}" for v in (*np.percentile(values, (5, 50, 95)), np.mean(values)))
-    for key in ("near_duplicate", "overlapped"):
-        values = [row[key] for row in rows if row[key] != ""]
-        texts[key] = f"{np.mean(values):.1%}" if values else "unknown"
-    return texts | {"tiles": str(len(rows))}
+        for side, rows in sides.items():
+            values = known(rows, key) or [math.nan]
+            shown = *np.percentile(values, (5, 50, 95)), np.mean(values)
+            print(f"{key:14} {side:4}" + "".join(f"{value:10.4g}" for value in shown))
+    for side, rows in sides.items():
+        repeated = np.mean([row["near_duplicate"] for row in rows])
+        print(f"{side}: {len(rows)} tiles, {samples - len(rows)} unreadable, {repeated:.1%} near-duplicates")
 
 
 def plot(sides, file):
@@ -122,7 +100,7 @@ def plot(sides, file):
         return print("no compare.png: it needs matplotlib")
     figure = Figure((12, 6), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(2, 3).flat, MEASURES.items()):
-        values = [[row[key] for row in rows if row[key] == row[key]] for rows in sides.values()]
+        values = [known(rows, key) for rows in sides.values()]
         axes.hist(values, 30, range=(0, 1) if label.startswith("share") else None, label=list(sides))
         axes.set(xlabel=label, ylabel="tiles")
     axes.legend()
