@@ -38,7 +38,7 @@ def main(config):
     source = sources.open_source(config)
     batches = data.Batches(source, config, config["global_px"] // model.ARCHS[config["arch"]].patch_size)
     if batches[0]["bad"]:
-        raise SystemExit(f"bench/data.py: {batches[0]['bad'][0]}")
+        raise ValueError(batches[0]["bad"][0])
     sides = {"tile": lambda: [source.read(i) for i in range(n)],
              "batch": lambda: batches[0],
              "everything": lambda: augmented(batches[0], config)}
@@ -56,4 +56,8 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(configure(train_keys() | {"repeats": 5}))
+    config = configure(train_keys() | {"repeats": 5})
+    try:
+        main(config)
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"bench/data.py: {e}") from None

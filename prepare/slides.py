@@ -70,8 +70,7 @@ def slides_of(config, dots=False):
         owners[name] = path
     number, _, count = (config["part"] or "1/1").partition("/")
     if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"part={config['part']}: of 16 parts the first is 1/16 and the last 16/16; in a SLURM array "
-                         "of --array=1-16 write --part=$SLURM_ARRAY_TASK_ID/16")
+        raise ValueError(f"part={config['part']}: of 16 parts the first is 1/16, the last 16/16")
     os.makedirs(config["out"], exist_ok=True)
     names = list(owners)[int(number) - 1::int(count)]
     return {owners[name]: name for name in names}
@@ -147,15 +146,15 @@ def settle(script, config, more):
     """Refuse keys that differ from those that the folder was begun with."""
     if not 0 <= config["overlap"] < config["tile_px"]:
         raise ValueError(f"overlap={config['overlap']}: give 0 to {config['tile_px'] - 1} px, less than tile_px")
-    kept = {key: value for key, value in config.items() if key not in FREE}
-    text = json.dumps({"script": script, **kept, **more, "TISSUE": wsi.TISSUE}, indent=1)
+    keys = {key: value for key, value in config.items() if key not in FREE}
+    keys = json.loads(json.dumps({"script": script, **keys, **more, "TISSUE": wsi.TISSUE}))  # tuples become lists
     file = Path(config["out"], "keys.json")
     if not file.exists():
         part = Path(f"{file}.{os.getpid()}.part")
-        part.write_text(text)
+        part.write_text(json.dumps(keys, indent=1))
         part.replace(file)
     begun = json.loads(file.read_text())
-    for key, value in json.loads(text).items():
+    for key, value in keys.items():
         if begun.get(key, value) != value:
             raise ValueError(f"{file}: {key} was {begun[key]!r} and is {value!r} now; use another --out")
 
