@@ -30,6 +30,7 @@ BLURRED = 50        # sharpness below which it is called blurred, as in hs2p. of
                     # Gaussian of sigma 2 um leaves 50 to 160, one of 5 um 4 to 8
 PICTURE_PX = 1600   # about the longer side of a picture
 BLUE, GREEN, ORANGE = (20, 60, 220, 130), (0, 140, 50), (255, 200, 0)  # a picture's tiles (translucent), tissue, damage
+BARS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)  # lengths in mm of a scale bar; a third of the width at most
 SCANNER_KEYS = ("aperio.ScanScope ID", "hamamatsu.Product", "leica.device-model", "tiff.Model")
 COLUMNS = """slide name patient vendor scanner width height mpp_x mpp_y mpp_source objective_power level_factors
 tissue_share tissue_mm2""".split()  # then tiles_0.5 and so on, sharpness, defects, error
@@ -117,9 +118,11 @@ def focus(slide, defects):
     places = [slide.random_tissue(rng, 256, BLUR_UM) for _ in range(8)]
     tiles, errors = slide.read_tiles(places, 256, BLUR_UM)
     values = [sharpness(tile) for i, tile in enumerate(tiles) if i not in errors]
-    median = round(float(np.median(values)), 1)
     if errors:
         defects.append(f"{len(errors)} of 8 tiles damaged")
+    if not values:
+        return ""
+    median = round(float(np.median(values)), 1)
     if median < BLURRED:
         defects.append("blurred")
     return median
@@ -133,20 +136,14 @@ def survey(slide):
 
 
 def scan_defects(rgb):
-    """{defect: share of the slide} of pen and black border in a thumbnail."""
-    hue, saturation, value = np.moveaxis(np.asarray(Image.fromarray(rgb).convert("HSV")), 2, 0)
-    dark = value < 50
-    if dark.mean() >= 0.5:
-        return {"dark (fluorescence?)": dark.mean()}
-    rows = np.flatnonzero(dark.mean(1) < 0.5)
-    columns = np.flatnonzero(dark.mean(0) < 0.5)
-    inside = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    border = dark.copy()  # lines from the edge inwards of which more than half is black
-    border[inside] = False
+    """{defect: share of the slide} in a thumbnail. Black is ink or a border, or fluorescence if it is most of it."""
+    channels = Image.fromarray(rgb).convert("HSV").split()
+    hue, saturation, value = map(np.asarray, channels)
+    black = value < 50
     green = (hue >= 50) & (hue <= 135) & (saturation > 40)
     blue = (hue > 135) & (hue <= 177) & (saturation > 100)
-    pen = (green | blue) & ~dark
-    return {"pen": (pen | dark & ~border).mean(), "black border": border.mean()}
+    pen = (green | blue) & ~black
+    return {"pen": pen.mean(), "black": black.mean()}
 
 
 # ---- a slide's picture ----------------------------------------------------------------------------------------------
@@ -163,24 +160,34 @@ def draw(slide, grids, size, text):
         text += f": {len(xy)} tiles of {size} px at {mpp:g} um/px"
         side = np.divide(slide.extent(size, mpp), cell)
         for corner in xy / cell:
-            pen.rectangle((*corner.round(), *(corner + side).round()), outline=BLUE)
+            left, top = corner.round()
+            right, bottom = (corner + side).round()
+            pen.rectangle((left, top, right, bottom), outline=BLUE)
+    image.paste(GREEN, mask=outline(slide, image.size, cell))
+    return caption(image, cell[0] * slide.mpp_xy[0], text)
+
+
+def outline(slide, size, cell):
+    """The edge of the tissue mask, white on black, in a picture of a size whose pixels are `cell` level-0 px."""
     mask, mask_cell = slide.tissue_mask()
     extent = np.multiply(mask.shape[::-1], mask_cell) / cell
-    tissue = Image.new("L", image.size)
-    tissue.paste(Image.fromarray(mask).convert("L").resize(extent.round().astype(int).tolist(), Image.NEAREST))
-    image.paste(GREEN, mask=tissue.filter(ImageFilter.FIND_EDGES).filter(ImageFilter.MaxFilter(3)))
-    return caption(image, cell[0] * slide.mpp_xy[0], text)
+    width, height = extent.round().astype(int).tolist()
+    tissue = Image.new("L", size)
+    tissue.paste(Image.fromarray(mask).convert("L").resize((width, height), Image.NEAREST))
+    edge = tissue.filter(ImageFilter.FIND_EDGES)
+    return edge.filter(ImageFilter.MaxFilter(3))
 
 
 def caption(image, um, text):
     """The image above a white strip with a scale bar and a line of text; wider where the text needs it."""
-    lengths = [digit * 10.0 ** power for power in range(-3, 2) for digit in (1, 2, 5)]
-    mm = max((mm for mm in lengths if mm <= image.width * um / 3000), default=0.001)
-    bar, y = round(mm * 1000 / um), image.height + 22  # px
+    third = image.width * um / 3000
+    mm = max([length for length in BARS if length <= third], default=BARS[0])
+    bar = round(mm * 1000 / um)  # px
+    y = image.height + 22
     font = ImageFont.load_default(22)
     text = f"{mm:g} mm   {text}"
-    width = max(image.width, math.ceil(bar + font.getlength(text)) + 36)
-    canvas = Image.new("RGB", (width, image.height + 44), "white")
+    needed = bar + font.getlength(text) + 36
+    canvas = Image.new("RGB", (max(image.width, math.ceil(needed)), image.height + 44), "white")
     canvas.paste(image)
     pen = ImageDraw.Draw(canvas)
     pen.rectangle((12, y - 4, 12 + bar - 1, y + 3), fill="black")
@@ -194,19 +201,23 @@ def caption(image, um, text):
 def summary(rows, config):
     """Print slides, errors, tissue and tiles by scanner (or vendor), um/px and objective power."""
     tiles = [f"tiles_{mpp:g}" for mpp in config["mpps"]]
-    totals = {}
+    totals, usable = {}, 0
     for row in rows:
-        mpp = f"{(row['mpp_x'] + row['mpp_y']) / 2:.3f}" if row["mpp_x"] else "?"
-        key = row["scanner"] or row["vendor"] or "?", mpp, row["objective_power"] or "?"
+        mpp = "?"
+        if row["mpp_x"]:
+            mpp = f"{(row['mpp_x'] + row['mpp_y']) / 2:.3f}"
+        scanner = row["scanner"] or row["vendor"] or "?"
+        power = row["objective_power"] or "?"
         counts = [row[column] or 0 for column in ("tissue_mm2", *tiles)]
-        totals[key] = np.add(totals.get(key, 0), [1, bool(row["error"]), *counts])
+        error = bool(row["error"])
+        usable += not error and any(counts[1:])
+        totals[scanner, mpp, power] = np.add(totals.get((scanner, mpp, power), 0), [1, error, *counts])
     heads = "um/px", "power", "slides", "errors", "tissue_mm2", *tiles
     print("scanner".ljust(24), *(f"{head:>10}" for head in heads))
     for (scanner, mpp, power), total in sorted(totals.items()):
         values = [f"{value:10.7g}" for value in total]
         print(f"{scanner[:24]:24} {mpp:>10} {power:>10}", *values)
-    usable = [row for row in rows if not row["error"] and any(row[column] for column in tiles)]
-    print(f"{len(usable)} of {len(rows)} slides usable")
+    print(f"{usable} of {len(rows)} slides usable")
 
 
 def main(config):
