@@ -100,9 +100,8 @@ def block_bytes(config, arch, mode, size):
 def head_bytes(config, arch, size):
     """Of both heads when losses are computed: activations, logits, the logits' gradients, targets, and a work space."""
     held, work = 0, 0
-    dino, ibot = 2 * config["batch_size"], masked_patches(config, arch)
-    for name, rows, targets in (("dino", dino + config["local_crops"] * config["batch_size"], dino),
-                                ("ibot", ibot, ibot)):
+    batch, masked = config["batch_size"], masked_patches(config, arch)
+    for name, rows, targets in (("dino", (2 + config["local_crops"]) * batch, 2 * batch), ("ibot", masked, masked)):
         prototypes, bottleneck = config[f"{name}_prototypes"], config[f"{name}_bottleneck"]
         inner = arch.embed_dim + 4 * config[f"{name}_hidden"] + 2 * bottleneck
         held += size * rows * (inner + 2 * prototypes)
@@ -114,20 +113,24 @@ def head_bytes(config, arch, size):
     return held + work
 
 
+def numbers(part):
+    return sum(p.numel() for p in part.parameters())
+
+
 def memory(config, net, world, mode, size):
     """{moment: {part: bytes}} of a step; `net` is model.build's ModuleDict, `size` the bytes of a computed number."""
     arch, batch = net["backbone"].arch, config["batch_size"]
-    backbone, dino, ibot = (sum(p.numel() for p in net[part].parameters())
-                            for part in ("backbone", "dino_head", "ibot_head"))
-    block = sum(p.numel() for p in net["backbone"].blocks[0].parameters())
-    rest, heads = backbone - arch.depth * block, dino + ibot
-    whole = 4 * (backbone + heads) / world
+    backbone, block = numbers(net["backbone"]), numbers(net["backbone"].blocks[0])
+    rest = backbone - arch.depth * block
+    heads = numbers(net) - backbone
+    whole = 4 * numbers(net) / world
     always = {"parameters": whole, "optimizer": 2 * whole, "teacher": whole}
-    (global_crops, global_tokens, _), *_ = seen = crops(config, arch)
+    seen = crops(config, arch)
     tokens = sum(count * each for count, each, _ in seen)
-    pixels = 3 * batch * (2 * config["global_px"] ** 2 + config["local_crops"] * config["local_px"] ** 2)
-    inputs = pixels * (4 + 2 * (size == 2))
-    inputs += size * arch.embed_dim * (2 * tokens + global_crops * global_tokens)
+    tokens_of_global = seen[0][0] * seen[0][1]
+    pixels = 2 * config["global_px"] ** 2 + config["local_crops"] * config["local_px"] ** 2
+    inputs = 3 * batch * pixels * (4 + 2 * (size == 2))
+    inputs += size * arch.embed_dim * (2 * tokens + tokens_of_global)
     kept, working = block_bytes(config, arch, mode, size)
     full = inputs + arch.depth * kept
     buffers = size * (rest + block) + 4 * heads + size * arch.embed_dim * arch.ffn_hidden
@@ -156,7 +159,7 @@ def estimate(config, world=1):
         by_mode[mode] = (sum(parts[mode].values()) + CONTEXT * on_gpu) / 1e9
     mode = config["activation_checkpointing"]
     cost, seen = tflop(config, arch), crops(config, arch)
-    backbone, everything = (sum(p.numel() for p in part.parameters()) for part in (net["backbone"], net))
+    backbone, everything = numbers(net["backbone"]), numbers(net)
     return {
         "backbone": backbone / 1e6, "heads": (everything - backbone) / 1e6, "images": images,
         "tokens": sum(count * each for count, each, _ in seen),

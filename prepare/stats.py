@@ -11,7 +11,6 @@ as JSON.
 import contextlib
 import io
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from configurator import configure
 from prepare.report import sharpness
 
 RESAMPLES = 1000  # bootstrap samples of the patients
+MEASURES = ("mpp", "width_um", "tissue", "black", "white", "sharpness")
 NEAR = 4          # two tiles are near-duplicates if at most this many bits of their 64-bit difference hashes differ
 
 
@@ -44,9 +44,10 @@ def train_config(argv):
 
 
 def measures(tile, mpp):
-    """um/px, width in um, shares of tissue, black and white, and sharpness of a tile."""
-    return {"mpp": mpp, "width_um": len(tile) * mpp, "tissue": wsi.tissue_share(tile),
-            "black": (tile.max(2) < 25).mean(), "white": (tile.min(2) > 220).mean(), "sharpness": sharpness(tile)}
+    """MEASURES of a tile: um/px, width in um, shares of tissue, black and white, sharpness."""
+    black = (tile.max(2) < 25).mean()
+    white = (tile.min(2) > 220).mean()
+    return mpp, len(tile) * mpp, wsi.tissue_share(tile), black, white, sharpness(tile)
 
 
 def difference_hash(tile):
@@ -73,10 +74,10 @@ def tile_stats(source, config):
     if not rows:
         raise ValueError(f"none of {config['samples']} tiles could be read")
     result = colours(np.stack(list(patients.values())), np.random.default_rng(config["seed"]))
-    for key in rows[0]:
-        values = [row[key] for row in rows if not math.isnan(row[key])]
-        if values:  # a folder of tiles has no mpp
-            result[key] = [*np.percentile(values, (5, 50, 95)).tolist(), float(np.mean(values))]
+    for key, values in zip(MEASURES, np.transpose(rows)):
+        values = values[~np.isnan(values)]
+        if len(values):  # a folder of tiles has no mpp
+            result[key] = [*np.percentile(values, (5, 50, 95)).tolist(), float(values.mean())]
     bits = np.array(hashes) * np.float32(2) - 1  # 1 and -1: a product counts bits that agree
     repeated = [(bits @ own >= 64 - 2 * NEAR).sum() > 1 for own in bits]
     return result | {"near_duplicates": float(np.mean(repeated)), "tiles": len(rows), "patients": len(patients),
@@ -100,12 +101,13 @@ def moments(sums):
 
 def show(result):
     for key in ("mean", "std"):
-        low, high = result[f"{key}_ci95"]
-        for channel, name in enumerate(("red", "green", "blue")):
-            print(f"{key:5}{name:6}{result[key][channel]:.4f} ({low[channel]:.4f} to {high[channel]:.4f})")
-    print(f"{'':10}" + "".join(f"{head:>10}" for head in ("5 %", "median", "95 %", "mean")))
-    for key in [key for key in ("mpp", "width_um", "tissue", "black", "white", "sharpness") if key in result]:
-        print(f"{key:10}" + "".join(f"{value:10.4g}" for value in result[key]))
+        print(f"{key}, red, green, blue, with 95 % intervals")
+        for value, low, high in zip(result[key], *result[f"{key}_ci95"]):
+            print(f"    {value:.4f} ({low:.4f} to {high:.4f})")
+    print("               5 %    median      95 %      mean")
+    for key in MEASURES:
+        texts = [f"{value:10.4g}" for value in result.get(key, ())]
+        print(f"{key:9}" + "".join(texts))
     print(f"{result['tiles']} tiles of {result['patients']} patients, {result['unreadable']} unreadable, "
           f"{result['near_duplicates']:.1%} near-duplicates")
     print("norm =", np.round([result["mean"], result["std"]], 4).tolist())

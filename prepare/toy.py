@@ -99,7 +99,8 @@ def claim(rng, scene, r):
     """Find a random free place for a circle of radius r, and take it; None if 20 tries fail."""
     tries = rng.uniform(-r / 2, scene.size + r / 2, (20, 2))
     others = np.reshape(scene.taken, (-1, 3))
-    gaps = np.linalg.norm(tries[:, None] - others[:, :2], axis=2) - others[:, 2] - r
+    distance = np.linalg.norm(tries[:, None] - others[:, :2], axis=2)
+    gaps = distance - others[:, 2] - r
     free = tries[(gaps > 2).all(1)]
     if not len(free):
         return None
@@ -123,14 +124,16 @@ def glands(rng, scene, count, radius, lumen, rings):
             angle = np.arange(0, TURN, 8 / ring) + rng.uniform(0, TURN)
             reach = ring * np.interp(angle, ROUND, dents, period=TURN)
             jitter = rng.normal(0, 0.8 if hole else 2, (len(angle), 2))
-            scene.cells.append(np.column_stack([centre + reach[:, None] * unit(angle) + jitter, angle]))
+            places = centre + reach[:, None] * unit(angle) + jitter
+            scene.cells.append(np.column_stack([places, angle]))
             count -= len(angle)
 
 
 def cords(rng, scene, count):
     """Strands of cells, 8.5 um apart, that follow the fibres, until `count` nuclei are used up."""
     while count > 0:
-        length, width, drift = rng.integers(4, 30), rng.integers(1, 4), rng.normal(0, 0.3)
+        length, width = rng.integers(4, 30), rng.integers(1, 4)
+        drift = rng.normal(0, 0.3)
         path = [rng.uniform(0, scene.size)]
         for _ in range(length):
             heading = unit(scene.flow(path[-1]) + drift)
@@ -140,10 +143,12 @@ def cords(rng, scene, count):
         angle = np.arctan2(steps[:, 1], steps[:, 0])
         normal = steps[:, ::-1] * (-1, 1) / 8.5
         for k in range(width):
-            row = path + normal * (k - (width - 1) / 2) * 8.5
+            offset = k - (width - 1) / 2
+            row = path + normal * offset * 8.5
             row += rng.normal(0, 1.5, row.shape)
             scene.cells.append(np.column_stack([row, angle]))
-        half = (width * 4.5 + 1) * (1 + 0.2 * rng.standard_normal((length, 1)))
+        uneven = 1 + 0.2 * rng.standard_normal((length, 1))
+        half = (width * 4.5 + 1) * uneven
         left, right = path + normal * half, path - normal * half
         scene.epithelium.append(np.concatenate([left, right[::-1]]))
         scene.taken += [(x, y, half[0, 0]) for x, y in path[::3]]
@@ -152,7 +157,9 @@ def cords(rng, scene, count):
 
 def fibres(rng, shape, um):
     """Eosin of the stroma (H, W), mean 0, and a function: positions (..., 2) to directions of the fibres, rad (...)."""
-    turn, bend, wide = rng.uniform(0, TURN), noise(rng, shape, 150 / um), noise(rng, shape, 15 / um)
+    turn = rng.uniform(0, TURN)
+    bend = noise(rng, shape, 150 / um)
+    wide = noise(rng, shape, 15 / um)
     y, x = (np.arange(side, dtype=np.float32) * um for side in shape)
     distance = np.add.outer(y * math.sin(turn), x * math.cos(turn))
     phase = distance / rng.uniform(2, 4)
@@ -194,7 +201,8 @@ def stamp_group(canvas, nuclei, um):
     x, y, angle, a, b, load = nuclei.T[:, :, None, None]
     column = np.rint(x / um) + dx
     row = np.rint(y / um) + dy
-    px, py = column * um - x, row * um - y
+    px = column * um - x
+    py = row * um - y
     c, s = np.cos(angle), np.sin(angle)
     along = (c * px + s * py) / a
     across = (c * py - s * px) / b
@@ -310,9 +318,14 @@ def patchwork(rng, size):
     Where a slide's tissue is, on a grid of COARSE_UM: mask float32 (h, w), the number of each place's region (h, w),
     and how many regions there are; the outline of its first piece and that one's centre, in um.
     """
-    shape, pieces = shape_of(size, COARSE_UM), int(rng.integers(1, 3))
-    centres = [((i + 0.5) / pieces * size[0], size[1] / 2) for i in range(pieces)]
-    outlines = [blob(rng, 0, 1, 0.12) * size * (0.43 / pieces, 0.43) + centre for centre in centres]
+    shape = shape_of(size, COARSE_UM)
+    pieces = int(rng.integers(1, 3))
+    centres, outlines = [], []
+    for i in range(pieces):
+        centre = (i + 0.5) / pieces * size[0], size[1] / 2
+        circle = blob(rng, 0, 1, 0.12)
+        outlines.append(circle * size * (0.43 / pieces, 0.43) + centre)
+        centres.append(centre)
     inside = paint(outlines, shape, COARSE_UM)
     grid = [max(1, round(side / 550)) for side in size]  # regions of about 550 um with uneven borders
     corners = np.argwhere(np.ones(grid))
@@ -330,9 +343,11 @@ def add_region(rng, loads, mask, kind, um):
     y0, y1, x0, x1 = (int(side * COARSE_UM / um) for side in (top, bottom, left, right))
     view = loads[:, y0:y1, x0:x1]
     shape = view.shape[1:]
-    edge = Image.fromarray(mask[top:bottom, left:right]).resize(shape[::-1], Image.BILINEAR)
+    edge = Image.fromarray(mask[top:bottom, left:right])
+    edge = edge.resize(shape[::-1], Image.BILINEAR)
     patch = tissue(rng, kind, shape, um) * edge
-    view += patch * rng.lognormal(0, 0.15, (2, 1, 1)).astype(np.float32)
+    gains = rng.lognormal(0, 0.15, (2, 1, 1))
+    view += patch * gains.astype(np.float32)
 
 
 def slide_loads(rng, size, um):
@@ -353,7 +368,8 @@ def slide_loads(rng, size, um):
 
 def make_slide(folder, seed, number, spec):
     suffix, mpp, factors, *size = spec
-    rng, size = np.random.default_rng([seed, 1, number]), np.multiply(size, 1000)
+    rng = np.random.default_rng([seed, 1, number])
+    size = np.multiply(size, 1000)  # um
     stains, glass = patient(rng)
     pen = -np.log(np.divide(PENS[number % 3], 255))
     loads = slide_loads(rng, size, RENDER_UM)
