@@ -22,14 +22,6 @@ SPLIT = eval_bach.LABELS, eval_bach.TRAIN_INDEX, eval_bach.VAL_INDEX
 PHOTOS = "ICIAR2018_BACH_Challenge/Photos"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # images and split
 
 
@@ -265,13 +257,6 @@ def test_heads_equal_a_straight_loop(dtype, dim, epochs):
         assert best[r] == int(balanced[:, r].argmax())  # argmax: the first of equal maxima
 
 
-def test_the_comparison_sees_the_schedule():
-    features = blobs(24, 4, torch.float64)
-    balanced = fit(features, 500, runs=1)[0][:, 0]
-    for other in ({"warm_epochs": 0}, {"warm_epochs": 4}, {"weight_decay": 0.5}):
-        assert (balanced - straight_loop(features, 42, 250, **other)[:, 0]).abs().max() > 1e-3, other
-
-
 @pytest.mark.parametrize("batch_size", [256, 6])  # all images of a small set are scored, a large set is gathered
 def test_the_heads_gradient_is_that_of_each_on_its_own_batch(monkeypatch, batch_size):
     monkeypatch.setattr(eval_bach, "BATCH", batch_size)
@@ -299,13 +284,14 @@ def test_early_stopping_counts_from_the_best_epoch(monkeypatch):
     assert len(list(script)) == 40 - 25  # training ended with the last run
 
 
-def test_probe_on_separable_features():
+def test_probe_on_separable_features(monkeypatch):
+    monkeypatch.setattr(eval_bach, "PATIENCE", 400)
     features = blobs(16, 20)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     result = eval_bach.probe(features, *SPLIT)
     assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
     assert result["bach"] == 1 and result["std"] == 0 and result["seeds"] == [1] * 5 and result["accuracy"] == 1
-    assert result["plateau"] == 1 and all(1251 <= n < 6250 for n in result["epochs"])
+    assert result["plateau"] == 1 and all(401 <= n < 6250 for n in result["epochs"])
 
 
 @pytest.mark.slow
@@ -396,7 +382,8 @@ def test_the_clean_split_selects_nothing_on_the_132_images():
     assert fit == [i for first, end in ranges for i in range(first, end)]
 
 
-def test_second_opinions():
+def test_second_opinions(monkeypatch):
+    monkeypatch.setattr(eval_bach, "MAX_STEPS", 1000)
     features = blobs(16, 20)
     row = eval_bach.second_opinions(features)
     assert row["clean"] > 0.95 and row["knn"] == 1 and 0 <= row["clean_std"] < 0.05
@@ -517,7 +504,7 @@ def command(monkeypatch, *flags):
 
 def test_weights_command(bach_template, tmp_path, monkeypatch, capsys):
     save_teacher(tmp_path / "7.pth", {"norm": ([0.5] * 3, [0.4] * 3)})
-    command(monkeypatch, f"--weights={tmp_path}/7.pth", f"--bach_dir={bach_template}", "--device=cpu")
+    command(monkeypatch, f"--weights={tmp_path}/7.pth", f"--bach_dir={bach_template}", "--device=cpu", "--input_px=56")
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0.5 < row["bach"] <= 1 and len(row["seeds"]) == 5 and row["protocol"].startswith("eva-bach: ")
     assert {"std", "accuracy", "plateau", "effective_rank", "mean_cosine", "recall", "confusion"} <= row.keys()

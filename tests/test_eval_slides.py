@@ -378,7 +378,7 @@ def test_osteosarcoma_tiles(tmp_path):
     for folder, groups, folds in ((osteosarcoma(tmp_path / "two", True, True), 4, 3),
                                   (osteosarcoma(tmp_path / "blocks", False, False), 26, 5)):
         for backbone in (toy, Colours()):
-            row = row_of(keys(folder, input_px=224), backbone, *model.NORMS["imagenet"])
+            row = row_of(keys(folder, input_px=56), backbone, *model.NORMS["imagenet"])
             assert (row["images"], row["groups"], len(row["folds"])) == (60, groups, folds)
             assert len(row["classes"]) == (2 if folds == 3 else 3) and 0 < row["balanced"] < 1
             assert 0.02 < row["se_groups"] < 0.3
