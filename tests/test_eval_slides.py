@@ -345,11 +345,6 @@ def test_scikit_learn_is_needed_for_made_folds_alone(tiles, monkeypatch):
         samples_of(keys(tiles))
 
 
-def test_features_that_are_not_finite(tiles):
-    with pytest.raises(ValueError, match="features of 24 of 24 images are not finite"):
-        row_of(keys(tiles), Colours(), mean=(float("nan"),) * 3)
-
-
 # real tiles
 
 
