@@ -106,7 +106,8 @@ def hidden(out="out"):
 
 def start(patch, *flags):
     """prepare/tiles.py after some lines of Python, in a process group of its own."""
-    code = f"from tests.test_tiles import *\n{patch}\nslides.run('tiles', tiles.main, vars(tiles))"
+    imports = "import os, signal, time\nfrom prepare import slides, tiles"  # without torch
+    code = f"{imports}\n{patch}\nslides.run('tiles', tiles.main, vars(tiles))"
     command = [sys.executable, "-c", code, "--slides=in/*", "--out=out", "--tile_px=128", *flags]
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
