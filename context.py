@@ -59,12 +59,11 @@ width = 768
 depth = 6
 heads = 12
 registers = 4
-periods = (2.0, 64.0)    # waves of rotary positions, in pitches of the first scale: the shortest and the longest
+periods = (4.0, 64.0)    # waves of rotary positions, in pitches of the first scale: the shortest and the longest
 scale_embedding = True   # add log2 um/px times a learnt vector; matters with several scales
 # ---- optimizer: AdamW -----------------------------------------------------------------------------------------------
 batch_size = 128         # windows per rank
 base_lr = 1e-3           # at a global batch of 1024; scaled by the square root of the batch
-min_lr = 1e-6
 warmup_steps = 1500
 betas = (0.9, 0.95)
 weight_decay = 0.05
@@ -102,11 +101,10 @@ class SlideEncoder(nn.Module):
 
     def forward(self, parts, nm, hidden, layer=0):
         """
-        parts: standardised features (B, N_s, C) per scale; nm: int32 (B, N, 2), places in nm; hidden: bool (B, N) ->
-        (context (B, N, D) after `layer` blocks, 0 = all, and the final norm; predicted features (B * N, C)).
+        parts: standardised features (B, N_s, C) per scale; nm: places, int32 (B, N, 2) in nm; hidden: bool (B, N) ->
+        context (B, N, D) after `layer` blocks, 0 = all, and the final norm; predicted features (B * N, C).
         """
-        x = torch.cat([self.input(part) for part in parts], 1)
-        x = torch.where(hidden[..., None], self.mask_token, x)
+        x = torch.where(hidden[..., None], self.mask_token, self.input(torch.cat(parts, 1)))
         if self.config["scale_embedding"]:
             logs = [math.log2(scale["mpp"]) for scale in self.about]
             x = x + torch.cat([log * self.log2_mpp.expand(part.shape[1], -1) for log, part in zip(logs, parts)])
@@ -121,8 +119,8 @@ class SlideEncoder(nn.Module):
     def rope(self, nm):
         """sin and cos, each (B, 1, N, head_dim). Positions are in pitches, never relative to the window's size."""
         low, high = self.config["periods"]
-        d = self.config["width"] // self.config["heads"] // 4
-        periods = low * (high / low) ** torch.linspace(0, 1, d, device=nm.device)
+        steps = torch.linspace(0, 1, self.config["width"] // self.config["heads"] // 4, device=nm.device)
+        periods = low * (high / low) ** steps
         positions = nm.float() / (1000 * self.about[0]["pitch"])
         positions = positions - positions.mean(1, keepdim=True)  # registers are not turned: they stand in the middle
         angles = 2 * math.pi * positions[..., None] / periods  # (B, N, 2, d)
@@ -153,8 +151,8 @@ def random_encoder(header, seed):
 @torch.inference_mode()
 def embed_slide(net, header, features, centres_um, device="cpu", layer=0):
     """
-    Context of a slide's places, float32 (N, D), from features (N, C) and centres (N, 2); or from lists of them, one per
-    scale, and it is that of the first. What a place gets in the windows of places.cover is averaged.
+    Context of a slide's places, float32 (N, D), from features (N, C) and centres (N, 2), or from lists of them per
+    scale: that of the first. What a place gets in the windows of places.cover is averaged.
     """
     if isinstance(centres_um, np.ndarray):
         features, centres_um = [features], [centres_um]
@@ -177,6 +175,9 @@ if __name__ == "__main__":
     config = configure(globals())
     dev = device or ("cuda" if torch.cuda.is_available() else "cpu")
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    windows = batch_size * world  # per step
+    progress = {"step": 0, "bad_steps": 0, "samples": 0}
+    signals = []  # SIGTERM, or SIGUSR1 some time before it: save and end
 
     def say(message):
         if rank == 0:
@@ -208,9 +209,6 @@ if __name__ == "__main__":
     sharding.materialize(net, dev, seed)
     optimizer = sharding.adamw(model.param_groups(net), betas, dev)
     saver = checkpoint.Saver(f"{out_dir}/ckpt", 2, 0)
-    signals = []  # SIGTERM, or SIGUSR1 some time before it: save and end
-    progress = {"step": 0, "bad_steps": 0, "samples": 0}
-    windows = batch_size * world  # per step
 
     def state():
         parameters, moments = get_state_dict(net, optimizer)
@@ -261,8 +259,7 @@ if __name__ == "__main__":
             group["lr"], group["weight_decay"] = lr, weight_decay * group["wd_scale"]
         batch = {k: v.to(dev, non_blocking=True) for k, v in next(batches).items()}
         parts = [places.standardise(*scale) for scale in zip(batch["features"].split(counts, 1), mean, std)]
-        _, predicted = net["backbone"](parts, batch["places"], batch["hidden"])
-        predicted = predicted.view(batch["features"].shape)
+        predicted = net["backbone"](parts, batch["places"], batch["hidden"])[1].view(batch["features"].shape)
         if subtract_mean:
             slide_means = places.standardise(found[batch["slide"], 0], mean, std).split(1, 1)  # (B, 1, C) per scale
             parts = [part - own for part, own in zip(parts, slide_means)]

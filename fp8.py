@@ -16,7 +16,7 @@ whose scales could not be applied to the result, and because it is what AdamW se
 What it costs: no memory for long, since weights, saved activations and all-gathers stay in bf16. But each factor is
 read twice, to find its scales and to cast it. torch.compile fuses these passes into their neighbours. Without it they
 eat the gain, as they do in narrow layers, and an fp32 (M, N) is held twice for a moment.
-Measured: no GPU has run bench/fp8.py yet. torchao's traffic model, at an H100's 78 % of peak, expects that products and
+Measured: no GPU has run bench/step.py. torchao's traffic model, at an H100's 78 % of peak, expects that products and
 casts of all linear layers are 1.34 x as fast in ViT-g and 1.42 x in the 7B. Off: fp8 = "off", the default.
 
 Sources: Micikevicius et al., FP8 formats for deep learning (2022). torchao calls per-row scales with a bf16 weight

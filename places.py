@@ -117,12 +117,13 @@ def embed_files(config, header, embed):
     """
     from prepare import coords, slides
     first, *others = config["features"].split(",")
-    keys = {"slides": first + "/*.[hn][5p]*", "overlap": 0, "tile_px": 1, "names": "stem"}
+    keys = {key: config[key] for key in ("features", "weights", "out", "part")}
+    keys |= {"slides": first + "/*.[hn][5p]*", "overlap": 0, "tile_px": 1}
     with open(config["weights"], "rb") as f:
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     others = [files_of(folder) for folder in others]
     job = functools.partial(embed_file, header=header, embed=embed, others=others)
-    slides.walk("context", config | keys, job, ".h5" if coords.h5py else ".npz", 0, {"encoder": sha256})
+    slides.walk("context", keys, job, ".h5" if coords.h5py else ".npz", 0, {"encoder": sha256})
 
 
 def embed_file(path, name, file, part, config, header, embed, others):

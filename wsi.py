@@ -21,7 +21,7 @@ Exact reads. OpenSlide reads a level > 0 at location / downsample, which is frac
 stored pixels. This blurs each place by another amount: a nuisance for the encoder, a difference between random and grid
 reads, and a periodic shortcut for context models. We start reads as close to a whole level pixel as level-0 pixels
 allow. The fraction e that remains is known, and _sharpen inverts its kernel [1 - e, e]. exact_reads=False leaves
-OpenSlide's own result; bench/reads.py measures both. Everything outside the slide, and every transparent pixel (areas
+OpenSlide's own result; docs/data.md has both measured. Everything outside the slide, and every transparent pixel (areas
 not scanned), is white; OpenSlide leaves them black.
 """
 import functools

@@ -13,12 +13,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils import benchmark
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fp8
@@ -37,24 +37,16 @@ FLAGS = {"vitg": ["config/vitg.py"], "vithplus": ["config/vithplus.py"], "vit7b"
          "tiny": ["config/toy.py", "--batch_size=4", "--global_px=56", "--local_px=28"]}
 
 
-def fastest(function):
-    """The least of 20 times, in seconds."""
-    best = float("inf")
-    for _ in range(20):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
+def seconds(function):
+    return benchmark.Timer("function()", globals={"function": function}).blocked_autorange().median
 
 
 def print_ceilings():
     a, b = torch.randn(2, size, size, device="cuda", dtype=torch.bfloat16)
     (a8, _), (b8, _) = fp8.quantize(a), fp8.quantize(b)
-    bf16 = 2e-12 * size**3 / fastest(lambda: a @ b.t())
-    e4m3 = 2e-12 * size**3 / fastest(lambda: fp8.e4m3_product(a8, b8))
-    copy = 4e-12 * size**2 / fastest(lambda: a.copy_(b))
+    bf16 = 2e-12 * size**3 / seconds(lambda: a @ b.t())
+    e4m3 = 2e-12 * size**3 / seconds(lambda: fp8.e4m3_product(a8, b8))
+    copy = 4e-12 * size**2 / seconds(lambda: a.copy_(b))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: products of {size} in bf16 {bf16:.0f}, in e4m3 "
           f"{e4m3:.0f} TFLOP/s, copies {copy:.2f} TB/s\n")
 

@@ -6,7 +6,7 @@ The toy's evidence: each of config/ablate on its parent with several seeds, from
     python curves.py --runs='out/ablations/scratch/*' --parent=recipe     # or out/ablations/continued/*
 
 After a stop, the same command resumes. What tables and figures need of a finished run (no weights) is copied to
-`record`. The project keeps it there: tests rebuild the README's table from it and compute some steps again.
+docs/toy_runs: tests rebuild the README's table from it and compute some steps again.
 """
 import json
 import os
@@ -24,7 +24,6 @@ seeds = 3
 jobs = 2                   # runs at a time, with one thread each: small products gain little from a second
 only = ""                  # part of a run's name
 out = "out/ablations"
-record = "docs/toy_runs"
 
 ROOT = Path(__file__).resolve().parent.parent
 ABLATIONS = [  # folder, parent, what is tried on it ("recipe": nothing); in the order of what is asked most
@@ -36,14 +35,11 @@ PRETRAIN, ENCODER = "pretrain/toy_0", "out/toy_pretrain/teacher/300.pth"
 
 
 def commands():
-    """
-    {folder of a run: arguments of train.py}.
-
-    Continued runs begin at seed 1. With the pretraining's seed 0 they would draw the very heads and positions that the
-    encoder began with, and random positions would look harmless.
-    """
+    """{folder of a run: arguments of train.py}."""
     found = {}
     for folder, parent, names in ABLATIONS:
+        # with the pretraining's seed 0 continued runs would draw the very heads and positions that the encoder began
+        # with, and random positions would look harmless
         first = 1 if folder == "continued" else 0
         for seed in range(first, first + seeds):
             for name in names:
@@ -79,9 +75,10 @@ def run(job):
         print(f"{time.strftime('%H:%M')} {folder}: {'done' if finished(place) else 'failed'}", flush=True)
     if not finished(place):
         return False
-    (ROOT / record / folder).mkdir(parents=True, exist_ok=True)
+    record = ROOT / "docs/toy_runs" / folder
+    record.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "source.diff", "bach.jsonl", "metrics.jsonl"):
-        shutil.copy(place / name, ROOT / record / folder / name)
+        shutil.copy(place / name, record)
     return True
 
 

@@ -1,8 +1,8 @@
 # question: where does training start, and what is there to reach? BACH of untouched checkpoints, no training
 # run:      python eval_bach.py config/baselines.py
 # result:   not run yet; others report DINOv2 ViT-g 0.725, Midnight-12k 0.904, OpenMidnight 0.916
-# If a file is missing, the run stops before any work. prepare/weights.py fetches Meta's files, and
-# `hf download kaiko-ai/midnight --local-dir data/weights/midnight` Midnight's; OpenMidnight's repository has
+# If a file is missing, the run stops before any work. docs/data.md says where Meta's files come from;
+# `hf download kaiko-ai/midnight --local-dir data/weights/midnight` fetches Midnight's; OpenMidnight's repository has
 # teacher_epoch250000.pth. Each gets the pixel statistics that it was trained with, and ViT-g without registers also
 # those with which Midnight's table has its 0.724.
 bach_dir = "data/BACH"

@@ -6,7 +6,6 @@ out_dir = "out/context_toy"
 window = 64
 mask_block = (4, 9)
 width, depth, heads = 64, 3, 4
-periods = (2.0, 32.0)
 batch_size = 16
 base_lr = 2e-2  # 2.5e-3 at 16 windows per step
 max_steps = 250

@@ -1,9 +1,8 @@
 """
-Places of tiles in TRIDENT's or CLAM's files: written from the grid over the tissue, read by tiles.py and features.py.
+Places of tiles: the grid over the tissue in TRIDENT's files; tiles.py and features.py read these, and CLAM's.
 
-    python prepare/coords.py --slides='slides/*.svs' --out=data/coords                   # A_patches.h5, as TRIDENT's
-    python prepare/coords.py --slides='slides/*.svs' --out=data/coords --layout=clam     # A.h5, as CLAM's
-    python prepare/tiles.py ... --coords=data/coords                                     # tiles at these places
+    python prepare/coords.py --slides='slides/*.svs' --out=data/coords      # A_patches.h5, as TRIDENT's
+    python prepare/tiles.py ... --coords=data/coords                        # tiles at these places
 
 A rerun skips the slides whose file is there; prepare/slides.py says more.
 """
@@ -25,7 +24,6 @@ import wsi
 from prepare.slides import open_slide, run, walk
 
 # the keys of prepare/slides.py (slides, out, part, workers, ...) and these
-layout = "trident"  # or "clam"
 mpp = 0.5           # um/px of the tiles
 tile_px = 256
 
@@ -91,16 +89,6 @@ def trident_attrs(slide, config, name, size, mpp):
             "level0_width": width, "level0_height": height}
 
 
-def clam_attrs(slide, config, name, size, mpp):
-    fine = [i for i, level_mpp in enumerate(slide.level_mpp) if level_mpp <= mpp * (1 + wsi.TOLERANCE)]
-    level = max(fine, default=0)
-    (sx, sy), level_dim = slide.level_scale[level], slide.level_dimensions[level]
-    w, h = slide.extent(size, mpp)
-    return {"patch_size": round((w / sx + h / sy) / 2), "patch_level": level, "downsample": (sx, sy),
-            "downsampled_level_dim": level_dim, "level_dim": level_dim, "name": name,
-            "save_path": os.path.abspath(config["out"])}
-
-
 def write_h5(file, arrays, attrs):
     """Write arrays, and the attributes of each, both by name."""
     buffer = io.BytesIO()  # in memory first: HDF5 reports a full disk as it likes
@@ -111,11 +99,10 @@ def write_h5(file, arrays, attrs):
 
 
 def write_coords(path, name, file, part, config):
-    attrs_of = trident_attrs if config["layout"] == "trident" else clam_attrs
     with closing(open_slide(path, config)) as slide:
         slide.check_levels()
         xy, _ = grid(slide, config, config["mpp"])
-        attrs = attrs_of(slide, config, name, config["tile_px"], config["mpp"])
+        attrs = trident_attrs(slide, config, name, config["tile_px"], config["mpp"])
     write_h5(part, {"coords": xy.astype(np.int64)}, {"coords": attrs})
     os.replace(part, file)
     return f"{len(xy)} places"
@@ -123,10 +110,7 @@ def write_coords(path, name, file, part, config):
 
 def main(config):
     need_h5py()
-    endings = {"trident": "_patches.h5", "clam": ".h5"}
-    if config["layout"] not in endings:
-        raise ValueError(f"layout={config['layout']}: give trident or clam")
-    walk("coords", config, write_coords, endings[config["layout"]], config["workers"])
+    walk("coords", config, write_coords, "_patches.h5", config["workers"])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-Many slides, one output folder: what report.py, overlay.py, tiles.py, coords.py and features.py have in common.
+Many slides, one output folder: what report.py, tiles.py, coords.py and features.py have in common.
 
 Each slide has a process of its own. If a slide kills it (out of memory, a fault in a codec), that slide is named and
 the others get done. A result is written under another name and renamed, and a rerun skips what is there. Several nodes
@@ -9,7 +9,6 @@ share a folder by parts: --part=3/16 takes every 16th slide of the sorted list, 
     failed.csv    the slides that failed, and why; failed.3of16.csv for a part
 """
 import csv
-import glob
 import json
 import os
 import shutil
@@ -22,10 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import wsi
 from configurator import configure
 
-# keys of these five scripts, beside their own
+# keys of these four scripts, beside their own
 slides = ""         # glob of whole-slide images
 out = ""            # folder to write
-names = "stem"      # of outputs: the slide's file name, or "path": with its folders, where file names repeat
 part = ""           # "3/16": every 16th slide, from the third on
 workers = 2         # slides at a time, each in a process of its own
 slide_mpp = 0.0     # um/px of level 0 of every slide, overriding what the files say; 0 = believe the files
@@ -56,34 +54,26 @@ def open_slide(path, config):
     return wsi.Slide(path, mpp, exact, guess, wsi.TISSUE, config["mask_dir"])
 
 
-def slide_names(paths, by="stem", dots=False):
-    """{path: name}: the file's stem, or by="path" its path from the common folder on. Dots become _ unless `dots`.
-
-    Raises ValueError if two slides would share a name, because one would overwrite the other.
-    """
-    common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    owners = {}
-    for path in paths:
-        name = Path(path).stem if by == "stem" else os.path.relpath(path, common).replace(os.sep, "__")
-        name = name if dots and by == "stem" else name.replace(".", "_")
-        if name in owners:
-            raise ValueError(f"{owners[name]} and {path} would share the name {name}; use --names=path")
-        owners[name] = path
-    return {path: name for name, path in owners.items()}
-
-
 def slides_of(config, dots=False):
-    """{path: name} of the slides of this part. Names depend on all slides, so that the parts agree on them."""
+    """
+    {path: name} of the slides of this part. A name is the file's without its ending; dots become _ unless `dots`.
+
+    Raises ValueError if two slides of any part would share a name, because one would overwrite the other.
+    """
     if not config["slides"] or not config["out"]:
         raise ValueError("give --slides='FOLDER/*.svs' and --out=FOLDER")
-    paths = wsi.expand(config["slides"], "slides")
-    names = slide_names(paths, config["names"], dots)
+    paths, owners = wsi.expand(config["slides"], "slides"), {}
+    for path in paths:
+        name = Path(path).stem if dots else Path(path).stem.replace(".", "_")
+        if name in owners:
+            raise ValueError(f"{owners[name]} and {path} would share the name {name}: give each folder its own --out")
+        owners[name] = path
     number, _, count = (config["part"] or "1/1").partition("/")
     if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise ValueError(f"part={config['part']}: of 16 parts the first is 1/16 and the last 16/16; in a SLURM array "
-                         "of --array=1-16 write --part=$SLURM_ARRAY_TASK_ID/16")
+        raise ValueError(f"part={config['part']}: of 16 parts the first is 1/16, the last 16/16")
     os.makedirs(config["out"], exist_ok=True)
-    return {path: names[path] for path in paths[int(number) - 1::int(count)]}
+    names = list(owners)[int(number) - 1::int(count)]
+    return {owners[name]: name for name in names}
 
 
 def part_file(config, name):
@@ -156,26 +146,17 @@ def settle(script, config, more):
     """Refuse keys that differ from those that the folder was begun with."""
     if not 0 <= config["overlap"] < config["tile_px"]:
         raise ValueError(f"overlap={config['overlap']}: give 0 to {config['tile_px'] - 1} px, less than tile_px")
-    kept = {key: value for key, value in config.items() if key not in FREE}
-    text = json.dumps({"script": script, **kept, **more, "TISSUE": wsi.TISSUE}, indent=1)
+    keys = {key: value for key, value in config.items() if key not in FREE}
+    keys = json.loads(json.dumps({"script": script, **keys, **more, "TISSUE": wsi.TISSUE}))  # tuples become lists
     file = Path(config["out"], "keys.json")
     if not file.exists():
         part = Path(f"{file}.{os.getpid()}.part")
-        part.write_text(text)
+        part.write_text(json.dumps(keys, indent=1))
         part.replace(file)
     begun = json.loads(file.read_text())
-    for key, value in json.loads(text).items():
+    for key, value in keys.items():
         if begun.get(key, value) != value:
             raise ValueError(f"{file}: {key} was {begun[key]!r} and is {value!r} now; use another --out")
-
-
-def refuse_other(path, file):
-    """ValueError if a sidecar is of another slide, which would pass for done. The slide may have moved."""
-    with open(file) as f:
-        text = f.read(8192).partition('"slide": ')[2]
-    other = json.JSONDecoder().raw_decode(text)[0]
-    if os.path.exists(other) and not os.path.samefile(other, path):
-        raise ValueError(f"{file} is of {other}, not of {path}: use another --out for these slides")
 
 
 def walk(script, config, job, ending, workers, more=()):
@@ -187,15 +168,12 @@ def walk(script, config, job, ending, workers, more=()):
     """
     names = slides_of(config, dots=ending != ".json")  # a key in a WebDataset's tar has no dots
     settle(script, config, dict(more))
-    folder, jobs, failed = part_file(config, f".unfinished.{os.getpid()}"), [], []
+    folder, jobs, failed = part_file(config, ".unfinished"), [], []
     for path, name in names.items():
         file = os.path.join(config["out"], name + ending)
         if not os.path.exists(file):
             jobs.append((path, name, file, os.path.join(folder, name), config))
-        elif ending == ".json":
-            refuse_other(path, file)
-    for killed in glob.glob(glob.escape(part_file(config, ".unfinished")) + ".*"):
-        shutil.rmtree(killed, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # a run that was killed left it
     os.mkdir(folder)
     try:
         for number, ((path, _, _, part, _), text, error) in enumerate(each(job, jobs, workers), 1):

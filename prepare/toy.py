@@ -62,9 +62,11 @@ SLIDES = [  # format, um/px, level factors, width and height in mm
     ("tif", 0.5, (1, 2.97, 7.9), 2.5, 2.5),
 ]
 RENDER_UM = 0.5  # slides are drawn at this pixel size, then resized to their own
+COARSE_UM = 8    # outlines and regions are drawn on this grid
 BACH_UM = 1.68   # 4 x BACH's 0.42
 TILE = 256       # px
 PENS = [(45, 70, 175), (35, 140, 80), (35, 35, 40)]  # blue, green, black
+STAINS = np.array([[0.65, 0.70, 0.29], [0.09, 0.95, 0.25]])  # haematoxylin and eosin: densities in red, green, blue
 TURN = 2 * np.pi
 ROUND = np.linspace(0, TURN, 40, endpoint=False)  # angles of an outline's points
 
@@ -87,7 +89,8 @@ def blob(rng, centre, r, wobble):
     """A closed outline (40, 2) around centre: a circle of radius r with dents of about `wobble` * r."""
     waves = np.arange(2, 6)[:, None]
     depth = rng.standard_normal((4, 1)) / waves
-    dents = depth * np.cos(waves * ROUND + rng.uniform(0, TURN, (4, 1)))
+    phase = rng.uniform(0, TURN, (4, 1))
+    dents = depth * np.cos(waves * ROUND + phase)
     radius = r * (1 + wobble * dents.sum(0))
     return centre + radius[:, None] * unit(ROUND)
 
@@ -96,7 +99,8 @@ def claim(rng, scene, r):
     """Find a random free place for a circle of radius r, and take it; None if 20 tries fail."""
     tries = rng.uniform(-r / 2, scene.size + r / 2, (20, 2))
     others = np.reshape(scene.taken, (-1, 3))
-    gaps = np.linalg.norm(tries[:, None] - others[:, :2], axis=2) - others[:, 2] - r
+    distance = np.linalg.norm(tries[:, None] - others[:, :2], axis=2)
+    gaps = distance - others[:, 2] - r
     free = tries[(gaps > 2).all(1)]
     if not len(free):
         return None
@@ -120,42 +124,57 @@ def glands(rng, scene, count, radius, lumen, rings):
             angle = np.arange(0, TURN, 8 / ring) + rng.uniform(0, TURN)
             reach = ring * np.interp(angle, ROUND, dents, period=TURN)
             jitter = rng.normal(0, 0.8 if hole else 2, (len(angle), 2))
-            scene.cells.append(np.column_stack([centre + reach[:, None] * unit(angle) + jitter, angle]))
+            places = centre + reach[:, None] * unit(angle) + jitter
+            scene.cells.append(np.column_stack([places, angle]))
             count -= len(angle)
 
 
 def cords(rng, scene, count):
     """Strands of cells, 8.5 um apart, that follow the fibres, until `count` nuclei are used up."""
     while count > 0:
-        length, width, drift = rng.integers(4, 30), rng.integers(1, 4), rng.normal(0, 0.3)
+        length, width = rng.integers(4, 30), rng.integers(1, 4)
+        drift = rng.normal(0, 0.3)
         path = [rng.uniform(0, scene.size)]
         for _ in range(length):
-            path.append(path[-1] + 8.5 * unit(scene.flow(path[-1]) + drift))
-        path, step = np.array(path[:-1]), np.diff(path, axis=0)
-        angle, normal = np.arctan2(step[:, 1], step[:, 0]), step[:, ::-1] * (-1, 1) / 8.5
+            heading = unit(scene.flow(path[-1]) + drift)
+            path.append(path[-1] + 8.5 * heading)
+        steps = np.diff(path, axis=0)
+        path = np.array(path[:-1])
+        angle = np.arctan2(steps[:, 1], steps[:, 0])
+        normal = steps[:, ::-1] * (-1, 1) / 8.5
         for k in range(width):
-            row = path + normal * (k - (width - 1) / 2) * 8.5
-            scene.cells.append(np.column_stack([row + rng.normal(0, 1.5, row.shape), angle]))
-        half = (width * 4.5 + 1) * (1 + 0.2 * rng.standard_normal((length, 1)))
-        scene.epithelium.append(np.concatenate([path + normal * half, (path - normal * half)[::-1]]))
+            offset = k - (width - 1) / 2
+            row = path + normal * offset * 8.5
+            row += rng.normal(0, 1.5, row.shape)
+            scene.cells.append(np.column_stack([row, angle]))
+        uneven = 1 + 0.2 * rng.standard_normal((length, 1))
+        half = (width * 4.5 + 1) * uneven
+        left, right = path + normal * half, path - normal * half
+        scene.epithelium.append(np.concatenate([left, right[::-1]]))
         scene.taken += [(x, y, half[0, 0]) for x, y in path[::3]]
         count -= length * width
 
 
 def fibres(rng, shape, um):
     """Eosin of the stroma (H, W), mean 0, and a function: positions (..., 2) to directions of the fibres, rad (...)."""
-    turn, bend, wide = rng.uniform(0, TURN), noise(rng, shape, 150 / um), noise(rng, shape, 15 / um)
+    turn = rng.uniform(0, TURN)
+    bend = noise(rng, shape, 150 / um)
+    wide = noise(rng, shape, 15 / um)
     y, x = (np.arange(side, dtype=np.float32) * um for side in shape)
-    waves = np.add.outer(y * math.sin(turn), x * math.cos(turn)) / rng.uniform(2, 4)
-    phase = waves + rng.uniform(4, 10) * bend
+    distance = np.add.outer(y * math.sin(turn), x * math.cos(turn))
+    phase = distance / rng.uniform(2, 4)
+    phase += rng.uniform(4, 10) * bend
     gy, gx = np.gradient(phase[::8, ::8])
     along = np.arctan2(gx, -gy)  # a fibre is a line of equal phase
+    rows, columns = along.shape
 
     def flow(places):
-        column, row = np.moveaxis((places / (8 * um)).clip(0).astype(int), -1, 0)
-        return along[row.clip(max=len(along) - 1), column.clip(max=along.shape[1] - 1)]
+        cells = (places / (8 * um)).clip(0).astype(int)
+        column, row = np.moveaxis(cells, -1, 0)
+        return along[row.clip(max=rows - 1), column.clip(max=columns - 1)]
 
-    return 0.2 * np.sin(phase + 1.5 * wide) * (1 + wide) + 0.2 * bend, flow
+    lines = 0.2 * np.sin(phase + 1.5 * wide) * (1 + wide)
+    return lines + 0.2 * bend, flow
 
 
 def paint(outlines, shape, um):
@@ -168,20 +187,32 @@ def paint(outlines, shape, um):
 
 def stamp(canvas, nuclei, um):
     """Draw soft ellipses (n, 6: x, y, angle, long and short half axis, load) into canvas (H, W), in place."""
-    nuclei = nuclei[np.argsort(nuclei[:, 3])].astype(np.float32)  # those of similar size share a window
-    height, width = canvas.shape
+    nuclei = nuclei[np.argsort(nuclei[:, 3])].astype(np.float32)
     for group in np.array_split(nuclei, len(nuclei) // 500 + 1):
-        if len(group) == 0:
-            continue
-        window = int(np.ceil(group[-1, 3] * 1.15 / um))
-        dy, dx = np.mgrid[-window:window + 1, -window:window + 1].astype(np.float32)
-        x, y, angle, a, b, load = group.T[:, :, None, None]
-        column, row = np.rint(x / um) + dx, np.rint(y / um) + dy
-        px, py, c, s = column * um - x, row * um - y, np.cos(angle), np.sin(angle)
-        distance = np.sqrt(((c * px + s * py) / a) ** 2 + ((c * py - s * px) / b) ** 2)
-        seen = (distance < 1.15) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        value = load * np.minimum((1.15 - distance) / 0.35, 1)
-        np.maximum.at(canvas, (row[seen].astype(int), column[seen].astype(int)), value[seen])
+        if len(group):
+            stamp_group(canvas, group, um)
+
+
+def stamp_group(canvas, nuclei, um):
+    """The same for nuclei of similar size, which share a window; the last is the longest."""
+    height, width = canvas.shape
+    window = int(np.ceil(nuclei[-1, 3] * 1.15 / um))
+    dy, dx = np.mgrid[-window:window + 1, -window:window + 1].astype(np.float32)
+    x, y, angle, a, b, load = nuclei.T[:, :, None, None]
+    column = np.rint(x / um) + dx
+    row = np.rint(y / um) + dy
+    px = column * um - x
+    py = row * um - y
+    c, s = np.cos(angle), np.sin(angle)
+    along = (c * px + s * py) / a
+    across = (c * py - s * px) / b
+    distance = np.sqrt(along ** 2 + across ** 2)
+    value = load * np.minimum((1.15 - distance) / 0.35, 1)
+    seen = distance < 1.15
+    seen &= (row >= 0) & (row < height)
+    seen &= (column >= 0) & (column < width)
+    places = row[seen].astype(int), column[seen].astype(int)
+    np.maximum.at(canvas, places, value[seen])
 
 
 def tissue(rng, kind, shape, um):
@@ -191,40 +222,58 @@ def tissue(rng, kind, shape, um):
     stroma, scene.flow = fibres(rng, shape, um)
     nuclei = rng.uniform(3000, 4500) * area / 1e6  # 3000-4500 per mm2
     white = rng.uniform(0.08, 0.18) * area
+    structures(rng, scene, kind, nuclei)
+    lumen = paint(scene.lumen, shape, um)
+    fat = paint(fat_cells(rng, scene, white - lumen.mean() * area), shape, um)
+    solid = (1 - lumen) * (1 - fat)
+    epithelium = paint(scene.epithelium, shape, um) * solid
+
+    h = 0.08 * epithelium
+    cells = np.concatenate([np.zeros((0, 3)), *scene.cells])
+    size, n = rng.uniform(3.2, 4.6), len(cells)  # um, the long half axis
+    long = size * rng.lognormal(0, 0.12, n)
+    short = size * rng.uniform(0.65, 0.9, n)
+    cells = np.column_stack([cells, long, short])
+    others = spindles(rng, scene, max(int(nuclei) - n, 0), solid > epithelium, um)
+    for group in (cells, others):
+        load = rng.uniform(0.7, 1.2, len(group))
+        stamp(h, np.column_stack([group, load]), um)
+    h *= 1 + 0.15 * noise(rng, shape, max(1, 1 / um))  # chromatin
+    e = ((1 + stroma) * (1 - epithelium) + 0.8 * epithelium) * solid
+    gains = rng.uniform((1.4, 0.35), (1.9, 0.5))
+    return np.stack([scaled(load, gain) for load, gain in zip((h, e), gains)])
+
+
+def structures(rng, scene, kind, nuclei):
+    """Glands and cords of the kind, and a few of another one; stroma keeps a part of the nuclei."""
     inside, main = rng.uniform(0.5, 0.8) * nuclei, rng.uniform(0.65, 1)
-    parts = [(kind, main * inside), (rng.choice(list(KINDS)), (1 - main) * inside)]
+    other = rng.choice(list(KINDS))
+    parts = [(kind, main * inside), (other, (1 - main) * inside)]
     parts.sort(key=lambda part: part[0] != "Invasive")  # cords avoid nothing, so they come first
     for name, count in parts:
         if name == "Invasive":
             cords(rng, scene, count)
         else:
             glands(rng, scene, count, *KINDS[name][1:])
-    lumen = paint(scene.lumen, shape, um)
-    white -= lumen.mean() * area
-    fat = []
-    while white > 0:
+
+
+def fat_cells(rng, scene, area):
+    """Outlines of round holes, until they have that area in um2 or the space is used up."""
+    found = []
+    while area > 0:
         r = rng.uniform(8, 26)
         centre = claim(rng, scene, r)
         if centre is None:
             break
-        fat.append(blob(rng, centre, r, 0.15))
-        white -= np.pi * r * r
-    solid = (1 - lumen) * (1 - paint(fat, shape, um))
-    epithelium = paint(scene.epithelium, shape, um) * solid
+        found.append(blob(rng, centre, r, 0.15))
+        area -= np.pi * r * r
+    return found
 
-    h = 0.08 * epithelium
-    cells = np.concatenate([np.zeros((0, 3)), *scene.cells])
-    size, n = rng.uniform(3.2, 4.6), len(cells)  # um, the long half axis
-    cells = np.column_stack([cells, size * rng.lognormal(0, 0.12, n), size * rng.uniform(0.65, 0.9, n)])
-    for group in (cells, spindles(rng, scene, max(int(nuclei) - n, 0), solid > epithelium, um)):
-        stamp(h, np.column_stack([group, rng.uniform(0.7, 1.2, len(group))]), um)
-    h *= 1 + 0.15 * noise(rng, shape, max(1, 1 / um))  # chromatin
-    e = ((1 + stroma) * (1 - epithelium) + 0.8 * epithelium) * solid
-    loads = []
-    for load, gain in zip((h, e), rng.uniform((1.4, 0.35), (1.9, 0.5))):
-        gain = np.float32(gain / (np.float64(load.std()) + 1e-6))
-        loads.append(np.maximum((load - load.mean()) * gain + 1, 0))
-    return np.stack(loads)
+
+def scaled(load, gain):
+    """A load with mean 1 and deviation `gain`, cut off at 0."""
+    gain = np.float32(gain / (np.float64(load.std()) + 1e-6))
+    return np.maximum((load - load.mean()) * gain + 1, 0)
 
 
 def spindles(rng, scene, count, stroma, um):
@@ -239,9 +288,10 @@ def spindles(rng, scene, count, stroma, um):
 
 def patient(rng, shift=0.0):
     """Densities of a load of 1 (2 stains, 3 colours) and the glass in grey levels (3,); `shift` moves the hues."""
-    stains = np.array([[0.65, 0.70, 0.29], [0.09, 0.95, 0.25]]) + rng.normal(0, 0.06, (2, 3))
+    stains = STAINS + rng.normal(0, 0.06, (2, 3))
     stains += shift * np.array([[-0.08, 0, 0.05], [0.08, 0, -0.06]])
-    stains *= rng.lognormal(np.log([[0.30], [0.32]]), 0.2) / np.linalg.norm(stains, axis=1, keepdims=True)
+    norm = np.linalg.norm(stains, axis=1, keepdims=True)
+    stains *= rng.lognormal(np.log([[0.30], [0.32]]), 0.2) / norm
     return stains, rng.uniform(225, 250) + rng.normal(0, 3, 3)
 
 
@@ -253,35 +303,64 @@ def develop(rng, loads, stains, glass):
         grain = 1.5 * rng.standard_normal(strip.shape[1:], dtype=np.float32)
         for c in range(3):
             density = np.tensordot(stains[:, c].astype(np.float32), strip, 1)
-            image[top:top + 256, :, c] = np.clip(np.float32(glass[c]) * np.exp(-density) + grain, 0, 255)
+            light = np.float32(glass[c]) * np.exp(-density)
+            image[top:top + 256, :, c] = np.clip(light + grain, 0, 255)
     return Image.fromarray(image)
+
+
+def shape_of(size, um):
+    """Rows and columns of `um` in a size (width, height) in um."""
+    return tuple(int(side / um) for side in size[::-1])
+
+
+def patchwork(rng, size):
+    """
+    Where a slide's tissue is, on a grid of COARSE_UM: mask float32 (h, w), the number of each place's region (h, w),
+    and how many regions there are; the outline of its first piece and that one's centre, in um.
+    """
+    shape = shape_of(size, COARSE_UM)
+    pieces = int(rng.integers(1, 3))
+    centres, outlines = [], []
+    for i in range(pieces):
+        centre = (i + 0.5) / pieces * size[0], size[1] / 2
+        circle = blob(rng, 0, 1, 0.12)
+        outlines.append(circle * size * (0.43 / pieces, 0.43) + centre)
+        centres.append(centre)
+    inside = paint(outlines, shape, COARSE_UM)
+    grid = [max(1, round(side / 550)) for side in size]  # regions of about 550 um with uneven borders
+    corners = np.argwhere(np.ones(grid))
+    sites = (corners + rng.uniform(0.15, 0.85, corners.shape)) * np.divide(size, grid)
+    uneven = 60 * np.stack([noise(rng, shape, 25), noise(rng, shape, 25)])
+    y, x = np.mgrid[:shape[0], :shape[1]] * COARSE_UM + uneven
+    distances = [(x - sx) ** 2 + (y - sy) ** 2 for sx, sy in sites]
+    return inside, np.argmin(distances, 0), len(sites), outlines[0], centres[0]
+
+
+def add_region(rng, loads, mask, kind, um):
+    """Add tissue of a kind to the loads (2, H, W), in place, where a mask on the grid of COARSE_UM is 1."""
+    places = np.argwhere(mask)
+    (top, left), (bottom, right) = places.min(0), places.max(0) + 1
+    y0, y1, x0, x1 = (int(side * COARSE_UM / um) for side in (top, bottom, left, right))
+    view = loads[:, y0:y1, x0:x1]
+    shape = view.shape[1:]
+    edge = Image.fromarray(mask[top:bottom, left:right])
+    edge = edge.resize(shape[::-1], Image.BILINEAR)
+    patch = tissue(rng, kind, shape, um) * edge
+    gains = rng.lognormal(0, 0.15, (2, 1, 1))
+    view += patch * gains.astype(np.float32)
 
 
 def slide_loads(rng, size, um):
     """Loads of haematoxylin, eosin and pen (3, H, W) of a patchwork of the kinds, size (width, height) um."""
-    coarse = 8  # um: the grid of outlines and regions
-    small, shape = (tuple(int(side / step) for side in size[::-1]) for step in (coarse, um))
-    pieces = int(rng.integers(1, 3))
-    centres = [((i + 0.5) / pieces * size[0], size[1] / 2) for i in range(pieces)]
-    outlines = [blob(rng, 0, 1, 0.12) * size * (0.43 / pieces, 0.43) + centre for centre in centres]
-    inside = paint(outlines, small, coarse)
-    grid = [max(1, round(side / 550)) for side in size]  # regions of about 550 um with uneven borders
-    sites = (np.argwhere(np.ones(grid)) + rng.uniform(0.15, 0.85, (np.prod(grid), 2))) * np.divide(size, grid)
-    y, x = np.mgrid[:small[0], :small[1]] * coarse + 60 * np.stack([noise(rng, small, 25), noise(rng, small, 25)])
-    region = np.argmin([(x - sx) ** 2 + (y - sy) ** 2 for sx, sy in sites], 0)
-
-    loads = np.zeros((3, *shape), np.float32)
-    for i, kind in enumerate(rng.permutation(np.resize(list(KINDS), len(sites)))):
+    inside, region, count, outline, centre = patchwork(rng, size)
+    loads = np.zeros((3, *shape_of(size, um)), np.float32)
+    for i, kind in enumerate(rng.permutation(np.resize(list(KINDS), count))):
         mask = inside * (region == i)
         if mask.any():
-            (top, left), (bottom, right) = np.argwhere(mask).min(0), np.argwhere(mask).max(0) + 1
-            y0, y1, x0, x1 = (int(side * coarse / um) for side in (top, bottom, left, right))
-            view = loads[:2, y0:y1, x0:x1]
-            edge = Image.fromarray(mask[top:bottom, left:right]).resize(view.shape[:0:-1], Image.BILINEAR)
-            view += tissue(rng, kind, view.shape[1:], um) * edge * rng.lognormal(0, 0.15, (2, 1, 1)).astype(np.float32)
-    stroke = np.roll(outlines[0], rng.integers(40), 0)[:rng.integers(6, 16)]
-    points = ((stroke - centres[0]) * 1.1 + centres[0]) / um
-    pen = Image.new("L", shape[::-1])
+            add_region(rng, loads[:2], mask, kind, um)
+    stroke = np.roll(outline, rng.integers(40), 0)[:rng.integers(6, 16)]
+    points = ((stroke - centre) * 1.1 + centre) / um
+    pen = Image.new("L", loads.shape[:0:-1])
     ImageDraw.Draw(pen).line(points.ravel().tolist(), fill=1, width=int(rng.uniform(80, 140) / um), joint="curve")
     loads[2] = pen
     return loads
@@ -289,10 +368,12 @@ def slide_loads(rng, size, um):
 
 def make_slide(folder, seed, number, spec):
     suffix, mpp, factors, *size = spec
-    rng, size = np.random.default_rng([seed, 1, number]), np.multiply(size, 1000)
+    rng = np.random.default_rng([seed, 1, number])
+    size = np.multiply(size, 1000)  # um
     stains, glass = patient(rng)
     pen = -np.log(np.divide(PENS[number % 3], 255))
-    image = develop(rng, slide_loads(rng, size, RENDER_UM), np.vstack([stains, pen]), glass)
+    loads = slide_loads(rng, size, RENDER_UM)
+    image = develop(rng, loads, np.vstack([stains, pen]), glass)
     image = image.resize([round(side / mpp) for side in size], Image.BILINEAR)
     write_tiff(folder / f"toy{number:02d}.{suffix}", image, mpp, factors)
 
@@ -357,13 +438,15 @@ def jpegs(image):
 def make_image(folder, seed, index, size):
     """Image `index` of 400 in eva's order, of size (width, height) px."""
     label, number = divmod(index, 100)
-    kind, val = list(KINDS)[label], any(a <= index < b for a, b in VAL)
+    kind = list(KINDS)[label]
+    val = any(a <= index < b for a, b in VAL)
     people = np.random.default_rng([seed, 2, val, label]).permutation(12 if val else 28)
     who = people[index % (len(people) // 2)]  # half of the patients have this kind
     stains, glass = patient(np.random.default_rng([seed, 3, val, who]), shift=float(val))
     rng = np.random.default_rng([seed, 4, index])
     loads = tissue(rng, kind, size[::-1], BACH_UM)
-    image = develop(rng, loads, stains * rng.lognormal(0, 0.15, (2, 1)), glass)
+    stains = stains * rng.lognormal(0, 0.15, (2, 1))
+    image = develop(rng, loads, stains, glass)
     write_tiff(folder / kind / f"{KINDS[kind][0]}{number + 1:03d}.tif", image, BACH_UM)
 
 

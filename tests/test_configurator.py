@@ -133,9 +133,3 @@ def test_rank_0_prints_only_what_differs(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     configure(defaults(), ["--lr=0.2"])
     assert capsys.readouterr().out == ""
-
-
-def test_returns_every_key():
-    namespace = defaults()
-    config = configure(namespace, ["--lr=0.2"])
-    assert config == {**defaults(), "lr": 0.2} and namespace == config

@@ -166,11 +166,6 @@ def test_blur_width_and_jitter_order_are_drawn_over_their_whole_range():
     assert 0.1 <= sigma.min() < 0.2 and 1.9 < sigma.max() <= 2.0 and abs(sigma.mean() - 1.05) < 0.1
     orders = list(itertools.permutations(range(4)))
     assert {*map(tuple, colour["order"].tolist())} == {(-1, -1, -1, -1), *orders}
-    crops, results = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8), set()
-    for order in orders:
-        one = off(1, order=order, jitter=(1.2, 0.8, 0.9, 0.05))
-        results.add(tuple(data.augment(crops, one, CONFIG, "cpu").flatten().tolist()))
-    assert len(results) > 6, "the order of the four operations matters"
 
 
 def test_which_crops_are_masked_is_random():
@@ -309,38 +304,3 @@ def test_hed_shift_equals_scikit_image():
         shift = torch.from_numpy(z[f"shift{i}"] * data.UNIT).double()[None]
         got = data.hed_shift(rgb, shift, "openmidnight")[0].permute(1, 2, 0)
         np.testing.assert_allclose(got, z[f"rgb{i}"], atol=1e-5)
-
-
-def test_hed_shift_in_optical_density_is_symmetric_and_leaves_no_tint_on_its_way_back():
-    x, shift = torch.rand(2, 3, 8, 8) * 0.4 + 0.1, torch.tensor([[0.1, -0.2, 0.05], [-0.3, 0.1, 0.0]])
-    torch.testing.assert_close(data.hed_shift(data.hed_shift(x, shift), -shift), x)
-    darker = data.hed_shift(x, torch.tensor([[0.3, 0, 0]] * 2))
-    od = -(darker / x).log().mean((0, 2, 3))
-    torch.testing.assert_close(od, 0.3 * data.RGB_FROM_HED[0])
-
-
-def test_colour_jitter_equals_pillows_operations_and_hue_turns():
-    from PIL import ImageEnhance
-    image = Image.fromarray(np.random.default_rng(0).integers(40, 200, (16, 16, 3), dtype=np.uint8))
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-    for ours, theirs in ((data.brightness, ImageEnhance.Brightness), (data.contrast, ImageEnhance.Contrast),
-                         (data.saturation, ImageEnhance.Color)):
-        want = np.asarray(theirs(image).enhance(1.3)).astype(float)
-        assert np.abs(ours(x, 1.3)[0].permute(1, 2, 0).numpy() * 255 - want).max() < 2
-    f = torch.zeros(1, 1, 1, 1)
-    torch.testing.assert_close(data.hue(x, f), x, atol=1e-5, rtol=0)
-    red = torch.tensor([1.0, 0.2, 0.2])[None, :, None, None]
-    torch.testing.assert_close(data.hue(red, f + 1 / 3)[0, :, 0, 0], torch.tensor([0.2, 1.0, 0.2]))
-    torch.testing.assert_close(data.hue(red, f - 1 / 3)[0, :, 0, 0], torch.tensor([0.2, 0.2, 1.0]))
-
-
-def test_gaussian_blur_has_the_stated_width_and_keeps_the_mean():
-    x = torch.zeros(2, 3, 33, 33)
-    x[:, :, 16, 16] = 1
-    sigma = torch.tensor([0.5, 1.5])
-    y = data.gaussian_blur(x, sigma)
-    grid = torch.arange(33) - 16.0
-    width = (y[:, 0].sum(1) * grid**2).sum(1).sqrt()
-    torch.testing.assert_close(y.sum((2, 3)), torch.ones(2, 3))
-    torch.testing.assert_close(width, sigma, atol=0.06, rtol=0)
-    assert data.gaussian_blur(x[:0], sigma[:0]).shape == (0, 3, 33, 33)

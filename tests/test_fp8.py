@@ -1,8 +1,6 @@
 """fp8.py: how exact its products are, what it refuses, and that nothing else changes with it."""
 import copy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +16,9 @@ import model
 import sharding
 
 ROOT = Path(__file__).parents[1]
-V2 = model.ViTConfig(14, 64, 2, 2, "mlp", 128, 4, pos_grid=4, layerscale=1.0, drop_path=0.25)
+V2 = model.ViTConfig(14, 32, 2, 2, "mlp", 64, 4, pos_grid=4, layerscale=1.0, drop_path=0.25)
 V2_SWIGLU = model.replace(V2, ffn="swiglu")
-V3 = model.ViTConfig(16, 64, 2, 2, "swiglu", 128, 4, "rope", mask_k_bias=True, layerscale=1.0, drop_path=0.25)
+V3 = model.ViTConfig(16, 32, 2, 2, "swiglu", 64, 4, "rope", mask_k_bias=True, layerscale=1.0, drop_path=0.25)
 FAMILIES = pytest.mark.parametrize("arch", [V2, V2_SWIGLU, V3], ids=["v2_mlp", "v2_swiglu", "v3_swiglu"])
 
 
@@ -68,7 +66,7 @@ def images(arch, n=4):
 # ---- accuracy -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("M, K, N", [(129, 384, 576), (65, 1536, 256), (65, 1024, 512)])
+@pytest.mark.parametrize("M, K, N", [(65, 384, 192), (33, 1536, 128)])
 def test_products_meet_the_gates_on_outlier_channels_and_heavy_tailed_tokens(M, K, N, device="cpu"):
     x, w, grad = hard_data(M, K, N, device)
     y = fp8.Fp8Product.apply(x.bfloat16(), w.bfloat16())
@@ -86,8 +84,8 @@ def test_products_meet_the_gates_on_outlier_channels_and_heavy_tailed_tokens(M, 
 def test_quiet_channels_of_a_weight_are_not_drowned(loud):
     """The gate for channels. With one scale for all of W, DINOv3's choice in the backward, the least is 0 dB."""
     g = torch.Generator().manual_seed(0)
-    x, w, grad = (torch.randn(size, generator=g) for size in ((129, 384), (256, 384), (129, 256)))
-    w *= (2 * torch.randn((256, 1) if loud == "rows" else (1, 384), generator=g)).exp()
+    x, w, grad = (torch.randn(size, generator=g) for size in ((129, 192), (128, 192), (129, 128)))
+    w *= (2 * torch.randn((128, 1) if loud == "rows" else (1, 192), generator=g)).exp()
     x, w = x.requires_grad_(), w.requires_grad_()
     y = fp8.Fp8Product.apply(x.bfloat16(), w.bfloat16())
     y.backward(grad.bfloat16())
@@ -97,7 +95,7 @@ def test_quiet_channels_of_a_weight_are_not_drowned(loud):
 
 def test_all_the_noise_is_that_of_the_two_casts():
     """Scales that are 1 % off would hide in it. To the product of the casts only two bf16 roundings remain, 53 dB."""
-    x, w, _ = (t.detach().bfloat16() for t in hard_data(129, 384, 576))
+    x, w, _ = (t.detach().bfloat16() for t in hard_data(33, 384, 192))
     a, b = (copied.double() * scale for copied, scale in (fp8.quantize(x), fp8.quantize(w)))
     assert sqnr(fp8.product(x, w), a @ b.t(), 1).min() > 50
 
@@ -128,14 +126,14 @@ def test_two_of_three_products_are_in_fp8_as_cuda_takes_them():
 def test_six_blocks_meet_the_gates(arch):
     """
     Layer-scale is 1, and weights keep 0.56 of a variance as a trained network's do, because small branches hide their
-    noise: first weights keep 0.15. At 1.0, blocks with SwiGLU would have 16.6-17.4 dB.
+    noise: first weights keep 0.15. At 1.0, blocks with SwiGLU would have 15.6-18.9 dB.
     """
-    big = model.replace(arch, embed_dim=256, num_heads=4, depth=6, ffn_hidden=688, drop_path=0.0)
+    big = model.replace(arch, embed_dim=128, depth=6, ffn_hidden=352, drop_path=0.0)
     plain, noisy = vit(big, plain=True), vit(big)
     with torch.no_grad():
         for p in (p for net in (plain, noisy) for p in net.blocks.parameters() if p.dim() == 2):
             p *= 0.75 / 0.02 / p.shape[1] ** 0.5
-    (want, exact), (got, found) = gradients(plain, images(big, 2)), gradients(noisy, images(big, 2))
+    (want, exact), (got, found) = gradients(plain, images(big, 1)), gradients(noisy, images(big, 1))
     db = {k: sqnr(found[k].flatten(), v.flatten(), 0).item() for k, v in exact.items() if v.abs().max() > 0}
     low, median = min(db, key=db.get), sorted(db.values())[len(db) // 2]
     print(f"output {sqnr(got, want):.1f} dB; gradients: median {median:.1f}, least {db[low]:.1f} ({low})")
@@ -214,9 +212,9 @@ def test_what_only_a_cpu_takes_is_refused_on_it_too():
 
 def test_backbones_that_are_too_narrow_or_have_odd_widths_are_refused_and_nothing_is_switched():
     net = vit(model.replace(V2, ffn_hidden=200), plain=True)
-    with pytest.raises(ValueError, match=r"^blocks\.0\.mlp\.fc1 is 64 -> 200: fp8 needs multiples of 16; .*'off'$"):
+    with pytest.raises(ValueError, match=r"^blocks\.0\.mlp\.fc1 is 32 -> 200: fp8 needs multiples of 16; .*'off'$"):
         fp8.to_fp8(net, force=True)
-    with pytest.raises(ValueError, match="below width 1024 fp8 saves no time, and this backbone's is 64; .*'force'"):
+    with pytest.raises(ValueError, match="below width 1024 fp8 saves no time, and this backbone's is 32; .*'force'"):
         fp8.to_fp8(net)
     assert not any(isinstance(m, fp8.Fp8Linear) for m in net.modules())
     with torch.device("meta"):
@@ -356,7 +354,9 @@ def test_train_refuses_fp8_on_a_narrow_backbone_in_one_line(tiles, monkeypatch, 
 
 def test_a_run_in_fp8_trains_student_and_teacher_and_its_files_are_anyone_s(tiles, tmp_path, monkeypatch):  # noqa: F811
     """Resuming in fp8 is bit-equal, the export holds the fp32 weights, and a run may resume in bf16."""
-    keys = dict(tiles=tiles, fp8="force", save_interval=2, bach_dir="x", depth=1)
+    narrow = model.replace(model.ARCHS["toy"], depth=1, embed_dim=32, num_heads=1, ffn_hidden=64)
+    monkeypatch.setitem(model.ARCHS, "toy", narrow)
+    keys = dict(tiles=tiles, fp8="force", save_interval=2, bach_dir="x")
     quick_bach(monkeypatch.setattr)
     straight = train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
     for net in ("student", "teacher"):
@@ -376,11 +376,3 @@ def test_a_run_in_fp8_trains_student_and_teacher_and_its_files_are_anyone_s(tile
     train(monkeypatch, flags(**{**keys, "fp8": "off"}, out_dir=tmp_path / "c", resume="true"))
     a, b = ([row["loss"] for row in rows(tmp_path / k)] for k in "ac")
     assert len(a) == len(b) == 5 and a[:3] == b[:3] and a[4] != b[4] and a[4] == pytest.approx(b[4], rel=0.05)
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs():
-    command = [sys.executable, "bench/fp8.py", "--device=cpu", "--tokens=261", "--size=64", "--repeats=1",
-               "--archs=('dinov2_vits14_reg',)", "--compiled=(False,)"]
-    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
-    assert "e4m3" in lines[-2] and lines[-1].startswith("dinov2_vits14_reg") and lines[-1].endswith(" x")

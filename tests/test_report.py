@@ -1,27 +1,26 @@
-"""Reports: rows that survive bad slides, defects; overlays: lines in the right place."""
+"""Reports: rows that survive bad slides, defects; pictures: lines in the right place."""
 import csv
 import os
 import signal
 from pathlib import Path
 
 import numpy as np
-import openslide
 import pytest
 from PIL import Image
 from test_wsi import GLASS, PINK, pyramid, texture, toy_slide, write_slide
 
 import wsi
 from configurator import configure
-from prepare import overlay, report, slides
+from prepare import report, slides
 
 SLIDES = Path(__file__).parents[1] / "../shared/data/slides"
 APERIO = "Aperio Image Library v12|AppMag = {}|MPP = {}|ScanScope ID = SS1234"
-BLUE, GREEN, BLACK = (20, 60, 220), (0, 140, 50), (0, 0, 0)  # of an overlay: tiles, tissue, scale bar
+BLUE, GREEN, BLACK = report.BLUE[:3], report.GREEN, (0, 0, 0)  # of a picture: tiles, tissue, scale bar
 
 
-def keys(pattern, out, script=report, **changes):
-    """The keys of a script with its defaults, except for the scales."""
-    config = configure({**vars(slides), **vars(script)}, [])
+def keys(pattern, out, **changes):
+    """The report's keys with their defaults, except for the scales."""
+    config = configure({**vars(slides), **vars(report)}, [])
     return config | {"slides": str(pattern), "out": str(out), "mpps": (0.25, 0.5, 1.0)} | changes
 
 
@@ -51,14 +50,15 @@ def test_the_report_has_a_row_per_slide_in_order_with_the_slides_own_numbers(tmp
     good, junk, contradiction, bare = rows_in(tmp_path / "out/report.csv")
     expected = dict(
         name="TCGA-AB-1234-01Z", patient="TCGA-AB-1234", vendor="aperio", scanner="SS1234", width="1024", height="900",
-        mpp_x="0.5", mpp_y="0.5", mpp_source="openslide.mpp-x", objective_power="20", agree="yes",
+        mpp_x="0.5", mpp_y="0.5", mpp_source="openslide.mpp-x", objective_power="20",
         level_factors="1 3.306", tissue_share="1.0", tissue_mm2="0.233", tiles_1="4", error="", defects="")
     expected |= {"tiles_0.25": "", "tiles_0.5": "16"}
     assert {key: good[key] for key in expected} == expected
     assert "not a slide" in junk["error"] and (junk["width"], junk["name"], junk["patient"]) == ("", "a", "a")
-    assert (contradiction["agree"], contradiction["mpp_x"], contradiction["objective_power"]) == ("no", "0.5", "40")
-    assert "objective of 40x" in contradiction["error"] and contradiction["level_factors"] == "1 3.306"
-    assert (bare["vendor"], bare["width"], bare["mpp_x"], bare["agree"]) == ("generic-tiff", "1024", "", "unknown")
+    assert (contradiction["mpp_x"], contradiction["objective_power"]) == ("", "40")
+    assert "gives 0.5 um/px, but an objective of 40x" in contradiction["error"]
+    assert contradiction["level_factors"] == "1 3.306"
+    assert (bare["vendor"], bare["width"], bare["mpp_x"]) == ("generic-tiff", "1024", "")
     assert "no usable mpp" in bare["error"] and "\n" not in bare["error"] + contradiction["error"] + junk["error"]
     printed = capsys.readouterr().out
     assert "1 of 4 slides usable" in printed and ": a: not a slide" in printed
@@ -68,15 +68,6 @@ def test_the_report_has_a_row_per_slide_in_order_with_the_slides_own_numbers(tmp
         report.main(keys(tmp_path / "none*.svs", tmp_path))
     report.main(keys(tmp_path / "in/*", tmp_path / "out", part="2/2"))
     assert [row["name"] for row in rows_in(tmp_path / "out/report.2of2.csv")] == ["a", "c"]
-
-
-@pytest.mark.parametrize("power, agree", [
-    (None, "unknown"), (0, "unknown"), (20, "yes"), (25, "yes"), (40, "no"), (10, "no")])
-def test_mpp_and_power_agree_within_30_percent_even_where_the_mpp_is_stated(tmp_path, power, agree):
-    description = None if power is None else APERIO.format(power, 0.5)
-    path = write_slide(tmp_path / "a.svs", [tissue(300, 300)], description=description)
-    row = row_of(path, slide_mpp=0.5, mpps=(0.5,))
-    assert row["agree"] == agree and row["error"] == "" and row["mpp_source"] == "stated"
 
 
 def kill_itself_on_b(path, name, config):
@@ -119,27 +110,14 @@ def test_pen_is_found_with_its_share_and_a_clean_slide_has_no_defects(tmp_path):
     assert row["error"] == "" and row["sharpness"] == ""
 
 
-def test_a_black_border_is_told_from_pen_and_from_a_dark_slide(tmp_path):
+def test_black_is_told_from_pen(tmp_path):
     image = np.full((1024, 2048, 3), GLASS, np.uint8)
     image[300:700, 600:1600] = tissue(1000, 400)
     image[:, :256] = 5
     row = row_of(write_slide(tmp_path / "border.tif", [image], (0.5, 0.5)))
-    assert row["defects"].startswith("black border 12.5 %") and "pen" not in row["defects"]
-    row = row_of(write_slide(tmp_path / "dark.tif", [np.zeros((600, 600, 3), np.uint8)], (0.5, 0.5)))
-    assert row["defects"] == "dark (fluorescence?) 100.0 %; no tissue"
-
-
-def test_unscanned_area_is_found_by_its_transparency(tmp_path, monkeypatch):
-    path = write_slide(tmp_path / "sparse.tif", pyramid(tissue(2048, 2048), 4), (0.5, 0.5))
-    read = openslide.OpenSlide.read_region
-
-    def sparse(self, location, level, size):
-        rgba = np.array(read(self, location, level, size))
-        left = int(512 / self.level_downsamples[level] - location[0] / self.level_downsamples[level])
-        rgba[:, :max(left, 0)] = 0
-        return Image.fromarray(rgba)
-    monkeypatch.setattr(openslide.OpenSlide, "read_region", sparse)
-    assert "unscanned 25.0 %" in row_of(path)["defects"]
+    assert row["defects"].startswith("black 12.5 %") and "pen" not in row["defects"]
+    row = row_of(write_slide(tmp_path / "dark.tif", [np.zeros((640, 640, 3), np.uint8)], (0.5, 0.5)))
+    assert row["defects"] == "black 100.0 %; no tissue"
 
 
 def test_a_slide_out_of_focus_is_called_blurred(tmp_path):
@@ -150,11 +128,11 @@ def test_a_slide_out_of_focus_is_called_blurred(tmp_path):
     assert rows[0]["sharpness"] > 50 > rows[1]["sharpness"]
 
 
-# overlay
+# pictures
 
-def overlay_of(tmp_path, image, mpp, **changes):
+def picture_of(tmp_path, image, mpp, **changes):
     path = write_slide(tmp_path / "slide.tif", pyramid(image, 4), mpp)
-    overlay.main(keys(path, tmp_path / "out", overlay, **changes))
+    report.main(keys(path, tmp_path / "out", pictures=True, **changes))
     return wsi.Slide(path), np.asarray(Image.open(tmp_path / "out/slide.png"))
 
 
@@ -163,58 +141,43 @@ def near(picture, colour, reach=90):
 
 
 @pytest.mark.parametrize("mpp", [(0.5, 0.5), (1.0, 0.5)])
-def test_an_overlay_shows_tiles_tissue_and_a_scale_bar_where_they_are(tmp_path, mpp):
+def test_a_picture_shows_tiles_tissue_and_a_scale_bar_where_they_are(tmp_path, mpp):
     image = np.full((2600, 4000, 3), GLASS, np.uint8)
     image[640:1664, 1024:2048] = tissue(1024, 1024)
-    slide, picture = overlay_of(tmp_path, image, mpp, mpps=(0.25, 1.0), tile_px=128)
-    um = max(4000 * mpp[0], 2600 * mpp[1]) / overlay.LONGER_SIDE
-    height = round(2600 * mpp[1] / um)
-    assert picture.shape[1] == 1600 and height < picture.shape[0] < height + 200  # true aspect, then a caption
+    slide, picture = picture_of(tmp_path, image, mpp, mpps=(0.25, 1.0), tile_px=128)
+    px = round(4000 * mpp[0] / report.PICTURE_PX / np.mean(mpp)) or 1  # level-0 px of a pixel
+    height = -(-2600 // px)
+    assert picture.shape[1] == -(-4000 // px) and height < picture.shape[0] < height + 50  # then a caption
     xy, _ = slide.grid(128, 1.0)
     assert len(xy) > 10
-    lines = near(picture, BLUE, 200) | near(picture, GREEN)
-    side = int(128 / um)
-    for x, y in np.rint(xy * mpp / um).astype(int):
-        for edge in (0, side):  # left and right, upper and lower
-            assert lines[y:y + side, x + edge - 1:x + edge + 2].any(1).mean() > 0.95
-            assert lines[y + edge - 1:y + edge + 2, x:x + side].any(0).mean() > 0.95
-    others = near(picture, BLUE, 200)
-    others[round(640 * mpp[1] / um) - side:round(1664 * mpp[1] / um) + side,
-           round(1024 * mpp[0] / um) - side:round(2048 * mpp[0] / um) + side] = False
-    assert not others.any(), "there are lines where there is no tile"
+    clear = np.ones(picture.shape[:2], bool)
+    bluish = near(picture, BLUE, 330) | near(picture, GREEN)
+    w, h = np.rint(128 / np.array(mpp) / px).astype(int)
+    for x, y in np.rint(xy / px).astype(int):
+        for edge in (0, w):
+            assert bluish[y:y + h, x + edge - 1:x + edge + 2].any(1).mean() > 0.95
+        for edge in (0, h):
+            assert bluish[y + edge - 1:y + edge + 2, x:x + w].any(0).mean() > 0.95
+        clear[y - 2:y + h + 3, x - 2:x + w + 3] = False
+    assert not near(picture, BLUE, 330)[:height][clear[:height]].any(), "there are lines where there is no tile"
     rows, columns = np.nonzero(near(picture[:height], GREEN))
-    box = np.array([columns.min(), columns.max(), rows.min(), rows.max()]) * um
-    truth = np.array([1024, 2048, 1024 * 0.625, 1664]) * np.repeat(mpp, 2)
+    box = np.array([columns.min(), columns.max(), rows.min(), rows.max()]) * px * np.repeat(mpp, 2)
+    truth = np.array([1024, 2048, 640, 1664]) * np.repeat(mpp, 2)
     assert np.abs(box - truth).max() < 40, "the outline is not where the tissue is"
     bar = near(picture[height + 22, :1000], BLACK, 1).nonzero()[0]
-    length = {0.5: 0.5, 1.0: 1.0}[mpp[0]]  # mm: the slides are 2 and 4 mm wide
-    assert bar[0] == 12 and np.flatnonzero(np.diff(bar) > 1)[:1] + 1 == pytest.approx(length * 1000 / um, abs=1)
-
-
-@pytest.mark.parametrize("width, length", [(4, 1), (30, 1), (3, 1), (2, 0.5), (1.1, 0.2), (0.05, 0.01), (100, 20)])
-def test_the_scale_bar_is_1_mm_or_a_round_length_that_fits(width, length):
-    assert overlay.scale_bar(width) == pytest.approx(length)
+    length = {0.5: 500, 1.0: 1000}[mpp[0]]  # um: the slides are 2 and 4 mm wide
+    assert bar[0] == 12 and np.flatnonzero(np.diff(bar) > 1)[0] + 1 == pytest.approx(length / px / mpp[0], abs=1)
 
 
 def test_a_small_slide_is_not_enlarged_and_its_caption_is_not_cut(tmp_path):
-    _, picture = overlay_of(tmp_path, tissue(200, 300), (0.5, 0.5), mpps=(0.5,))
+    _, picture = picture_of(tmp_path, tissue(200, 300), (0.5, 0.5), mpps=(0.5,))
     assert picture.shape[1] > 300 and near(picture[:300, 200:], (255, 255, 255), 1).all()
     assert near(picture[300:, -10:], (255, 255, 255), 1).all()
-
-
-def test_slides_that_cannot_be_drawn_are_named_and_the_others_are_drawn(tmp_path, capsys):
-    write_slide(tmp_path / "good.tif", [tissue(300, 300)], (0.5, 0.5))
-    write_slide(tmp_path / "bare.tif", [tissue(300, 300)])
-    overlay.main(keys(tmp_path / "*.tif", tmp_path / "out", overlay))
-    assert os.listdir(tmp_path / "out") == ["good.png"]
-    printed = capsys.readouterr().out
-    assert "bare.tif: no usable mpp" in printed and "1 of 2 slides drawn" in printed
 
 
 @pytest.mark.skipif(not SLIDES.is_dir(), reason="the real slides are not in ../shared/data/slides")
 def test_the_real_slides_are_told_apart(tmp_path):
     rows = {row["name"]: row for row in report.main(keys(SLIDES / "*", tmp_path))}
-    assert rows["CMU-1-Small-Region"]["agree"] == "yes" and rows["cmu1-4x-pyramid"]["agree"] == "unknown"
     assert rows["cmu1-4x-pyramid"]["level_factors"] == "1 4.002 16.06"
     assert rows["CMU-1-Small-Region"]["tiles_0.25"] == "" and rows["CMU-1-Small-Region"]["tiles_0.5"] > 20
     assert "no tissue" in rows["hamamatsu-fluorescence"]["defects"] and rows["hamamatsu-fluorescence"]["error"] == ""

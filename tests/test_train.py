@@ -79,6 +79,44 @@ def bit_equal(a, b):
     assert not different, f"{len(different)} of {len(a)} tensors differ, first {different[:3]}"
 
 
+def train_in_turn(argvs, ports, between=lambda patch: None):
+    for argv, port in zip(argvs, ports):
+        os.environ["MASTER_PORT"], sys.argv = port, ["train.py", *argv]
+        runpy.run_path("train.py", run_name="__main__")
+        between(setattr)
+
+
+def on_two_ranks(function, argvs):
+    """Call a function of this file on two ranks. torchrun would import torch in a third process, for each run anew."""
+    sockets = [socket.create_server(("localhost", 0)) for _ in argvs]
+    ports = [str(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    code = f"import test_train; test_train.{function}({argvs}, {ports})"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_ADDR": "localhost", "WORLD_SIZE": "2"}
+    ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**env, "RANK": str(r)}) for r in range(2)]
+    while None in (ended := [p.poll() for p in ranks]) and not any(ended):  # one that fails leaves the other waiting
+        time.sleep(0.1)
+    for p in ranks:
+        p.kill()
+    assert ended == [0, 0]
+
+
+JOINT = dict(drop_path=0.0, clip_grad=0.05, freeze_last_layer=0, warmup_steps=0, max_steps=5)
+ON_TWO_RANKS = {"sinkhorn": JOINT, "softmax": JOINT | dict(centering="softmax"),
+                "stopped": dict(local_crops=0, schedule_steps=9, max_steps=2)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiles, tmp_path_factory):
+    """A folder with the runs of ON_TWO_RANKS."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    argvs = [flags(tiles=tiles, out_dir=folder / name, **keys) for name, keys in ON_TWO_RANKS.items()]
+    on_two_ranks("train_in_turn", argvs)
+    return folder
+
+
 def test_twenty_steps_equal_ten_resume_ten_bit_for_bit(tiles, tmp_path, monkeypatch):
     keys = dict(tiles=tiles, schedule_steps=20, centering="softmax", kde="koleo")
     straight = train(monkeypatch, flags(**keys, max_steps=20, out_dir=tmp_path / "a"))
@@ -94,13 +132,10 @@ def test_twenty_steps_equal_ten_resume_ten_bit_for_bit(tiles, tmp_path, monkeypa
     assert straight["progress"]["step"] == 20 and sorted(os.listdir(tmp_path / "b/ckpt")) == ["10", "20"]
 
 
-def test_a_resume_on_other_ranks_or_with_another_batch_takes_the_samples_that_come_next(tiles, tmp_path, monkeypatch,
+def test_a_resume_on_other_ranks_or_with_another_batch_takes_the_samples_that_come_next(tiles, two_ranks, monkeypatch,
                                                                                        capsys):
     """The bug: a resume that replayed the data, or left some out."""
-    keys = dict(tiles=tiles, local_crops=0, out_dir=tmp_path / "a", schedule_steps=9)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
-    subprocess.run(command + flags(**keys, max_steps=2), cwd=ROOT, check=True, capture_output=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    keys = dict(tiles=tiles, local_crops=0, out_dir=two_ranks / "stopped", schedule_steps=9)
     seen, image = [], data.Batches.image
     monkeypatch.setattr(data.Batches, "image", lambda self, n, bad: seen.append(n) or image(self, n, bad))
     train(monkeypatch, flags(**keys, max_steps=4, resume="true"))  # 2 x 4 images before, 1 x 4 now
@@ -114,13 +149,8 @@ def test_a_resume_on_other_ranks_or_with_another_batch_takes_the_samples_that_co
 
 
 @pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
-def test_two_ranks_equal_one_process_on_the_same_global_batch(centering, tiles, tmp_path, monkeypatch):
+def test_two_ranks_equal_one_process_on_the_same_global_batch(centering, tiles, two_ranks, tmp_path, monkeypatch):
     """The bug: clipping local gradients before the sync. Clip is low, so that it acts on every step."""
-    keys = dict(tiles=tiles, drop_path=0.0, clip_grad=0.05, freeze_last_layer=0, warmup_steps=0, max_steps=5,
-                centering=centering)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
-    subprocess.run(command + flags(**keys, out_dir=tmp_path / "two"), cwd=ROOT, check=True, capture_output=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
     one_rank = data.Batches.__getitem__
 
     def join(a, b, views):  # crop-major
@@ -139,15 +169,16 @@ def test_two_ranks_equal_one_process_on_the_same_global_batch(centering, tiles, 
         return {**merged, "bad": [], "masked": masks.flatten().nonzero()[:, 0], "mask_weights": per_crop}
 
     monkeypatch.setattr(data.Batches, "__getitem__", both_ranks)
-    train(monkeypatch, flags(**{**keys, "batch_size": 8}, out_dir=tmp_path / "one"))
-    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    folders = tmp_path / "one", two_ranks / centering
+    train(monkeypatch, flags(tiles=tiles, batch_size=8, out_dir=folders[0], **ON_TWO_RANKS[centering]))
+    one, two = map(rows, folders)
     assert len(one) == len(two) == 6
     for a, b in zip(one[1:], two[1:]):
         for k in ("loss", "dino", "ibot", "kde", "grad_norm", "grad_norm_backbone", "grad_norm_dino_head",
                   "grad_norm_ibot_head", "lr"):
             assert a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-7), (a["step"], k)
         assert a["grad_norm_backbone"] > 0.05
-    saved = [torch.load(tmp_path / x / "teacher/5.pth", weights_only=True)["teacher"] for x in ("one", "two")]
+    saved = [torch.load(folder / "teacher/5.pth", weights_only=True)["teacher"] for folder in folders]
     for k in saved[0]:
         torch.testing.assert_close(saved[0][k], saved[1][k], atol=1e-4, rtol=1e-3)
 
@@ -397,6 +428,7 @@ def quick_bach(patch, gray=True):
     """Evaluations with few epochs and, unless told not to, of eight gray images that need no folder."""
     fit, embed = eval_bach.fit_heads, eval_bach.embed
     patch(eval_bach, "fit_heads", lambda *a: fit(*a[:-1], 20))
+    patch(eval_bach, "embed", lambda net, pixels, *a: embed(net, pixels[:, :, :56, :56], *a))
     if gray:
         eight = torch.arange(0, 200, 25, dtype=torch.uint8)[:, None, None, None]
         patch(eval_bach, "load_pixels", lambda folder: eight.repeat(50, 3, 224, 224))
@@ -487,33 +519,18 @@ def test_pixels_are_normalised_as_the_weights_state(stated, want, tiles, tmp_pat
     assert run["config"]["norm"] == "imagenet"
 
 
-def one_of_two_ranks(argv, ports, out):
-    """A good run and a poisoned one, without torchrun; wandb is there on rank 0 only."""
+def one_of_two_ranks(argvs, ports):
+    """A good run and a poisoned one; wandb is there on rank 0 only."""
     run = SimpleNamespace(init=lambda **k: SimpleNamespace(id="1"), define_metric=lambda *a, **k: 0, log=lambda row: 0)
     sys.modules["wandb"] = run if os.environ["RANK"] == "0" else None
     quick_bach(setattr)
-    for name, port in zip(("good", "bad"), ports):
-        os.environ["MASTER_PORT"], sys.argv = port, ["train.py", *argv, f"--out_dir={out}/{name}"]
-        runpy.run_path("train.py", run_name="__main__")
-        poison(setattr)
+    train_in_turn(argvs, ports, between=poison)
 
 
 @pytest.mark.slow
 def test_two_ranks_stay_in_step_when_an_evaluation_fails_on_one(tiles, tmp_path):
-    sockets = [socket.create_server(("localhost", 0)) for _ in range(2)]
-    ports = [str(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    argv = flags(tiles=tiles, max_steps=3, eval_interval=2, bach_dir="x", wandb_project="x")
-    code = f"import test_train; test_train.one_of_two_ranks({argv}, {ports}, {str(tmp_path)!r})"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_ADDR": "localhost", "WORLD_SIZE": "2"}
-    ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**env, "RANK": str(r)}) for r in range(2)]
-    while None in (ended := [p.poll() for p in ranks]) and not any(ended):  # one that fails leaves the other waiting
-        time.sleep(0.1)
-    for p in ranks:
-        p.kill()
-    assert ended == [0, 0]
+    keys = dict(tiles=tiles, max_steps=3, eval_interval=2, bach_dir="x", wandb_project="x")
+    on_two_ranks("one_of_two_ranks", [flags(**keys, out_dir=tmp_path / name) for name in ("good", "bad")])
     same_but_for_bach(rows(tmp_path / "good"), rows(tmp_path / "bad"))
     bit_equal(*(torch.load(tmp_path / x / "teacher/3.pth", weights_only=True)["teacher"] for x in ("good", "bad")))
 
@@ -561,12 +578,13 @@ def test_wandb_gets_the_rows_of_metrics_and_a_resumed_run_goes_on_in_its_own(til
     assert [r["step"] for r in logged[4:]] == [3, 4] and rows(out) == logged[:3] + logged[4:]
 
 
-def test_dry_run_prints_the_cost_of_vit_g_without_data_or_gpu():
-    run = subprocess.run([sys.executable, "train.py", "config/vitg_clip3.py", "--dry_run=true"], cwd=ROOT, check=True,
-                         capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": "8"})
+def test_dry_run_prints_the_cost_of_vit_g_without_data_or_gpu(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    refused(monkeypatch, ["config/vitg_clip3.py", "--dry_run=true"])
+    said = capsys.readouterr().out
     for part in ("dinov2_vitg14_reg: 1,134.8 M", "45,792 per rank, 27,297", "248.8 TFLOP", "48 images x 8 ranks",
                  "parameters 0.617, optimizer 1.23, teacher 0.617"):
-        assert part in run.stdout, run.stdout
+        assert part in said, said
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real slides are not part of the project")

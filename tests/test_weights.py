@@ -1,7 +1,7 @@
 """Tiny weight files in every layout that load_backbone reads. For Hugging Face's, transformers is the reference."""
 import json
 import re
-import subprocess
+import runpy
 import sys
 from dataclasses import replace
 
@@ -252,11 +252,11 @@ def test_a_model_without_mask_token_or_registers_loads(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dinov2_g", "dinov3_7b"])
-def test_a_converted_file_is_the_folder(name, tmp_path):
+def test_a_converted_file_is_the_folder(name, tmp_path, monkeypatch):
     stated = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     folder, out = write(tmp_path, released(RELEASED[name]), preprocessor_config=stated), tmp_path / "w.pth"
-    command = [sys.executable, ROOT / "prepare/convert.py", f"--weights={folder}", f"--out={out}"]
-    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", ["convert.py", f"--weights={folder}", f"--out={out}"])
+    runpy.run_path(str(ROOT / "prepare/convert.py"), run_name="__main__")
     one, other = model.load_backbone(folder), model.load_backbone(out)
     assert one.arch == other.arch and model.stored_norm(out) == model.NORMS["half"]
     bit_equal(one.state_dict(), other.state_dict())
