@@ -4,6 +4,7 @@ The BACH probe: how well does a frozen tile encoder tell four kinds of breast ti
     python eval_bach.py --weights=out/run/teacher/5000.pth --bach_dir=data/BACH   # the last line is one JSON object
     python eval_bach.py --weights=a.pth,b.pth,midnight/ --norm=imagenet,imagenet,half --bach_dir=data/BACH   # a table
     python eval_bach.py --weights=... --bach_dir=... --views=tiles --mpp=0.5      # or --input_px=392, --concat=true
+    python eval_bach.py --weights=... --bach_dir=... --views=context --context=out/context/30000.pth --mpp=1.0
     python eval_bach.py config/baselines.py               # checkpoints that we have not trained
 
 We follow kaiko-ai/eva v0.4.5 (offline BACH) step by step: 400 images of 2048x1536 px at 0.42 um/px are resized to
@@ -17,6 +18,7 @@ standard error is about 0.025 at 0.92, so a difference below 0.02 is no evidence
 data: {bach_dir}/ICIAR2018_BACH_Challenge/Photos/{Benign,InSitu,Invasive,Normal}/{b,is,iv,n}001..100.tif
 from zenodo.org/records/3632035. The licence, CC BY-NC-ND 4.0, forbids passing on resized copies.
 """
+import hashlib
 import json
 import math
 import os
@@ -72,9 +74,11 @@ class View(NamedTuple):
     px: int = SIZE        # side of the network's input
     mpp: float = 0.0      # um/px of tiles of px x px whose features are averaged; 0 = resize to px and crop the centre
     concat: bool = False  # class token and mean patch (2D, as in the Midnight paper), else the class token (D, as eva)
+    context: str = ""     # file of a slide encoder that reads the tiles; the feature is the mean of [tile, context]
 
     def __str__(self):
         feature = "cls+patches" if self.concat else "cls"
+        feature += f"+context of {self.context}" if self.context else ""
         if self.mpp:
             return f"{feature} of tiles {self.px} px at {self.mpp:g} um/px"
         return f"{feature} {self.px} px"
@@ -172,24 +176,52 @@ def load_pixels(bach_dir, view=View(), mpp=0.0):
     return images
 
 
-def tiles(image, px):
-    """uint8 (3, h, w) -> (T, 3, px, px): the fewest tiles that cover it, evenly spaced; one for an image of px x px."""
+def corners(shape, px):
+    """[(y, x)] of the fewest tiles of px x px that cover (h, w), evenly spaced; one if that is px x px."""
     starts = []
-    for side in image.shape[1:]:
+    for side in shape:
         last = math.ceil(side / px) - 1
         starts.append([round(i * (side - px) / max(last, 1)) for i in range(last + 1)])
-    found = []
-    for y in starts[0]:
-        found += [image[:, y : y + px, x : x + px] for x in starts[1]]
-    return torch.stack(found)
+    return [(y, x) for y in starts[0] for x in starts[1]]
+
+
+def tiles(image, px):
+    """uint8 (3, h, w) -> (T, 3, px, px), the tiles at its corners."""
+    return torch.stack([image[:, y : y + px, x : x + px] for y, x in corners(image.shape[1:], px)])
+
+
+def context_pool(view, weights):
+    """
+    `pool` of embed for a view with context: an image is a small slide, and its feature the mean of [tile, context].
+    ValueError if the slide encoder was trained on features of another encoder than `weights`, or of other tiles.
+    """
+    from context import embed_slide, load_encoder
+    net, header = load_encoder(view.context)
+    about = header["about"][0]
+    with open(weights, "rb") as f:
+        same = about.get("weights_sha256") in (None, hashlib.file_digest(f, "sha256").hexdigest())
+    if not same or len(header["about"]) > 1 or not math.isclose(about["side"], view.px * view.mpp, rel_tol=0.02):
+        raise ValueError(f"{view.context}: trained on tiles of {about['side']:g} um of the encoder in "
+                         f"{about.get('weights', 'another file')}; give those --weights, and --mpp times --input_px")
+
+    def pool(of_tiles, image):
+        centres = np.array(corners(image.shape[1:], view.px), np.float32)[:, ::-1] + view.px / 2
+        own = embed_slide(net, header, of_tiles.cpu().numpy(), centres * view.mpp)
+        return torch.cat([of_tiles.cpu(), torch.from_numpy(own)], 1).mean(0)
+
+    return pool
+
+
+def mean_tile(of_tiles, image):
+    return of_tiles.mean(0)
 
 
 @torch.no_grad()
-def embed(backbone, pixels, mean, std, device, view=View(), batch_size=64):
+def embed(backbone, pixels, mean, std, device, view=View(), batch_size=64, pool=mean_tile):
     """
     Features of n uint8 images, a tensor (n, 3, h, w) or a list, as float32 (n, D) on the CPU; (n, 2D) with the mean
-    patch. An image larger than the view's px gets the mean over its tiles. mean and std (3 numbers each) are those by
-    which the model was trained.
+    patch. An image larger than the view's px gets pool(features of its tiles, image), their mean. mean and std (3
+    numbers each) are those by which the model was trained.
 
     This is a collective when torch.distributed runs: rank r embeds images r, r + world, ... and every rank returns all
     features. Repeats fill up the last round, because a sharded backbone needs equally many forward calls on all ranks.
@@ -215,7 +247,8 @@ def embed(backbone, pixels, mean, std, device, view=View(), batch_size=64):
             cut = [tiles(pixels[i], view.px) for i in batch]
             parts = torch.cat(cut).split(batch_size)
             of_tiles = torch.cat([forward(part) for part in parts])
-            features += [of_image.mean(0) for of_image in of_tiles.split([len(c) for c in cut])]
+            by_image = of_tiles.split([len(c) for c in cut])
+            features += [pool(own, pixels[i]) for own, i in zip(by_image, batch)]
     finally:
         for m in training:
             m.training = True
@@ -452,12 +485,15 @@ def table(rows):
 
 
 def view_of(config):
-    if config["views"] not in ("resize", "tiles"):
-        raise ValueError(f"views = {config['views']!r}; known: 'resize' (eva's), 'tiles'")
+    if config["views"] not in ("resize", "tiles", "context"):
+        raise ValueError(f"views = {config['views']!r}; known: 'resize' (eva's), 'tiles', 'context'")
     if config["input_px"] <= 0 or config["mpp"] <= 0:
         raise ValueError(f"input_px = {config['input_px']}, mpp = {config['mpp']}: both must be more than 0")
-    mpp = config["mpp"] if config["views"] == "tiles" else 0.0
-    return View(config["input_px"], mpp, config["concat"])
+    mpp = 0.0 if config["views"] == "resize" else config["mpp"]
+    context = config["context"] if config["views"] == "context" else ""
+    if config["views"] == "context" and (not os.path.isfile(context) or config["concat"]):
+        raise ValueError(f"context = {context!r}: views = 'context' needs a slide encoder's file, and no concat")
+    return View(config["input_px"], mpp, config["concat"], context)
 
 
 def weight_files(config):
@@ -480,7 +516,8 @@ def score_file(file, norm, config, pixels, score=bach_row):
     if view.px % backbone.arch.patch_size:
         raise ValueError(f"{file}: input_px = {view.px} is no multiple of its patch, {backbone.arch.patch_size} px")
     mean, std = model.stored_norm(file) if norm is None else model.norm_values(norm)
-    row = score(embed(backbone, pixels, mean, std, config["device"], view), view)
+    pool = context_pool(view, file) if view.context else mean_tile
+    row = score(embed(backbone, pixels, mean, std, config["device"], view, pool=pool), view)
     stored = model.read_header(file)
     return {**row, "norm": (mean, std), "weights": file, "arch": config["arch"] or stored.get("arch"),
             "step": stored.get("step"), "seconds": round(time.time() - start, 1)}
@@ -522,7 +559,8 @@ def score_files(name, config, load):
 if __name__ == "__main__":
     weights = ""      # files or Hugging Face folders, with commas between: released, of this project, OpenMidnight's
     bach_dir = ""     # folder that holds ICIAR2018_BACH_Challenge/
-    views = "resize"  # to input_px, eva's; "tiles" = a grid of tiles at mpp, averaged: another protocol
+    views = "resize"  # to input_px, eva's; "tiles" = a grid of tiles at mpp, averaged: another protocol; "context"
+    context = ""      # of views = "context", the same tiles read by this slide encoder (context.py)
     mpp = 0.5         # um/px of the tiles
     image_mpp = 0.0   # um/px of the images, for tiles; 0 = BACH's own
     input_px = SIZE   # side of the network's input; another size is another protocol

@@ -40,9 +40,9 @@ def files_of(folder):
 
 def open_features(path, name="features"):
     """
-    A file of prepare/features.py: (features, or another array by name, a memory map (N, C); centres of the tiles, float32 (N, 2) in um; what the
-    file states, a dict, and width C, side and pitch of tiles in um). Raises ValueError if it is another kind of file,
-    compressed, or without a place.
+    A file of prepare/features.py: (features, or another array by name, a memory map (N, C); centres of the tiles,
+    float32 (N, 2) in um; what the file states, a dict, and width C, side and pitch of tiles in um). Raises ValueError
+    if it is another kind of file, compressed, or without a place.
     """
     try:
         (shape, dtype, offset), coords, stated = stored(path, name)

@@ -122,7 +122,8 @@ def test_losses_of_guesses():
     hidden = torch.tensor([[False, True, False, False]])
     losses = context.model.window_losses(target, target.clone(), nm, hidden, hidden)
     guesses = torch.tensor([[3.0, 4.0], [0, 0], [5 / 3, 2], [(1 + 4 / 4) / 2.25, (2 + 4 / 4) / 2.25]])
-    torch.testing.assert_close(losses, context.model.feature_loss(guesses, target[0, 1].expand(4, 2)), atol=1e-3, rtol=1e-3)
+    expected = context.model.feature_loss(guesses, target[0, 1].expand(4, 2))
+    torch.testing.assert_close(losses, expected, atol=1e-3, rtol=1e-3)
     assert losses[1].item() == pytest.approx((2.5 + 3.5) / 2 + 0.5)
 
 

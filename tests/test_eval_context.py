@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import context
+import eval_bach
 import eval_slides
 
 pytest.importorskip("sklearn")
@@ -94,8 +95,12 @@ def test_folds_keep_patients_whole_and_each_sample_is_predicted_by_others(world)
         assert all(len(folds[found.groups == g].unique()) == 1 for g in range(12))
     assert (found.folds[0] != found.folds[1]).any(), "repeats draw other folds"
     seen = []
-    predicted = eval_slides.out_of_fold(found, lambda train, test: seen.append((set(train.tolist()), set(test.tolist())))
-                                        or torch.ones(len(test), 2))
+
+    def fit(train, test):
+        seen.append((set(train.tolist()), set(test.tolist())))
+        return torch.ones(len(test), 2)
+
+    predicted = eval_slides.out_of_fold(found, fit)
     assert (predicted == 1).all() and all(not train & test for train, test in seen)
 
 
@@ -210,3 +215,35 @@ def test_the_command_ends_with_one_json_object(world, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="^eval_slides: .*no such|not a readable csv"):
         eval_slides.main({**config, "labels": str(world / "none.csv")})
     assert sys.modules["eval_slides"]
+
+
+class Mean(torch.nn.Module):
+    """A stand-in for a tile encoder of width 8."""
+
+    def forward(self, x):
+        return {"cls": x.mean((1, 2, 3))[:, None] * torch.linspace(1, 2, 8), "patches": x.flatten(2).mT}
+
+
+def test_a_bach_image_is_a_small_slide(world):
+    """Its feature is the mean of [tile, context] over its tiles, and neighbours matter: not the tiles' mean alone."""
+    path = encoder(world, [])
+    view = eval_bach.View(px=10, mpp=10.0, context=path)
+    image = (torch.rand(3, 20, 30) * 255).to(torch.uint8)
+    swapped = torch.cat([image[:, :, 20:], image[:, :, 10:20], image[:, :, :10]], 2)  # tiles change places
+    pool = eval_bach.context_pool(view, path)
+    features = eval_bach.embed(Mean(), [image, swapped], (0.5,) * 3, (0.5,) * 3, "cpu", view, pool=pool)
+    plain = eval_bach.embed(Mean(), [image, swapped], (0.5,) * 3, (0.5,) * 3, "cpu", view._replace(context=""))
+    assert features.shape == (2, 16)
+    torch.testing.assert_close(features[:, :8], plain)
+    net, header = context.load_encoder(path)
+    tiles = eval_bach.tiles(image, 10)
+    of_tiles = eval_bach.embed(Mean(), tiles, (0.5,) * 3, (0.5,) * 3, "cpu", view._replace(context=""))
+    centres = np.array([[x, y] for y in (50, 150) for x in (50, 150, 250)], np.float32)
+    own = context.embed_slide(net, header, of_tiles.numpy(), centres)
+    torch.testing.assert_close(features[0, 8:], torch.from_numpy(own.mean(0)))
+    assert "context of" in str(view)
+    with pytest.raises(ValueError, match="trained on tiles of 100 um"):
+        eval_bach.context_pool(view._replace(mpp=5.0), path)
+    keys = dict(views="context", context="none.pth", input_px=10, mpp=1.0, concat=False)
+    with pytest.raises(ValueError, match="needs a slide encoder's file"):
+        eval_bach.view_of(keys)
