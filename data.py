@@ -36,13 +36,15 @@ def check(config):
     for key, count in dict(betas=2, jitter=4, blur_prob=3, global_scale=2, local_scale=2, mask_ratio=2).items():
         if len(config[key]) != count:
             raise ValueError(f"{key} = {config[key]}: give {count} numbers")
-    for key in ("global_scale", "local_scale", "mask_ratio", "mpp_range"):
+    for key in ("global_scale", "local_scale", "mask_ratio", "mpp_range", "wide_field"):
         if config[key] and (len(config[key]) != 2 or config[key][0] > config[key][1]):
             raise ValueError(f"{key} = {config[key]}: give two numbers, the smaller one first")
     for key in SHARES:
         values = config[key] if isinstance(config[key], tuple) else (config[key],)
         if not all(0 <= value <= 1 for value in values):
             raise ValueError(f"{key} = {config[key]}: give shares from 0 to 1")
+    if config["wide_field"] and config["wide_field"][0] < 1:
+        raise ValueError(f"wide_field = {config['wide_field']}: give factors of the field, 1 or more")
     crops = 2 * config["batch_size"]
     if int(crops * config["mask_prob"]) < 1:
         raise ValueError(f"mask_prob = {config['mask_prob']} of {crops} crops masks none, and iBOT needs some")
@@ -108,29 +110,39 @@ class Batches(torch.utils.data.Dataset):
     def image(self, n, bad):
         """Sample n as (crop, colour) pairs: the two global crops, then the local ones. None if no tile was found."""
         config = self.config
-        tile = self.tile(n, bad)
+        tile, about = self.tile(n, bad)
         if tile is None:
             return None
-        pixels = torch.from_numpy(np.ascontiguousarray(tile)).permute(2, 0, 1)[None]  # channels-last: the fast resize
+        pixels = as_tensor(tile)
+        tiles = [pixels] * (2 + config["local_crops"])  # that views are cut from
+        if "wide" in about:  # wide_field: the second global crop is cut from more of the slide
+            tiles[1] = as_tensor(about["wide"])
         first, second, local = config["blur_prob"]
         views = [("global", first), ("global", second)] + [("local", local)] * config["local_crops"]
         rng = np.random.default_rng((config["seed"], n, ATTEMPTS))
-        crops = [crop_and_flip(pixels, rng, config[f"{kind}_scale"], config[f"{kind}_px"]) for kind, _ in views]
+        crops = []
+        for (kind, _), own in zip(views, tiles):
+            crops.append(crop_and_flip(own, rng, config[f"{kind}_scale"], config[f"{kind}_px"]))
         colours = [colour_parameters(rng, config, blur) for _, blur in views]
         return list(zip(crops, colours))
 
     def tile(self, n, bad):
-        """The tile of sample n, or None after ATTEMPTS draws. Appends a message to `bad` for each unreadable one."""
+        """What the source reads for sample n; (None, {}) after ATTEMPTS draws. Each failure is a message in `bad`."""
         for attempt in range(ATTEMPTS):
             try:
-                return self.source.read(n, attempt)[0]
+                return self.source.read(n, attempt)
             except sources.Unsuitable as e:
                 reason = str(e)
             except sources.READ_ERRORS as e:
                 reason = " ".join(str(e).split())
                 bad.append(reason)
         bad.append(reason)
-        return None
+        return None, {}
+
+
+def as_tensor(tile):
+    """uint8 (H, W, 3) -> (1, 3, H, W) in channels-last memory, which is resized fastest."""
+    return torch.from_numpy(np.ascontiguousarray(tile)).permute(2, 0, 1)[None]
 
 
 def loader(dataset, steps, workers, dev):

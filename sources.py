@@ -11,7 +11,8 @@ Where tiles come from. A run has exactly one source, named by a key of train.py:
 
 Your own source: write a class, name it in SOURCES, and add a key of the same name to train.py, "" = off. The class is
 called with the key's value and train.py's keys. It has `about`, one line for the log, and read(n, attempt), which
-returns (uint8 (H, W, 3), {"slide", "x", "y" in level-0 px, "mpp" or nan}) or raises OSError or wsi.SlideError.
+returns (uint8 (H, W, 3), {"slide", "x", "y" in level-0 px, "mpp" or nan}) or raises OSError or wsi.SlideError. With
+wide_field, slides also give "wide", a tile as large in px around the same centre; other sources cannot, and refuse.
 
 n counts the samples of the run without end, and sample n depends only on n and the seed. If a sample could not be read,
 attempt counts its replacements. Every index appears exactly once per pass, except for slides and mixes, which are
@@ -221,9 +222,22 @@ class Slides:
             x, y = slide.random_tissue(rng, config["tile_px"], mpp)
             tile = slide.read(x, y, config["tile_px"], mpp)
             if wsi.is_tissue(tile, config["tissue_share"]):
-                return tile, {"slide": path, "x": x, "y": y, "mpp": mpp}
+                about = {"slide": path, "x": x, "y": y, "mpp": mpp}
+                return tile, about | self.wide(rng, slide, x, y, mpp)
         share = f"{config['tissue_share']:.0%} tissue"
         raise Unsuitable(f"{path}: no tile of {share} at {mpp:.4g} um/px in {TISSUE_DRAWS} draws")
+
+
+    def wide(self, rng, slide, x, y, mpp):
+        """{"wide": a tile around the same centre, of a larger field and as many px}, read with true optics."""
+        if not self.config["wide_field"]:
+            return {}
+        px = self.config["tile_px"]
+        low, high = self.config["wide_field"]
+        wide_mpp = mpp * math.exp(rng.uniform(math.log(low), math.log(high)))
+        more = np.subtract(slide.extent(px, wide_mpp), slide.extent(px, mpp)) / 2
+        corner = np.rint((x, y) - more).astype(int).tolist()
+        return {"wide": slide.read(*corner, px, wide_mpp)}
 
 
 def open_slide(path, config):
@@ -499,4 +513,7 @@ def open_source(config):
         re.compile(config["patient"])
     except re.error as e:
         raise ValueError(f"patient = {config['patient']!r} is no regular expression: {e}") from None
-    return SOURCES[named[0]](config[named[0]], config)
+    source = SOURCES[named[0]](config[named[0]], config)
+    if config["wide_field"] and not isinstance(source, Slides):
+        raise ValueError(f"{named[0]}: wide_field reads around a tile, which only slides can: --slides=..., or leave it")
+    return source

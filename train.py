@@ -68,6 +68,7 @@ mpps = (0.25, 0.5, 1.0, 2.0)  # um/px, drawn evenly from those that a slide is f
 mpp_range = ()           # (low, high) um/px, log-uniform, instead of mpps; () = mpps
 eval_mpp = 0.5           # um/px that a range draws more often: where the encoder will be used
 eval_share = 0.5         # share of a range's tiles at exactly eval_mpp; 0 = none
+wide_field = ()          # (low, high): cut the second global crop from that many times the field; () = off
 tile_px = 224            # side of the tile that crops are cut from; at 224 the smallest global crop is enlarged 1.8 x
 slide_mpp = 0.0          # um/px of level 0 of every slide, overriding what the files say; 0 = believe the files
 mpp_from_objective = False  # if nothing better is stated, take 10 / objective power: a guess, off by up to 50 %

@@ -25,7 +25,7 @@ from prepare.stats import train_keys
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = dict(
     seed=0, slides="", sample_list="", shards="", parquet="", tiles="", mix=(), holdout=0.0,
-    patient=r"TCGA-\w\w-\w{4}", mpps=(0.5, 1.0), mpp_range=(), eval_mpp=0.5, eval_share=0.5, tile_px=64, slide_mpp=0.0,
+    patient=r"TCGA-\w\w-\w{4}", mpps=(0.5, 1.0), mpp_range=(), eval_mpp=0.5, eval_share=0.5, tile_px=64, slide_mpp=0.0, wide_field=(),
     mpp_from_objective=False, exact_reads=True, mask_dir="", tiles_per_visit=2, tissue_share=0.6, open_slides=3)
 FORK = multiprocessing.get_context("fork")
 
@@ -265,6 +265,28 @@ def test_mpp_is_drawn_among_those_that_the_slide_is_fine_enough_for(slides):
     for keys in (dict(mpps=(0.25,)), dict(mpp_range=(0.2, 0.4), eval_mpp=0.25)):
         with pytest.raises(wsi.SlideError, match="a.svs: 0.500 um/px is too coarse for every target"):
             open_source(slides=f"{slides}/a.svs", **keys).read(0)
+
+
+def test_a_wide_field_is_read_around_the_same_centre(tmp_path, monkeypatch):
+    """On a slide whose colours are its coordinates: the mean is that of the tile, the deviation four times as large."""
+    from prepare.toy import write_tiff
+    y, x = np.mgrid[:1024, :1024] / 4
+    image = np.stack([x, y, np.full_like(x, 128)], -1).astype(np.uint8)
+    write_tiff(tmp_path / "a.svs", Image.fromarray(image), 0.5, (1, 4))
+    monkeypatch.setattr(wsi, "is_tissue", lambda tile, share: True)
+    monkeypatch.setattr(wsi.Slide, "random_point", lambda self, rng: rng.integers(400, 600, 2))
+    keys = dict(slides=str(tmp_path / "a.svs"), mpps=(0.5,))
+    wide, same, off = (open_source(**keys, wide_field=field) for field in ((4.0, 4.0), (1.0, 1.0), ()))
+    for n in range(8):
+        tile, where = wide.read(n)
+        assert np.array_equal(tile, off.read(n)[0]), "the tile itself is as without"
+        assert where["wide"].shape == tile.shape == (64, 64, 3)
+        assert np.abs(where["wide"][..., :2].mean((0, 1)) - tile[..., :2].mean((0, 1))).max() < 1
+        assert where["wide"][..., 0].std() == pytest.approx(4 * tile[..., 0].std(), rel=0.2)
+        assert np.array_equal(same.read(n)[1]["wide"], tile)
+    with pytest.raises(ValueError, match="^sample_list: wide_field reads around a tile, which only slides can"):
+        (tmp_path / "list.txt").write_text(f"{tmp_path}/a.svs 0 0 0\n")
+        open_source(sample_list=str(tmp_path / "list.txt"), wide_field=(1.0, 4.0))
 
 
 @pytest.mark.parametrize("keys, share, low", [
