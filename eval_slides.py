@@ -669,7 +669,10 @@ def score_features(config):
     done = []
     print(f"{'':28}balanced   auroc  C tuned   difference to {first} and its 95 % interval")
     for name, x in {first: rows[first], **rows}.items():
-        row = compare(name, linear_probe(found, x, at_test[name], 0.5), mean, found)
+        predicted = linear_probe(found, x, at_test[name], 0.5)
+        row = compare(name, predicted, mean, found)
+        if config["write"] and name == (CONTEXT if CONTEXT in rows else first):
+            write_scores(config["write"], found, predicted)
         if not found.time.any():
             row["tuned"] = compare(name, linear_probe(found, x, at_test[name], None), mean, found)["balanced"]
         done.append(show(row, name == first))
@@ -686,6 +689,16 @@ def score_features(config):
     protocol = (f"{kind}: {len(found.slides)} of {len(found.patients)} patients, {len(found.folds)} x "
                 f"{int(found.folds.max()) + 1} folds {checksum}, logistic regression C 0.5 balanced")
     return {"rows": done, "classes": found.classes, "seen": text, "protocol": protocol}
+
+
+def write_scores(path, found, predicted):
+    """A csv of out-of-fold probabilities (repeats, n, C), their mean over repeats, for prepare/heatmap.py."""
+    with open(path, "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["slide", "x", "y", "label", *found.classes])
+        for i, scores in enumerate(predicted.mean(0).tolist()):
+            where = found.where[i].tolist() or ["", ""]
+            writer.writerow([found.slides[i], *where, found.classes[found.labels[i]], *scores])
 
 
 def show(row, is_mean=False):
@@ -726,6 +739,7 @@ if __name__ == "__main__":
     labels = ""       # csv of slide, patient and label
     places = ""       # csv of slide, x, y, patient and label
     label = "label"   # column of the labels
+    write = ""        # csv of each sample's out-of-fold probabilities, with context if there is any; "" = none
     repeats = 5       # times that folds are drawn, where the csv gives none
     allow_seen = False  # score slides of patients that the encoder was trained on; shows in the row
     patient = r"TCGA-\w\w-\w{4}"  # pattern of the patient in the names of the slides that an encoder was trained on

@@ -515,5 +515,5 @@ def open_source(config):
         raise ValueError(f"patient = {config['patient']!r} is no regular expression: {e}") from None
     source = SOURCES[named[0]](config[named[0]], config)
     if config["wide_field"] and not isinstance(source, Slides):
-        raise ValueError(f"{named[0]}: wide_field reads around a tile, which only slides can: --slides=..., or leave it")
+        raise ValueError(f"{named[0]}: wide_field reads around a tile, which only slides can; give --slides")
     return source

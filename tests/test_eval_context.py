@@ -14,7 +14,8 @@ import eval_slides
 
 pytest.importorskip("sklearn")
 
-CONFIG = dict(features="", context="", encoder="", labels="", places="", label="label", repeats=1, allow_seen=False,
+CONFIG = dict(write="", features="", context="", encoder="", labels="", places="",
+              label="label", repeats=1, allow_seen=False,
               patient=r"P\d\d", device="cpu")
 SIDE = 100.0  # um
 
@@ -82,7 +83,10 @@ def test_slides_are_told_by_their_mean_and_rows_are_compared_with_it(world, caps
 
 def test_places_are_told_by_context_alone(world):
     """Rows of the grid are noise to a place's own feature and known in its context; the interval excludes 0."""
-    rows, _ = score(world, places=world / "places.csv")
+    rows, _ = score(world, places=world / "places.csv", write=str(world / "scores.csv"))
+    lines = list(csv.DictReader(open(world / "scores.csv")))
+    assert len(lines) == 720 and {"slide", "x", "y", "top", "bottom"} <= set(lines[0])
+    assert all((float(line["top"]) > 0.5) == (line["label"] == "top") for line in lines)
     assert list(rows) == ["raw", "raw, 3x3 mean", "raw, context"]
     assert rows["raw"]["balanced"] < 0.62 and rows["raw, context"]["balanced"] > 0.95
     assert rows["raw, context"]["low"] > 0.2

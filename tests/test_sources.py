@@ -25,8 +25,9 @@ from prepare.stats import train_keys
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = dict(
     seed=0, slides="", sample_list="", shards="", parquet="", tiles="", mix=(), holdout=0.0,
-    patient=r"TCGA-\w\w-\w{4}", mpps=(0.5, 1.0), mpp_range=(), eval_mpp=0.5, eval_share=0.5, tile_px=64, slide_mpp=0.0, wide_field=(),
-    mpp_from_objective=False, exact_reads=True, mask_dir="", tiles_per_visit=2, tissue_share=0.6, open_slides=3)
+    patient=r"TCGA-\w\w-\w{4}", mpps=(0.5, 1.0), mpp_range=(), eval_mpp=0.5, eval_share=0.5, tile_px=64, slide_mpp=0.0,
+    wide_field=(), mpp_from_objective=False, exact_reads=True, mask_dir="", tiles_per_visit=2, tissue_share=0.6,
+    open_slides=3)
 FORK = multiprocessing.get_context("fork")
 
 
