@@ -409,7 +409,7 @@ class Slide:
         self._mask = _load_mask(file, self.rule) if file else None
         if self._mask is None:
             rule = self.rule or TISSUE
-            thumbnail, damaged, cell = self._thumbnail(rule["mpp"])
+            thumbnail, damaged, cell = self.thumbnail(rule["mpp"])
             mask = _mask_of(thumbnail, np.multiply(self.mpp_xy, cell), rule)
             mask |= damaged  # so that these tiles are tried and counted
             self._mask = np.packbits(mask), mask.shape, cell
@@ -432,7 +432,7 @@ class Slide:
                 digest.update(f.read(4096))
         return os.path.join(self.mask_dir, f"{Path(self.path).stem}-{digest.hexdigest()}.npz")
 
-    def _thumbnail(self, mpp):
+    def thumbnail(self, mpp):
         """(uint8 (h, w, 3), damaged bool (h, w), cell): means of k x k pixels that are about mpp; cell in level-0 px.
         It is read in blocks of 4 million pixels, because a slide's only level may have 10^10."""
         limit = mpp * (1 + TOLERANCE)

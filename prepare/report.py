@@ -130,7 +130,7 @@ def focus(slide, defects):
 
 def survey(slide):
     """Texts on damage and scan defects."""
-    thumbnail, damaged, _ = slide._thumbnail(SURVEY_UM)
+    thumbnail, damaged, _ = slide.thumbnail(SURVEY_UM)
     shares = {"damaged": damaged.mean(), **scan_defects(thumbnail)}
     return [f"{name} {100 * share:.1f} %" for name, share in shares.items() if share >= 0.001]
 
@@ -152,7 +152,7 @@ def scan_defects(rgb):
 def draw(slide, grids, size, text):
     """The slide with its tissue, the tiles of the first of `grids` {mpp: places} and a line of text: an image."""
     longer = max(np.multiply(slide.dimensions, slide.mpp_xy))  # um
-    pixels, damaged, cell = slide._thumbnail(max(longer / PICTURE_PX, slide.mpp))
+    pixels, damaged, cell = slide.thumbnail(max(longer / PICTURE_PX, slide.mpp))
     pixels[damaged] = ORANGE
     image = Image.fromarray(pixels)
     pen = ImageDraw.Draw(image, "RGBA")

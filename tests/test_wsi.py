@@ -515,7 +515,7 @@ def test_a_large_single_level_is_read_in_blocks(tmp_path, damage, monkeypatch):
     image = texture(9000, 400)
     slide = Slide(write_slide(tmp_path / "wide.tif", [image], (0.5, 0.5)))
     damage(lambda *read: False)
-    thumbnail, damaged, cell = slide._thumbnail(8.0)
+    thumbnail, damaged, cell = slide.thumbnail(8.0)
     assert not damaged.any() and cell == (16, 16)
     assert len(damage.sizes) == 5 and max(w for w, _ in damage.sizes) <= 2048
     assert np.array_equal(thumbnail[:, :562], np.asarray(Image.fromarray(image[:, :8992]).reduce(16)))
