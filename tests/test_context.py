@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import context
 import places
+from configurator import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(window=36, mask_block=(4, 9), width=32, depth=2, heads=2, registers=2, periods=(4.0, 32.0), batch_size=8,
@@ -322,3 +323,13 @@ def test_what_users_state_wrongly_ends_in_one_line(folder, tmp_path, monkeypatch
                        "No such file": dict(train_slides="x.txt")}.items():
         with pytest.raises(SystemExit, match=text):
             run(monkeypatch, **good | {"out_dir": tmp_path / "new"} | keys)
+
+
+@pytest.mark.parametrize("name", ["context", "context_toy"])
+def test_a_config_changes_what_its_body_says(name):
+    before = configure(dict(vars(context)), [])
+    after = configure(dict(vars(context)), [str(ROOT / f"config/{name}.py")])
+    text = (ROOT / f"config/{name}.py").read_text()
+    assert [line.split(":")[0] for line in text.splitlines()[:4]] == ["# question", "# parent", "# run", "# result"]
+    for key, value in runpy.run_path(ROOT / f"config/{name}.py").items():
+        assert key[:1] == "_" or (key in before and before[key] != value == after[key]), key
