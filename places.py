@@ -102,9 +102,14 @@ def check(centres, about, trained):
             continue
         if isinstance(value, str) or not np.allclose(value, expected, rtol=0.02):  # um/px of slides differ a little
             raise ValueError(f"features of another encoder, norm or scale: {key} is {value}, not {expected}")
-    some = centres[:: len(centres) // 16 + 1] if len(centres) > 1 else ()
-    apart = [np.partition(np.hypot(*(centres - place).T), 1)[1] for place in some]
-    pitches = np.quantile(apart or [trained["pitch"]], 0.1) / trained["pitch"]
+    if len(centres) == 1:
+        return
+    apart = []  # um between some places and their nearest neighbours
+    for place in centres[:: len(centres) // 16 + 1]:
+        x, y = (centres - place).T
+        distance = np.hypot(x, y)
+        apart.append(np.partition(distance, 1)[1])
+    pitches = np.quantile(apart, 0.1) / trained["pitch"]
     if not 0.7 < pitches < 1.5:
         raise ValueError(f"coordinates in another unit than level-0 px? Neighbours are {pitches:.3g} tiles apart")
 
@@ -137,7 +142,9 @@ def embed_file(path, name, file, part, config, header, embed, others):
     context = embed(features, centres)
     if not np.isfinite(context).all():
         raise ValueError("features that are not finite")
-    arrays = {"features": features[0], "coords": stored(path, "features")[1], "context": context.astype(np.float16)}
+    _, coords, _ = stored(path, "features")
+    arrays = {"features": features[0], "coords": coords}
+    arrays["context"] = context.astype(np.float16)
     arrays["mean_raw"] = features[0].mean(0, np.float32)
     arrays["mean_context"] = context.mean(0)
     if file.endswith(".h5"):
@@ -204,8 +211,9 @@ def open_slides(files, names, window, say):
         except ValueError as e:
             say(f"left out: {name}: {e}")
         else:
-            maps = [(f.filename, f.dtype, "r", f.offset, f.shape) for f, _, _ in opened]
-            slides.append(Slide(name, maps, [centres for _, centres, _ in opened]))
+            features, centres, _ = zip(*opened)
+            maps = [(x.filename, x.dtype, "r", x.offset, x.shape) for x in features]
+            slides.append(Slide(name, maps, centres))
     return slides, trained
 
 
@@ -214,7 +222,8 @@ def open_slides(files, names, window, say):
 
 def nearest(centres, at, count):
     """Indices of the `count` places that are nearest to a point, nearest first; of all if there are fewer."""
-    distance = np.square(centres - at).sum(1)
+    x, y = (centres - at).T
+    distance = x * x + y * y
     some = np.arange(len(distance))
     if count < len(distance):
         some = np.argpartition(distance, count - 1)[:count]
@@ -251,8 +260,8 @@ def draw_blocks(rng, points, count, block):
 def touches(points, side, others, other_side):
     """bool (N,): which tiles around points (N, 2) overlap one around `others` by a tenth of a side or more."""
     reach = (side + other_side) / 2 - 0.1 * min(side, other_side)
-    apart = np.abs(points[:, None] - others).max(2)  # (N, M)
-    return (apart < reach).any(1)
+    x, y = np.abs(points.T[:, :, None] - others.T[:, None]) < reach  # each (N, M)
+    return (x & y).any(1)
 
 
 def hide(rng, points, sides, share, block):
@@ -265,12 +274,16 @@ def hide(rng, points, sides, share, block):
     coarse = int(np.argmax(sides))
     chosen = draw_blocks(rng, points[coarse], round(share * len(points[coarse])), block)
     region = points[coarse][chosen]
-    wanted = [touches(own, 0.0, region, sides[coarse]) for own in points]
-    wanted[coarse] = chosen
-    hidden = [own.copy() for own in wanted]
-    for i, j in np.argwhere(~np.eye(len(sides), dtype=bool)):
-        seen_through = points[j][wanted[j]]
-        hidden[i] |= touches(points[i], sides[i], seen_through, sides[j])
+    wanted, hidden = [], []
+    for i, own in enumerate(points):
+        inside = chosen if i == coarse else touches(own, 0.0, region, sides[coarse])
+        wanted.append(inside)
+    for i, own in enumerate(points):
+        hides = wanted[i].copy()
+        for j in range(len(points)):
+            if j != i:
+                hides |= touches(own, sides[i], points[j][wanted[j]], sides[j])
+        hidden.append(hides)
     return np.concatenate(hidden), np.concatenate(wanted)
 
 

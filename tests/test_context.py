@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import context
 import places
+from configurator import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(window=36, mask_block=(4, 9), width=32, depth=2, heads=2, registers=2, periods=(4.0, 32.0), batch_size=8,
@@ -135,8 +136,8 @@ def test_a_window_hides_exactly_its_share_in_blocks():
         assert hidden.sum() == round(0.3 * 256) and np.array_equal(hidden, wanted)
         beside = np.abs(cells[hidden][:, None] - cells[hidden]).sum(2) == 224
         assert beside.sum() / hidden.sum() > 2  # of 4 neighbours; 1.2 where places are hidden one by one
-    hidden = places.draw_blocks(np.random.default_rng(0), cells, 9, (9, 9))
-    assert np.ptp(cells[hidden], 0).max() <= 4 * 224 and hidden.sum() == 9
+    block = cells[places.draw_blocks(np.random.default_rng(0), cells, 9, (9, 9))]
+    assert np.ptp(block, 0).max() <= 4 * 224 and len(block) == 9
 
 
 def test_no_scale_shows_what_another_hides():
@@ -144,12 +145,10 @@ def test_no_scale_shows_what_another_hides():
     for shift in (0, 100):  # of one grid to the other
         hidden, wanted = places.hide(np.random.default_rng(1), [fine, wide + shift], [224.0, 448.0], 0.5, (2, 6))
         assert wanted[256:].sum() == 32 and (hidden | ~wanted).all() and not hidden.all()
-        reach = 0.9 * (224 + 448) / 2 - 25
-        apart = np.abs(fine[:, None] - wide - shift).max(2) < reach
+        apart = np.abs(fine[:, None] - wide - shift).max(2) < 0.9 * (224 + 448) / 2 - 25
         assert not (apart & wanted[:256, None] & ~hidden[256:]).any()
         assert not (apart & ~hidden[:256, None] & wanted[256:]).any()
-        if not shift:
-            assert wanted.sum() == hidden.sum() == 32 + 4 * 32
+        assert shift or wanted.sum() == hidden.sum() == 32 + 4 * 32
 
 
 def test_windows_are_the_nearest_places_the_same_for_any_ranks(folder):
@@ -164,21 +163,19 @@ def test_windows_are_the_nearest_places_the_same_for_any_ranks(folder):
     for x, nm, number in zip(whole["features"], whole["places"], whole["slide"]):
         stored, centres, _ = context.open_features(files[f"S{number}"])
         at = np.flatnonzero((stored == x[0].numpy()).all(1))[0]  # the first is the one that the window is around
-        distance = np.hypot(*(centres - centres[at]).T)
-        turned = np.hypot(*nm.numpy().T / 1000)
-        assert np.allclose(np.sort(distance)[:36], turned, atol=0.01)
+        distance = np.sort(np.hypot(*(centres - centres[at]).T))
+        assert np.allclose(distance[:36], np.hypot(*nm.numpy().T / 1000), atol=0.01)
 
 
 def test_features_are_mapped_and_the_same_from_both_kinds_of_file(tmp_path):
     h5py = pytest.importorskip("h5py")
-    cells = grid(3, 5)
-    values = waves(0, cells)
+    cells, values = grid(3, 5), waves(0, grid(3, 5))
     write(tmp_path / "a.npz", values, cells)
-    with np.load(tmp_path / "a.npz") as arrays, h5py.File(tmp_path / "a.h5", "w") as h5:
-        h5["features"], h5["coords"] = arrays["features"], arrays["coords"]
-        h5["features"].attrs.update({k: arrays[k] for k in arrays.files[2:]} | {"weights_sha256": "a" * 64})
-    for file in (tmp_path / "a.npz", tmp_path / "a.h5"):
-        features, centres, about = context.open_features(str(file))
+    with h5py.File(tmp_path / "a.h5", "w") as h5:
+        h5["features"], h5["coords"] = values, cells * 448
+        h5["features"].attrs.update({**ABOUT, "mpp": 1.0, "patch_size_level0": 448})
+    for ending in ("npz", "h5"):
+        features, centres, about = context.open_features(f"{tmp_path}/a.{ending}")
         assert isinstance(features, np.memmap) and np.array_equal(features, values) and features.dtype == np.float16
         assert centres.dtype == np.float32 and np.array_equal(centres, (cells + 0.5) * 224)
         assert about["pitch"] == about["side"] == 224 and np.allclose(about["norm"], ABOUT["norm"])
@@ -190,8 +187,6 @@ def test_it_learns_what_neighbours_do_not_tell_and_says_when_it_does_not(folder,
     assert "nothing was learnt" not in capsys.readouterr().out
     run(monkeypatch, features=folder, out_dir=tmp_path / "b", max_steps=1)
     assert "nothing was learnt" in capsys.readouterr().out
-    row = rows(tmp_path / "b")[0]
-    assert row["neighbours"] < row["mean"] and row["loss/neighbours"] == pytest.approx(row["loss"] / row["neighbours"])
 
 
 @pytest.mark.parametrize("scales", [1, 2])
@@ -222,7 +217,6 @@ def test_two_ranks_equal_one(folder, tmp_path, monkeypatch):
         assert one == {key: pytest.approx(value, rel=1e-4, abs=1e-7) for key, value in two.items()}
     one, two = (torch.load(tmp_path / f"{name}/4.pth", weights_only=True) for name in ("one", "two"))
     torch.testing.assert_close(one["teacher"], two["teacher"], atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(one["std"], two["std"])
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(folder, tmp_path, monkeypatch):
@@ -241,8 +235,6 @@ def test_context_of_slides_of_any_size(count):
     out = context.embed_slide(net, HEADER, x, centres)
     assert out.shape == (count, 32) and out.dtype == np.float32 and np.isfinite(out).all()
     assert np.allclose(context.embed_slide(net, HEADER, x, centres + np.float32(2240)), out, atol=1e-3)
-    other = context.embed_slide(net, HEADER, x, centres * np.float32(2))
-    assert count == 1 or np.abs(other - out).max() > 0.05
     if count <= 36:  # one window
         whole, _ = net([torch.from_numpy(x).float()[None]], places.to_nm(centres)[None], torch.zeros(1, count) > 0)
         assert np.allclose(whole[0].detach(), out, atol=1e-3)
@@ -250,12 +242,12 @@ def test_context_of_slides_of_any_size(count):
 
 def test_windows_cover_a_large_slide():
     centres = (grid(100, 200) * 224.0).astype(np.float32)
-    visits, inner = np.zeros(20_000), np.zeros(20_000, bool)
+    visits, inner = np.zeros(20_000), set()
     for windows, (_, found) in enumerate(places.cover([centres, centres[::4]], [256, 64]), 1):
         assert len(found[0]) == 256 and len(found[1]) == 64
         visits[found[0]] += 1
-        inner[found[0][:128]] = True
-    assert inner.all() and windows < 500 and 4 < visits.mean() < 6
+        inner |= set(found[0][:128])
+    assert len(inner) == 20_000 and windows < 500 and 4 < visits.mean() < 6
 
 
 def test_embed_writes_each_slide_once_as_embed_slide_has_it(folder, tmp_path, monkeypatch, capsys):
@@ -289,7 +281,7 @@ BAD = {"none": (CELLS[:0], {}, "no place in it"),
        "scale": (CELLS, {"mpp": 0.5}, "mpp is 0.5, not 1.0"),
        "norm": (CELLS, {"norm": ((0, 0, 0), (1, 1, 1))}, "norm is"),
        "level": (CELLS, {"level0_mpp": 2.0}, "another unit than level-0 px? Neighbours are 4 tiles apart"),
-       "unit": (CELLS / 448, {"patch_size_level0": 448}, "another unit"),
+       "columns": (CELLS / 448, {}, "another unit"),
        "unknown": (CELLS, {"tile_px": "?"}, "not features as prepare/features.py writes them")}
 
 
@@ -331,3 +323,13 @@ def test_what_users_state_wrongly_ends_in_one_line(folder, tmp_path, monkeypatch
                        "No such file": dict(train_slides="x.txt")}.items():
         with pytest.raises(SystemExit, match=text):
             run(monkeypatch, **good | {"out_dir": tmp_path / "new"} | keys)
+
+
+@pytest.mark.parametrize("name", ["context", "context_toy"])
+def test_a_config_changes_what_its_body_says(name):
+    before = configure(dict(vars(context)), [])
+    after = configure(dict(vars(context)), [str(ROOT / f"config/{name}.py")])
+    text = (ROOT / f"config/{name}.py").read_text()
+    assert [line.split(":")[0] for line in text.splitlines()[:4]] == ["# question", "# parent", "# run", "# result"]
+    for key, value in runpy.run_path(ROOT / f"config/{name}.py").items():
+        assert key[:1] == "_" or (key in before and before[key] != value == after[key]), key
