@@ -1,5 +1,5 @@
 """
-Labelled toy slides of small cells on a grid, whose labels differ in what a reader has to see: amount, place or distance.
+Labelled toy slides, cells on a grid. The labels differ in what a reader has to see: amounts, places or distances.
 
     python prepare/toy_slides.py                                         # writes data/toy_slides: a minute on one core
     python prepare/features.py --slides='data/toy_slides/slides/*' --weights=out/toy/teacher/300.pth \\
@@ -72,7 +72,7 @@ def epithelium(rng, composition, focus, arrangement):
 
 
 def pairs(rng, distance):
-    """Places (2 * PAIRS, 2: row, column) in the stroma: P, its Q, P, its Q, ..., 3 or more apart and 2 from its edges."""
+    """Rows and columns (2 * PAIRS, 2) of P, its Q, P, its Q, ...: 3 or more apart, 2 from the edges of the stroma."""
     gap = rng.choice(FAR if distance else NEAR)
     found, tries = [], 0
     while len(found) < 2 * PAIRS:
@@ -133,7 +133,7 @@ def make_slide(folder, seed, number, patient, labels):
 
 
 def draw_labels(seed, patients, per_patient):
-    """Labels (patients * per_patient, tasks): half of each patient's slides are 1, in an order of their own per task."""
+    """Labels (slides, tasks): in each task half of a patient's slides are 1, in an order of its own."""
     rng = np.random.default_rng([seed, 0])
     halves = np.arange(per_patient) % 2
     orders = [rng.permutation(halves) for _ in range(patients * len(TASKS))]
