@@ -134,6 +134,15 @@ def append_row(path, row):
     return row
 
 
+def begin_wandb(wandb, project, out_dir, config):
+    """Begin a run of Weights & Biases, or resume the one in out_dir/wandb.id; WANDB_NAME names it."""
+    name = os.environ.get("WANDB_NAME", os.path.basename(out_dir))
+    run = wandb.init(project=project, name=name, dir=out_dir, config=config, resume="allow",
+                     id=read_text(f"{out_dir}/wandb.id"))
+    write_text(f"{out_dir}/wandb.id", run.id)
+    wandb.define_metric("*", step_metric="step")  # wandb's own count continues where a resumed run repeats steps
+
+
 def begin_folder(out_dir, config, step, say):
     """
     Note config.json and source.diff (command, commit, uncommitted changes). A run that resumes at `step`, which is None

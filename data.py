@@ -10,8 +10,11 @@ of colour and blur; `augment` applies them to whole batches on the training devi
 tile on one core (bench/data.py). Reading from a slide takes 1-18 ms more, and the first tile of a slide needs its
 tissue mask: about 1 s for a large slide, or 2 ms from `mask_dir`.
 """
+import atexit
 import functools
 import itertools
+import multiprocessing
+import signal
 
 import numpy as np
 import torch
@@ -128,6 +131,20 @@ class Batches(torch.utils.data.Dataset):
                 bad.append(reason)
         bad.append(reason)
         return None
+
+
+def loader(dataset, steps, workers, dev):
+    """A DataLoader of dataset[step] for each of `steps`, in order, read ahead by `workers` processes."""
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children()])  # they ignore Python's SIGTERM
+    return torch.utils.data.DataLoader(
+        dataset, batch_size=None, sampler=steps, num_workers=workers, pin_memory=dev == "cuda",
+        multiprocessing_context="fork" if workers else None, worker_init_fn=ignore_signals)
+
+
+def ignore_signals(worker):
+    """Signals to all processes of a job must not end the workers before the step and the save are done."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---- crops, colours and masks, in the worker ------------------------------------------------------------------------

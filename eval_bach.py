@@ -403,6 +403,39 @@ def bach_row(features, view=View()):
     return probe(features, LABELS, TRAIN_INDEX, VAL_INDEX, view=view) | second_opinions(features) | collapse
 
 
+def curve_point(backbone, pixels, norm, dev, note, before_exit):
+    """
+    bach_row of a teacher in training, embedded by all ranks; {} except on rank 0.
+
+    Rank 0 fits the heads alone: if that fails, it costs the point and not the run, and the row is {"bach": None,
+    "bach_error"}. If the forward fails on one rank, the others hang in a collective. We then write the file `note`,
+    call before_exit() and stop; the resumed run finds the note and skips this evaluation.
+    """
+    start = time.time()
+    if os.path.exists(note):
+        return {"bach": None, "bach_error": open(note).read()}
+    try:
+        features = embed(backbone, pixels, *norm, dev)
+    except Exception as e:
+        with open(note, "w") as f:
+            f.write(one_line(e))
+        before_exit()
+        raise
+    if dist.get_rank() != 0:
+        return {}
+    try:
+        row = {"embed_seconds": round(time.time() - start, 1), **bach_row(features)}
+        json.dumps(row)  # what cannot be written fails here
+    except Exception as e:
+        return {"bach": None, "bach_error": one_line(e)}
+    row["protocol"] += ", teacher in bf16" if dev == "cuda" else ""  # eva embeds in fp32
+    return {**row, "seconds": round(time.time() - start, 1)}
+
+
+def one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 # ---- the command line, shared with eval_slides.py -------------------------------------------------------------------
 
 COLUMNS = ("bach", "balanced", "std", "se_groups", "plateau", "clean", "accuracy", "knn", "shot16")  # of the table

@@ -238,8 +238,11 @@ class Rope(nn.Module):
 
 
 def rotate(x, sin, cos):
-    """Rotate the patches of x (B, heads, N, head_dim) in fp32. Class token and registers in front stay."""
-    N = len(sin)
+    """
+    Rotate the last N tokens of x (B, heads, tokens, head_dim) in fp32. Class token and registers in front stay. sin and
+    cos are (N, head_dim), or (B, 1, N, head_dim) where every crop has positions of its own (context.py).
+    """
+    N = sin.shape[-2]
     prefix, patches = x.split([x.shape[2] - N, N], dim=2)
     p = patches.float()
     a, b = p.chunk(2, dim=-1)
@@ -613,6 +616,28 @@ def kde_loss_openmidnight(x, kappa=5.0):
     """
     z = F.normalize(x.float(), dim=-1)
     return -((kappa * z @ z.T).exp().sum(1) + 1e-9).log().mean()
+
+
+def feature_loss(predicted, target):
+    """Of features (..., C): smooth-L1 + 0.5 (1 - cosine), (...)."""
+    smooth = F.smooth_l1_loss(predicted, target, reduction="none").mean(-1)
+    return smooth + 0.5 * (1 - F.cosine_similarity(predicted, target, dim=-1))
+
+
+def window_losses(target, predicted, nm, hidden, wanted):
+    """
+    context.py's objective (4,): feature_loss of predicted (B, N, C), and of three guesses that need no network: zero,
+    the mean of the window's visible places, their mean weighted by 1 / distance^2. nm (B, N, 2) are positions; hidden
+    and wanted (B, N) are bool. Means over a window's wanted places, then over windows.
+    """
+    seen = (~hidden[:, None]).float()  # (B, 1, N)
+    mean = seen @ target / seen.sum(2, keepdim=True).clamp(min=1)
+    um = nm.float() / 1000
+    near = seen / (torch.cdist(um, um).square() + 1)
+    neighbours = near @ target / near.sum(2, keepdim=True).clamp(min=1e-20)
+    guesses = predicted.float(), torch.zeros_like(target), mean.expand_as(target), neighbours
+    each = torch.stack([feature_loss(guess, target) for guess in guesses])  # (4, B, N)
+    return ((each * wanted).sum(2) / wanted.sum(1).clamp(min=1)).mean(1)
 
 
 # ---- optimisation: parameter groups, schedules ----------------------------------------------------------------------

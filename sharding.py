@@ -13,12 +13,15 @@ At most one tensor is whole at a time. materialize draws it, or takes this rank'
 node reads once for all its ranks; gathered brings a network to rank 0's host memory tensor by tensor.
 """
 import math
+import os
 import zlib
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -29,6 +32,19 @@ aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_mm.default,  # addmm: mm with a bias
             aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
             aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default}
+
+
+def begin(dev):
+    """Join the processes of a launch, "cuda" or "cpu": their DeviceMesh. Without torchrun it is one process."""
+    if dev == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        torch.set_num_threads(1)  # results depend on the number of threads, and busy cores slow several of them down
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    store = None if "RANK" in os.environ else dist.HashStore()
+    dist.init_process_group("nccl" if dev == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                            timeout=timedelta(minutes=30))  # NCCL's 10 are short for rank 0 to read 7.4 GB of BACH
+    return init_device_mesh(dev, (world,))
 
 
 def products_only(context, operation, *args, **kwargs):
@@ -147,7 +163,20 @@ def gathered(module):
         yield name, host
 
 
-# ---- a step's arithmetic on shards: teacher average, clipping -------------------------------------------------------
+# ---- a step's arithmetic on shards: optimizer, clipping, teacher average --------------------------------------------
+
+
+def adamw(groups, betas, dev):
+    """
+    AdamW with its moments from the start, so that every checkpoint is complete. The loop sets `found_inf`: a step that
+    is not finite then leaves weights and moments as they were, without waiting for the device.
+    """
+    optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
+    assert optimizer.defaults.get("fused"), "only fused optimizers read found_inf; others would write NaN"
+    for p in (p for group in groups for p in group["params"]):
+        optimizer.state[p] = {"step": torch.zeros((), device=dev), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 @torch.no_grad()

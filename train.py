@@ -15,22 +15,18 @@ resumed run equals an uninterrupted one, bit for bit on a CPU. With other ranks 
 the samples that come next. FSDP2 shards student and teacher on any number of devices. On a GPU, parameters compute in
 bf16 and gradients are reduced in fp32.
 """
-import atexit
 import gc
 import json
 import math
-import multiprocessing
 import os
 import signal
 import sys
 import time
-from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
 import checkpoint
@@ -152,7 +148,7 @@ config = configure(globals())
 
 # ---- what the configuration needs, checked before anything is built -------------------------------------------------
 
-world, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 
 def say(message):
@@ -207,15 +203,9 @@ if wandb_project and rank == 0:
 
 # ---- set-up: processes, data, networks, optimizer -------------------------------------------------------------------
 
-if dev == "cuda":
-    torch.cuda.set_device(local_rank)
-    if fp8 != "off" and torch.cuda.get_device_capability() < (8, 9):
-        stop(f"fp8 = '{fp8}': {torch.cuda.get_device_name()} has no fp8 (Ada, Hopper or newer do); fp8 = 'off'")
-else:
-    torch.set_num_threads(1)  # results depend on the number of threads, and busy cores slow several of them down
-store = None if "RANK" in os.environ else dist.HashStore()
-dist.init_process_group("nccl" if dev == "cuda" else "gloo", store=store, rank=rank, world_size=world,
-                        timeout=timedelta(minutes=30))  # NCCL's 10 are short for rank 0 to read 7.4 GB of BACH
+mesh = sharding.begin(dev)
+if dev == "cuda" and fp8 != "off" and torch.cuda.get_device_capability() < (8, 9):
+    stop(f"fp8 = '{fp8}': {torch.cuda.get_device_name()} has no fp8 (Ada, Hopper or newer do); fp8 = 'off'")
 start = None
 try:  # all that users state, and the files that it names
     mean, std = model.norm_values(norm) if norm is not None or not weights else model.stored_norm(weights)
@@ -238,7 +228,6 @@ found = [None] * world
 dist.all_gather_object(found, source.about)
 if len(set(found)) > 1:
     stop(f"ranks have found different data, is something still being written there? {'; '.join(sorted(set(found)))}")
-mesh = init_device_mesh(dev, (world,))
 teacher.requires_grad_(False).eval()
 sharding.checkpoint_activations(student["backbone"].blocks, activation_checkpointing)
 for net in (student, teacher):
@@ -248,12 +237,8 @@ for net in (student, teacher):
 sharding.materialize(student, dev, seed, start)
 sharding.copy_net(teacher, student)
 del start
-groups = model.param_groups(student, layer_decay, patch_embed_lr)
-optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=betas, fused=True)
-assert optimizer.defaults.get("fused"), "found_inf skips bad steps in fused optimizers only; others would write NaN"
-for p in (p for group in groups for p in group["params"]):  # from the start, so that every checkpoint is complete
-    optimizer.state[p] = {"step": torch.zeros((), device=dev), "exp_avg": torch.zeros_like(p),
-                          "exp_avg_sq": torch.zeros_like(p)}
+optimizer = sharding.adamw(model.param_groups(student, layer_decay, patch_embed_lr), betas, dev)
+nets = torch.nn.ModuleDict({"student": student, "teacher": teacher})
 centers = {k: torch.zeros(1, config[f"{k}_prototypes"], device=dev) for k in ("dino", "ibot")}
 next_centers = {}  # they replace `centers` only if the step is finite
 progress = {"step": 0, "bad_steps": 0, "samples": 0, "images": images}  # samples consumed; images per step
@@ -267,24 +252,9 @@ signals = []       # SIGTERM, or SIGUSR1 some time before it (sbatch --signal=US
 
 def state():
     """Everything that a later step depends on; tensors are shards. Random numbers are a function of the step."""
-    nets, optim = get_state_dict(torch.nn.ModuleDict({"student": student, "teacher": teacher}), optimizer)
+    weights_of, moments = get_state_dict(nets, optimizer)
     texts = {"bad_tiles": json.dumps(bad_tiles), "config": json.dumps(config), "data": source.about}
-    return {"model": nets, "optimizer": optim, "centers": centers, "progress": progress, **texts}
-
-
-def load_checkpoint():
-    loaded = state()
-    checkpoint.load(f"{out_dir}/ckpt", loaded, say)
-    nets = torch.nn.ModuleDict({"student": student, "teacher": teacher})
-    set_state_dict(nets, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-    bad_tiles.update(json.loads(loaded["bad_tiles"]))
-    if loaded["data"] != source.about:
-        say(f"resume: the data were {loaded['data']}, are now {source.about}: other tiles follow than without the stop")
-    before = loaded["progress"]["images"]
-    if before != images:
-        say(f"resume: {images} images per step instead of {before}: the learning rate's peak is {peak_lr:.4g} instead "
-            f"of {base_lr * math.sqrt(before / 1024):.4g}; the data continue where they stopped, schedules count steps")
-    progress.update({**loaded["progress"], "images": images})
+    return {"model": weights_of, "optimizer": moments, "centers": centers, "progress": progress, **texts}
 
 
 def write_row(file, row):
@@ -339,37 +309,18 @@ def log(done, losses, norms, now, cls):
 
 
 def evaluate(step):
-    """
-    A point of the BACH curve, on all ranks; returns what metrics.jsonl shows of it. Rank 0 fits the heads alone: if
-    that fails, it costs the point and not the run. If the forward fails on one rank, the others hang in a collective;
-    we stop and leave a note, and the resumed run skips this evaluation.
-    """
+    """A point of the BACH curve, on all ranks; returns what metrics.jsonl shows of it."""
     if not bach_dir:
         return {}
-    start, note = time.time(), f"{out_dir}/bach_failed_{step}"
-    if os.path.exists(note):
-        say(f"step {step}: no BACH, it ended the run before ({note})")
-        return {"bach": None, "bach_error": open(note).read()}
-    try:
-        with without_fp8(teacher["backbone"]), torch.compiler.set_stance("force_eager"):  # other shapes than training's
-            features = eval_bach.embed(teacher["backbone"], pixels, mean, std, dev)
-    except Exception as e:
-        with open(note, "w") as f:
-            f.write(" ".join(f"{type(e).__name__}: {e}".split()))
-        saver.finish()  # the resumed run needs it
-        raise
+    with without_fp8(teacher["backbone"]), torch.compiler.set_stance("force_eager"):  # other shapes than training's
+        note = f"{out_dir}/bach_failed_{step}"
+        row = eval_bach.curve_point(teacher["backbone"], pixels, (mean, std), dev, note, saver.finish)
     if rank != 0:
         return {}
-    try:
-        row = {"step": step, "images": progress["samples"], "embed_seconds": round(time.time() - start, 1)}
-        row |= eval_bach.bach_row(features)
-        row["protocol"] += ", teacher in bf16" if dev == "cuda" else ""  # eva embeds in fp32
-        row["seconds"] = round(time.time() - start, 1)
-        write_row("bach.jsonl", row)
-    except Exception as e:
-        reason = " ".join(f"{type(e).__name__}: {e}".split())
-        say(f"step {step}: no BACH, training continues: {reason}")
-        return {"bach": None, "bach_error": reason}
+    if "bach_error" in row:
+        say(f"step {step}: no BACH, training continues: {row['bach_error']}")
+        return row
+    write_row("bach.jsonl", {"step": step, "images": progress["samples"], **row})
     say(f"step {step}: BACH {row['bach']:.3f} +- {row['std']:.3f}, mean cosine {row['mean_cosine']:.3f}, "
         f"effective rank {row['effective_rank']:.1f}; took {row['seconds']} s")
     own = {k: row[k] for k in ("bach", "plateau", "clean", "knn", "mean_cosine", "effective_rank")}
@@ -401,16 +352,22 @@ def targets(logits, head, temp):
 
 saver = checkpoint.Saver(f"{out_dir}/ckpt", keep_checkpoints, keep_every)
 if resume:
+    loaded = state()
     try:
-        load_checkpoint()
+        checkpoint.load(f"{out_dir}/ckpt", loaded, say)
     except ValueError as e:
         stop(e)
+    set_state_dict(nets, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    bad_tiles.update(json.loads(loaded["bad_tiles"]))
+    if loaded["data"] != source.about:
+        say(f"resume: the data were {loaded['data']}, are now {source.about}: other tiles follow than without the stop")
+    before = loaded["progress"]["images"]
+    if before != images:
+        say(f"resume: {images} images per step instead of {before}: the learning rate's peak is {peak_lr:.4g} instead "
+            f"of {base_lr * math.sqrt(before / 1024):.4g}; the data continue where they stopped, schedules count steps")
+    progress.update({**loaded["progress"], "images": images})
 if wandb_project and rank == 0:  # before any file changes: what wandb refuses can be tried again
-    run_id = checkpoint.read_text(f"{out_dir}/wandb.id")
-    run = wandb.init(project=wandb_project, name=os.environ.get("WANDB_NAME", os.path.basename(out_dir)), dir=out_dir,
-                     config=config, resume="allow", id=run_id)
-    checkpoint.write_text(f"{out_dir}/wandb.id", run.id)
-    wandb.define_metric("*", step_metric="step")  # wandb's own count continues where a resumed run repeats steps
+    checkpoint.begin_wandb(wandb, wandb_project, out_dir, config)
 if rank == 0:
     checkpoint.begin_folder(out_dir, config, progress["step"] if resume else None, say)
 if bach_dir:
@@ -421,22 +378,11 @@ say(f"{cost}\ndata: {source.about}" + (f"\nwarning: {warning}" if warning else "
 if progress["step"] == 0:
     blank = dict.fromkeys(("loss", *loss_weights, "grad_norm", "lr", "images_per_s"))
     write_row("metrics.jsonl", {"step": 0, **blank, **evaluate(0)})
-
-
-def ignore_signals(worker):
-    """Signals to all processes of a job must not end the data workers before the step and the save are done."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: signals.append(number))
-atexit.register(lambda: [p.kill() for p in multiprocessing.active_children()])  # they would ignore Python's SIGTERM
 offset = progress["samples"] - progress["step"] * images  # nonzero only after resuming with other ranks or batches
-batches = iter(torch.utils.data.DataLoader(
-    data.Batches(source, config, global_px // patch, rank, world, offset), batch_size=None, num_workers=workers,
-    sampler=range(progress["step"], max_steps), pin_memory=dev == "cuda",
-    multiprocessing_context="fork" if workers else None, worker_init_fn=ignore_signals))
+dataset = data.Batches(source, config, global_px // patch, rank, world, offset)
+batches = iter(data.loader(dataset, range(progress["step"], max_steps), workers, dev))
 bar = tqdm(total=max_steps, initial=progress["step"], unit="step", disable=rank != 0 or not sys.stderr.isatty())
 clock = {"start": time.time(), "step": progress["step"], "data": 0.0}
 bad_steps.fill_(progress["bad_steps"])

@@ -91,7 +91,7 @@ def write_features(path, name, file, part, config, encoder, about):
         raise wsi.SlideError("features that are not finite in fp16; are the weights sound?")
     good = np.setdiff1d(np.arange(len(xy)), list(bad))
     arrays = {"features": features[good], "coords": xy[good].astype(np.int64)}
-    about = about | {"mpp": mpp, "tile_px": size, "damaged": len(bad), "name": name}
+    about = about | {"mpp": mpp, "tile_px": size, "level0_mpp": slide.mpp, "damaged": len(bad), "name": name}
     if file.endswith(".h5"):
         places.write_h5(part, arrays, {"features": about, "coords": attrs})
     else:
@@ -115,7 +115,7 @@ def main(config):
     norm = config["norm"]
     mean, std = model.stored_norm(config["weights"]) if norm is None else model.norm_values(norm)
     about = {"encoder": config["arch"] or Path(config["weights"]).stem, "patch_size": patch,
-             "weights": os.path.basename(config["weights"]), "weights_sha256": sha256}
+             "weights": os.path.basename(config["weights"]), "weights_sha256": sha256, "norm": (mean, std)}
     device = torch.device(config["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
     columns = [torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1) for values in (mean, std)]
     job = functools.partial(write_features, encoder=(vit.to(device), *columns, device), about=about)

@@ -1,0 +1,303 @@
+"""
+Whole-slide context: a slide encoder over frozen tile features, trained by masked feature modelling.
+
+    tile features  python prepare/features.py --slides='TCGA/*.svs' --weights=teacher.pth --mpp=1.0 --out=features_1.0
+    one core       python context.py config/context_toy.py --features=FOLDER
+    one node       torchrun --nproc_per_node=8 context.py config/context.py --features=features_1.0
+    two scales     torchrun --nproc_per_node=8 context.py config/context.py --features=features_1.0,features_2.0
+    after a stop   the same command with --resume=true
+    embed          python context.py --task=embed --features=features_1.0 --weights=out/context/30000.pth --out=context
+
+A place is a tile's feature and its centre in um. In windows of places (places.py) blocks are hidden, and a transformer
+with rotary positions predicts their features. The number to watch is loss/neighbours, the loss over that of a weighted
+mean of visible neighbours: at 1 nothing has been learnt. A step is a pure function of (config, seed, step).
+"""
+import functools
+import math
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+import checkpoint
+import data
+import model
+import places
+import sharding
+from configurator import configure
+from places import open_features  # noqa: F401  for eval_slides.py
+
+# ---- run ------------------------------------------------------------------------------------------------------------
+task = "train"           # or "embed": one file per slide with its places' context
+features = ""            # folder of prepare/features.py; several scales: FOLDER,FOLDER, and context is the first's
+train_slides = ""        # file with a slide's name per line, to train on: leave test patients out; "" = all
+out_dir = "out/context"  # of training: config.json, metrics.jsonl, ckpt/, <step>.pth; must be empty unless resuming
+weights = ""             # of embed: a <step>.pth
+out = ""                 # of embed: folder to write
+part = ""                # of embed: "3/16" = every 16th slide, from the third on
+device = ""              # "cuda" or "cpu"; "" = cuda if there is one
+seed = 0
+max_steps = 30_000
+resume = False           # continue from the newest complete checkpoint in out_dir
+log_interval = 10        # write a row every N steps; skipped steps and signals are checked only then
+save_interval = 2500     # steps between exports, and checkpoints, of which two stay; also at the end; 0 = only there
+max_bad_steps = 10       # skipped steps (loss or gradient not finite) before the run stops
+workers = 4              # data processes per rank
+# ---- windows --------------------------------------------------------------------------------------------------------
+window = 256             # places of the first scale; of another, as many as cover that area
+mask_share = 0.5         # of the places that are hidden; with several scales, of the coarsest's
+mask_block = (4, 25)     # places per block, drawn evenly: 2 x 2 to 5 x 5
+free_rotation = True     # windows are turned by any angle; False = by quarters
+subtract_mean = False    # predict differences to the slide's mean feature, which carries stain and composition
+# ---- network --------------------------------------------------------------------------------------------------------
+width = 768
+depth = 6
+heads = 12
+registers = 4
+periods = (2.0, 64.0)    # waves of rotary positions, in pitches of the first scale: the shortest and the longest
+scale_embedding = True   # add log2 um/px times a learnt vector; matters with several scales
+# ---- optimizer: AdamW -----------------------------------------------------------------------------------------------
+batch_size = 128         # windows per rank
+base_lr = 1e-3           # at a global batch of 1024; scaled by the square root of the batch
+min_lr = 1e-6
+warmup_steps = 1500
+betas = (0.9, 0.95)
+weight_decay = 0.05
+clip_grad = 1.0          # max gradient norm; 0 = off
+
+# ---- network --------------------------------------------------------------------------------------------------------
+
+
+class SlideEncoder(nn.Module):
+    """model.py's blocks over a window's places. There is no class token, because nothing would train one."""
+
+    def __init__(self, config, about):
+        super().__init__()
+        self.config, self.about = config, about
+        D, C = config["width"], about[0]["width"]
+        assert D % (4 * config["heads"]) == 0, (D, config["heads"])  # a head has sines and cosines of x and y
+        self.input = nn.Linear(C, D)
+        self.mask_token = nn.Parameter(torch.empty(1, D))
+        self.register_tokens = nn.Parameter(torch.empty(1, config["registers"], D))
+        self.log2_mpp = nn.Parameter(torch.empty(1, D))
+        arch = model.ViTConfig(1, D, config["depth"], config["heads"], "mlp", 4 * D)
+        self.blocks = nn.ModuleList(model.Block(arch) for _ in range(arch.depth))
+        self.norm = nn.LayerNorm(D, eps=arch.norm_eps)
+        self.output = nn.Linear(D, C)
+
+    @torch.no_grad()
+    def init_tensor(self, name, t, generator=None):
+        """Give the parameter `name` its first values, in place."""
+        if name.endswith("bias"):
+            t.zero_()
+        elif "norm" in name or name.endswith("gamma"):
+            t.fill_(1)
+        else:
+            nn.init.trunc_normal_(t, std=t.shape[-1] ** -0.5, generator=generator)  # 0.02 is slow at small widths
+
+    def forward(self, parts, nm, hidden, layer=0):
+        """
+        parts: standardised features (B, N_s, C) per scale; nm: int32 (B, N, 2), places in nm; hidden: bool (B, N) ->
+        (context (B, N, D) after `layer` blocks, 0 = all, and the final norm; predicted features (B * N, C)).
+        """
+        x = torch.cat([self.input(part) for part in parts], 1)
+        x = torch.where(hidden[..., None], self.mask_token, x)
+        if self.config["scale_embedding"]:
+            logs = [math.log2(scale["mpp"]) for scale in self.about]
+            x = x + torch.cat([log * self.log2_mpp.expand(part.shape[1], -1) for log, part in zip(logs, parts)])
+        x = torch.cat([self.register_tokens.expand(len(x), -1, -1), x], 1)
+        shape, rope = x.shape, self.rope(nm)
+        x = x.flatten(0, 1)
+        for block in self.blocks[: layer or None]:
+            x = block(x, [shape[:2]], [rope])
+        x = self.norm(x).view(shape)[:, -nm.shape[1] :].contiguous()
+        return x, self.output(x.flatten(0, 1))
+
+    def rope(self, nm):
+        """sin and cos, each (B, 1, N, head_dim). Positions are in pitches, never relative to the window's size."""
+        low, high = self.config["periods"]
+        d = self.config["width"] // self.config["heads"] // 4
+        periods = low * (high / low) ** torch.linspace(0, 1, d, device=nm.device)
+        positions = nm.float() / (1000 * self.about[0]["pitch"])
+        positions = positions - positions.mean(1, keepdim=True)  # registers are not turned: they stand in the middle
+        angles = 2 * math.pi * positions[..., None] / periods  # (B, N, 2, d)
+        angles = angles.flatten(2).tile(2)[:, None]
+        return angles.sin(), angles.cos()
+
+
+# ---- embedding ------------------------------------------------------------------------------------------------------
+
+
+def load_encoder(path):
+    """(SlideEncoder on the CPU, header) of an export of training. Raises ValueError if it is another file."""
+    header = model.read_pth(path)
+    if "slides" not in header:
+        raise ValueError(f"{path}: no slide encoder; context.py writes them to out_dir/<step>.pth")
+    net = SlideEncoder(header["config"], header["about"])
+    net.load_state_dict(header.pop("teacher"))
+    return net.eval(), header
+
+
+def random_encoder(header, seed):
+    """An untrained SlideEncoder of that header: the control that a result is compared with."""
+    net = nn.ModuleDict({"backbone": SlideEncoder(header["config"], header["about"])})
+    sharding.materialize(net, "cpu", seed)
+    return net["backbone"].eval()
+
+
+@torch.inference_mode()
+def embed_slide(net, header, features, centres_um, device="cpu", layer=0):
+    """
+    Context of a slide's places, float32 (N, D), from features (N, C) and centres (N, 2); or from lists of them, one per
+    scale, and it is that of the first. What a place gets in the windows of places.cover is averaged.
+    """
+    if isinstance(centres_um, np.ndarray):
+        features, centres_um = [features], [centres_um]
+    net = net.to(device)
+    total = np.zeros((len(centres_um[0]), header["config"]["width"]), np.float32)
+    visits = np.zeros((len(total), 1), np.float32)
+    for at, rows in places.cover(centres_um, [scale["count"] for scale in header["about"]]):
+        tiles = [torch.from_numpy(own[r])[None] for own, r in zip(features, rows)]
+        parts = [places.standardise(*scale).to(device) for scale in zip(tiles, header["mean"], header["std"])]
+        nm = places.to_nm(np.concatenate([own[r] - at for own, r in zip(centres_um, rows)]))[None].to(device)
+        x, _ = net(parts, nm, torch.zeros(nm.shape[:2], dtype=torch.bool, device=device), layer)
+        total[rows[0]] += x[0, : len(rows[0])].float().cpu().numpy()
+        visits[rows[0]] += 1
+    return total / visits
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    config = configure(globals())
+    dev = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+
+    def say(message):
+        if rank == 0:
+            print(message, flush=True)
+
+    def stop(message):
+        raise SystemExit(f"context.py: {message}")
+
+    if task not in ("train", "embed") or device not in ("", "cpu", "cuda") or not 0 < mask_share < 1:
+        stop("task is train or embed, device is cpu or cuda, mask_share lies between 0 and 1")
+    try:  # what users state, and the files that it names
+        if task == "embed":
+            net, header = load_encoder(weights)
+            places.embed_files(config, header, functools.partial(embed_slide, net, header, device=dev))
+            sys.exit()
+        if rank == 0 and not resume and os.path.isdir(out_dir) and os.listdir(out_dir):
+            stop(f"{out_dir} is not empty: continue with --resume=true, delete it, or choose another --out_dir")
+        mesh = sharding.begin(dev)
+        slides, about, found = places.training_set(features.split(","), train_slides, window, dev, say)
+    except (ValueError, OSError) as e:
+        stop(e)
+    config["slides"] = len(slides)  # a resumed run says if there are others
+    counts = [scale["count"] for scale in about]
+    mean, square = found.mean(0)  # (scales, C); every slide counts the same, as in windows
+    std = (square - mean.square()).clamp(min=1e-8).sqrt()
+    with torch.device("meta"):
+        net = nn.ModuleDict({"backbone": SlideEncoder(config, about)})
+    sharding.shard(net, mesh, bf16=dev == "cuda", trained=True)
+    sharding.materialize(net, dev, seed)
+    optimizer = sharding.adamw(model.param_groups(net), betas, dev)
+    saver = checkpoint.Saver(f"{out_dir}/ckpt", 2, 0)
+    signals = []  # SIGTERM, or SIGUSR1 some time before it: save and end
+    progress = {"step": 0, "bad_steps": 0, "samples": 0}
+    windows = batch_size * world  # per step
+
+    def state():
+        parameters, moments = get_state_dict(net, optimizer)
+        return {"model": parameters, "optimizer": moments, "mean": mean, "std": std, "progress": progress}
+
+    def save(done, wait):
+        try:
+            header = {"config": config, "about": about, "slides": [slide.name for slide in slides]}
+            header |= {"step": done, "mean": mean.cpu(), "std": std.cpu()}
+            checkpoint.export(out_dir, sharding.gathered(net["backbone"]), header)
+            saver.save(done, state())
+            if wait:
+                saver.finish()
+        except ValueError as e:
+            stop(e)
+
+    def log(means, row):
+        """Write a row: the loss, and the same of guesses that need no network, per scale. Returns loss/neighbours."""
+        for scale, values in zip(about, means.tolist()):
+            tail = f"_{scale['mpp']:g}" if len(about) > 1 else ""
+            row |= dict(zip((guess + tail for guess in ("loss", "zero", "mean", "neighbours")), values))
+        row["loss/neighbours"] = ratio = (means[:, 0] / means[:, 3]).mean().item()
+        if rank == 0:
+            checkpoint.append_row(f"{out_dir}/metrics.jsonl", row)
+        say(f"step {row['step']}: loss/neighbours {ratio:.3f}, {row['windows_per_s']:.1f} windows/s")
+        return ratio
+
+    if resume:
+        loaded = state()
+        try:
+            checkpoint.load(f"{out_dir}/ckpt", loaded, say)
+        except ValueError as e:
+            stop(e)
+        set_state_dict(net, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        progress |= loaded["progress"]
+    if rank == 0:
+        os.makedirs(out_dir, exist_ok=True)
+        checkpoint.begin_folder(out_dir, config, progress["step"] if resume else None, say)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    dataset = places.Windows(slides, about, config, rank, world, progress["samples"] - progress["step"] * windows)
+    batches = iter(data.loader(dataset, range(progress["step"], max_steps), workers, dev))
+    bad_steps = torch.tensor(progress["bad_steps"], device=dev)  # counted on the device, so that no step waits for it
+    began, before = time.time(), progress["step"]
+    for step in range(progress["step"], max_steps):
+        lr = model.cosine_schedule(step, base_lr * math.sqrt(windows / 1024), 0.0, max_steps, warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = lr, weight_decay * group["wd_scale"]
+        batch = {k: v.to(dev, non_blocking=True) for k, v in next(batches).items()}
+        parts = [places.standardise(*scale) for scale in zip(batch["features"].split(counts, 1), mean, std)]
+        _, predicted = net["backbone"](parts, batch["places"], batch["hidden"])
+        predicted = predicted.view(batch["features"].shape)
+        if subtract_mean:
+            slide_means = places.standardise(found[batch["slide"], 0], mean, std).split(1, 1)  # (B, 1, C) per scale
+            parts = [part - own for part, own in zip(parts, slide_means)]
+        pieces = [x.split(counts, 1) for x in (predicted, batch["places"], batch["hidden"], batch["wanted"])]
+        terms = torch.stack([model.window_losses(*scale) for scale in zip(parts, *pieces)])  # (scales, 4)
+        means = model.all_reduce(terms.detach() / world)
+        loss = terms[0, 0] if len(about) == 1 else (terms[:, 0] / means[:, 3]).mean()  # no scale outweighs another
+        loss.backward()
+        norms = sharding.clip_gradients(net, clip_grad)
+        finite = torch.isfinite(torch.cat([means.flatten(), norms])).all()  # equal on all ranks
+        optimizer.found_inf = (~finite).float()  # with it, fused AdamW leaves weights and moments as they were
+        optimizer.step()
+        optimizer.zero_grad()
+        bad_steps += ~finite
+        progress["step"] = done = step + 1
+        progress["samples"] += windows
+        last = done == max_steps
+        logging = last or done % log_interval == 0
+        saving = last or (save_interval and done % save_interval == 0)
+        if not (logging or saving):
+            continue
+        progress["bad_steps"] = bad_steps.item()
+        preempted = model.all_reduce(torch.tensor(len(signals), device=dev)).item() > 0
+        if progress["bad_steps"] > max_bad_steps:
+            stop(f"{progress['bad_steps']} steps were not finite (max_bad_steps = {max_bad_steps})")
+        if logging:
+            speed = (done - before) * windows / (time.time() - began)
+            ratio = log(means, {**progress, "lr": lr, "grad_norm": norms.item(), "windows_per_s": speed})
+            began, before = time.time(), done
+        if last and not ratio < 1:
+            say(f"loss/neighbours = {ratio:.3f}: nothing was learnt that a mean of visible neighbours does not tell")
+        if saving or preempted:
+            save(done, wait=last or preempted)
+        if preempted and not last:
+            say(f"stopped by a signal after step {done}: resume with the same command and --resume=true")
+            break
+    del batches  # its workers end now
+    torch.distributed.destroy_process_group()

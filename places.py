@@ -1,0 +1,327 @@
+"""
+Tile features of slides on disk, and windows of them: the places nearest to a random one, with blocks of them hidden.
+
+    data/features_1.0/A.h5    features (N, C), coords (N, 2) and attributes, by prepare/features.py; or A.npz
+    data/context/A.h5         the same, and context (N, D), mean_raw (C), mean_context (D), by context.py --task=embed
+
+Features are mapped, not copied: with 1,024 windows per step a run reads 0.8 GB out of TCGA's 74. Window n of a run is a
+pure function of (seed, n), so a run resumes exactly, and with data.sample_numbers any ranks share a batch.
+"""
+import functools
+import glob
+import hashlib
+import os
+import struct
+import zipfile
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+
+import data
+import model
+
+STATED = "weights_sha256", "norm", "mpp", "tile_px"  # what all features of a run must agree on, where they state it
+ARRAYS = "features", "coords", "context", "mean_raw", "mean_context"  # the rest of an .npz are attributes
+CLIP = 5.0  # standard deviations
+
+# ---- features on disk -----------------------------------------------------------------------------------------------
+
+
+def files_of(folder):
+    """{slide: path} of the features in a folder. Raises ValueError if there are none."""
+    paths = sorted(glob.glob(f"{folder}/*.h5") + glob.glob(f"{folder}/*.npz"))
+    if not paths:
+        raise ValueError(f"features: no .h5 or .npz in '{folder}'; prepare/features.py writes them")
+    return {Path(path).stem: path for path in paths}
+
+
+def open_features(path):
+    """
+    A file of prepare/features.py: (features, a memory map (N, C); centres of the tiles, float32 (N, 2) in um; what the
+    file states, a dict, and width C, side and pitch of tiles in um). Raises ValueError if it is another kind of file,
+    compressed, or without a place.
+    """
+    try:
+        (shape, dtype, offset), coords, stated = stored(path)
+        about = {key: np.asarray(value).tolist() for key, value in stated.items()}
+        extent = about["patch_size_level0"]
+        side = about["mpp"] * about["tile_px"]
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{path}: not features as prepare/features.py writes them ({e})") from None
+    if len(shape) != 2 or coords.shape != (shape[0], 2):
+        raise ValueError(f"{path}: features {shape} and coords {coords.shape}: not (N, C) and (N, 2)")
+    if not shape[0]:
+        raise ValueError(f"{path}: no place in it")
+    if offset is None:
+        raise ValueError(f"{path}: features are chunked or compressed and cannot be mapped; write them again")
+    about["width"], about["side"] = shape[1], side
+    about["pitch"] = side * (1 - about.get("overlap", 0) / about["tile_px"])
+    um = about.get("level0_mpp", side / extent)  # the latter is off by the rounding of the extent
+    centres = (coords + extent / 2) * um
+    return np.memmap(path, dtype, "r", offset, shape), centres.astype(np.float32), about
+
+
+def stored(path):
+    """((shape, dtype, offset in the file) of the features, coords, attributes)."""
+    if path.endswith(".h5"):
+        import h5py
+        with h5py.File(path) as h5:
+            features, coords = h5["features"], h5["coords"]
+            where = features.shape, features.dtype, features.id.get_offset()  # None where they are chunked
+            return where, coords[:], {**features.attrs, **coords.attrs}
+    with np.load(path) as arrays:
+        attributes = {key: arrays[key] for key in arrays if key not in ARRAYS}
+        return stored_npy(path, "features.npy"), arrays["coords"], attributes
+
+
+def stored_npy(path, name):
+    """(shape, dtype, offset) of an array in an .npz, which is a zip; np.savez does not compress it."""
+    with zipfile.ZipFile(path) as archive, archive.open(name) as array, open(path, "rb") as f:
+        np.lib.format.read_magic(array)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(array)
+        entry = archive.getinfo(name)
+        f.seek(entry.header_offset + 26)
+        before = 30 + sum(struct.unpack("<HH", f.read(4)))  # the zip's header ends with two texts of these lengths
+        offset = entry.header_offset + before + array.tell()
+        return shape, dtype, None if entry.compress_type else offset
+
+
+def check(centres, about, trained):
+    """
+    ValueError, for a user, where features are of another kind than those that were trained on (`trained` is `about` of
+    those), or coordinates in another unit: a place's nearest neighbour lies about a pitch away.
+    """
+    if about["width"] != trained["width"]:
+        raise ValueError(f"features of another encoder: {about['width']} wide, not {trained['width']}")
+    for key in STATED:
+        value, expected = about.get(key), trained.get(key)
+        if None in (value, expected) or value == expected:
+            continue
+        if isinstance(value, str) or not np.allclose(value, expected, rtol=0.02):  # um/px of slides differ a little
+            raise ValueError(f"features of another encoder, norm or scale: {key} is {value}, not {expected}")
+    some = centres[:: len(centres) // 16 + 1] if len(centres) > 1 else ()
+    apart = [np.partition(np.hypot(*(centres - place).T), 1)[1] for place in some]
+    pitches = np.quantile(apart or [trained["pitch"]], 0.1) / trained["pitch"]
+    if not 0.7 < pitches < 1.5:
+        raise ValueError(f"coordinates in another unit than level-0 px? Neighbours are {pitches:.3g} tiles apart")
+
+
+def embed_files(config, header, embed):
+    """
+    context.py --task=embed: a file for each slide of the first folder. `embed` makes context (N, D) from features and
+    centres, lists with an item per scale. Slides that are done are skipped, and a folder that another encoder began is
+    refused. Raises ValueError, and SystemExit naming the slides that failed.
+    """
+    from prepare import coords, slides
+    first, *others = config["features"].split(",")
+    keys = {"slides": first + "/*.[hn][5p]*", "overlap": 0, "tile_px": 1, "names": "stem"}
+    with open(config["weights"], "rb") as f:
+        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    others = [files_of(folder) for folder in others]
+    job = functools.partial(embed_file, header=header, embed=embed, others=others)
+    slides.walk("context", config | keys, job, ".h5" if coords.h5py else ".npz", 0, {"encoder": sha256})
+
+
+def embed_file(path, name, file, part, config, header, embed, others):
+    """A job of prepare/slides.py's walk."""
+    if not all(name in files for files in others):
+        raise ValueError("not in every folder of features")
+    paths = [path, *(files[name] for files in others)]
+    features, centres, about = zip(*map(open_features, paths))
+    for scale in zip(centres, about, header["about"], strict=True):
+        check(*scale)
+    context = embed(features, centres)
+    if not np.isfinite(context).all():
+        raise ValueError("features that are not finite")
+    arrays = {"features": features[0], "coords": stored(path)[1], "context": context.astype(np.float16)}
+    arrays["mean_raw"] = features[0].mean(0, np.float32)
+    arrays["mean_context"] = context.mean(0)
+    if file.endswith(".h5"):
+        from prepare.coords import write_h5
+        write_h5(part, arrays, dict.fromkeys(arrays, {}) | {"features": about[0]})
+    else:
+        with open(part, "wb") as f:
+            np.savez(f, **arrays, **about[0])
+    os.replace(part, file)
+    return f"{len(context)} places"
+
+
+# ---- slides to train on ---------------------------------------------------------------------------------------------
+
+Slide = namedtuple("Slide", "name maps centres")  # per scale: arguments of np.memmap, and float32 (N, 2) in um
+
+
+def training_set(folders, names_file, window, dev, say):
+    """
+    ([Slide], [about per scale], float32 (slides, 2, scales, C) on `dev`: their mean features and mean squares) of the
+    slides that a file names, or of all if it is "". Those that cannot be trained on are named through `say`. Every rank
+    reads its share. A collective. Raises ValueError if no slide is left.
+    """
+    files = [files_of(folder) for folder in folders]
+    names = Path(names_file).read_text().splitlines() if names_file else sorted(files[0])
+    slides, about = open_slides(files, names, window, say)
+    if not slides:
+        raise ValueError("features: no slide is left to train on")
+    found = torch.zeros(len(slides), 2, len(folders), about[0]["width"])
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    for i in range(rank, len(slides), world):
+        for scale, where in enumerate(slides[i].maps):
+            x = torch.from_numpy(np.memmap(*where).astype(np.float32))
+            found[i, :, scale] = torch.stack([x.mean(0), x.square().mean(0)])
+    found = model.all_reduce(found.to(dev))
+    sound = found.isfinite().flatten(1).all(1).tolist()
+    for slide, good in zip(slides, sound):
+        if not good:
+            say(f"left out: {slide.name}: features that are not finite")
+    if not any(sound):
+        raise ValueError("features: no slide is left to train on")
+    return [slide for slide, good in zip(slides, sound) if good], about, found[sound]
+
+
+def open_slides(files, names, window, say):
+    """
+    ([Slide], [about per scale]), of the named slides that can be trained on. A scale's `about`, that of the first
+    slide, gets `count`, its places per window: as many as cover the area of the first scale's `window`. Files do not
+    stay open, because there are 11,000.
+    """
+    slides, trained = [], []
+    for name in names:
+        try:
+            if not all(name in paths for paths in files):
+                raise ValueError("not in every folder of features")
+            opened = [open_features(paths[name]) for paths in files]
+            trained = trained or [about for _, _, about in opened]
+            for (_, centres, about), scale in zip(opened, trained):
+                ratio = trained[0]["side"] / scale["side"]
+                scale["count"] = max(round(window * ratio**2), 4)
+                check(centres, about, scale)
+                if len(centres) < scale["count"]:
+                    raise ValueError(f"{len(centres)} places, and a window has {scale['count']}")
+        except ValueError as e:
+            say(f"left out: {name}: {e}")
+        else:
+            maps = [(f.filename, f.dtype, "r", f.offset, f.shape) for f, _, _ in opened]
+            slides.append(Slide(name, maps, [centres for _, centres, _ in opened]))
+    return slides, trained
+
+
+# ---- windows --------------------------------------------------------------------------------------------------------
+
+
+def nearest(centres, at, count):
+    """Indices of the `count` places that are nearest to a point, nearest first; of all if there are fewer."""
+    distance = np.square(centres - at).sum(1)
+    some = np.arange(len(distance))
+    if count < len(distance):
+        some = np.argpartition(distance, count - 1)[:count]
+    return some[np.argsort(distance[some], kind="stable")]
+
+
+def cover(centres, counts):
+    """
+    Yield (point, indices per scale) of windows that cover a slide. Each is around the first place that was not among
+    the nearest half of any before. A smaller slide is one window.
+    """
+    done = np.zeros(len(centres[0]), bool)
+    while not done.all():
+        at = centres[0][done.argmin()]
+        rows = [nearest(own, at, count) for own, count in zip(centres, counts)]
+        yield at, rows
+        core = counts[0] // 2 if counts[0] < len(done) else len(done)
+        done[rows[0][:core]] = True
+
+
+def draw_blocks(rng, points, count, block):
+    """bool (N,): exactly `count` of points (N, 2), in blocks: a visible place and those nearest to it."""
+    hidden = np.zeros(len(points), bool)
+    left = count
+    while left:
+        visible = np.flatnonzero(~hidden)
+        size = min(rng.integers(block[0], block[1] + 1), left)
+        centre = points[rng.choice(visible)]
+        hidden[visible[nearest(points[visible], centre, size)]] = True
+        left -= size
+    return hidden
+
+
+def touches(points, side, others, other_side):
+    """bool (N,): which tiles around points (N, 2) overlap one around `others` by a tenth of a side or more."""
+    reach = (side + other_side) / 2 - 0.1 * min(side, other_side)
+    apart = np.abs(points[:, None] - others).max(2)  # (N, M)
+    return (apart < reach).any(1)
+
+
+def hide(rng, points, sides, share, block):
+    """
+    (hidden, wanted), bool per place of a window: what is hidden, and what of it is to be predicted. points and sides
+    are lists, per scale: float (N, 2) and the side of a tile, in um. Blocks of the coarsest scale are drawn, exactly
+    `share` of its places. They are wanted, and all tiles whose centres they cover. Then a tile that overlaps a wanted
+    one of another scale is hidden too, because it shows the same pixels. With one scale both are the same.
+    """
+    coarse = int(np.argmax(sides))
+    chosen = draw_blocks(rng, points[coarse], round(share * len(points[coarse])), block)
+    region = points[coarse][chosen]
+    wanted = [touches(own, 0.0, region, sides[coarse]) for own in points]
+    wanted[coarse] = chosen
+    hidden = [own.copy() for own in wanted]
+    for i, j in np.argwhere(~np.eye(len(sides), dtype=bool)):
+        seen_through = points[j][wanted[j]]
+        hidden[i] |= touches(points[i], sides[i], seen_through, sides[j])
+    return np.concatenate(hidden), np.concatenate(wanted)
+
+
+def turn(rng, points, free):
+    """points (N, 2) turned by any angle, or by quarters, and flipped in half of the cases."""
+    quarters = rng.random() * 4
+    angle = np.pi / 2 * (quarters if free else int(quarters))
+    c, s = np.cos(angle), np.sin(angle)
+    return points @ np.array([[c, s], [-s, c]]) * [rng.choice([-1, 1]), 1]
+
+
+def to_nm(points):
+    """um -> an int32 tensor in nm: FSDP2 casts what floats a network is given to bf16, which has 8 bits."""
+    return torch.from_numpy(np.rint(points * 1000).astype(np.int32))
+
+
+def standardise(x, mean, std):
+    return ((x.float() - mean) / std).clamp(-CLIP, CLIP)
+
+
+class Windows(torch.utils.data.Dataset):
+    """
+    windows[step] are the windows of one rank, N places each, scale by scale:
+
+        features   (B, N, C) as stored
+        places     int32 (B, N, 2), nm from the place that the window is around, turned and flipped
+        hidden     bool (B, N), what the network does not see
+        wanted     bool (B, N), those of them that it is to predict
+        slide      int64 (B), the number of the slide; each is drawn equally often, and in it each place
+    """
+
+    def __init__(self, slides, about, config, rank=0, world=1, offset=0):
+        self.slides, self.about, self.config = slides, about, config
+        self.rank, self.world, self.offset = rank, world, offset
+
+    def __getitem__(self, step):
+        numbers = data.sample_numbers(step, self.rank, self.world, self.config["batch_size"], self.offset)
+        return default_collate([self.window(n) for n in numbers])
+
+    def window(self, n):
+        config = self.config
+        rng = np.random.default_rng((config["seed"], n))
+        number = rng.integers(len(self.slides))
+        slide = self.slides[number]
+        at = rng.choice(slide.centres[0])
+        features, points = [], []
+        for where, centres, scale in zip(slide.maps, slide.centres, self.about):
+            rows = nearest(centres, at, scale["count"])
+            features.append(np.memmap(*where)[rows])
+            points.append(centres[rows] - at)
+        sides = [scale["side"] for scale in self.about]
+        hidden, wanted = hide(rng, points, sides, config["mask_share"], config["mask_block"])
+        nm = to_nm(turn(rng, np.concatenate(points), config["free_rotation"]))
+        features = torch.from_numpy(np.concatenate(features))
+        return {"features": features, "places": nm, "hidden": hidden, "wanted": wanted, "slide": number}

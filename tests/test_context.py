@@ -1,0 +1,367 @@
+"""context.py and places.py: geometry, windows, masks, exact runs, embedding, and input that is not as it should be."""
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import context
+import places
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(window=36, mask_block=(4, 9), width=32, depth=2, heads=2, registers=2, periods=(2.0, 16.0), batch_size=8,
+            base_lr=5e-2, warmup_steps=10, max_steps=6, log_interval=1, workers=0, device="cpu")
+ABOUT = dict(weights_sha256="a" * 64, norm=((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)), tile_px=224, level0_mpp=0.5)
+
+
+def write(path, features, cells, mpp=1.0, **about):
+    """A file as prepare/features.py writes it; cells (N, 2) are columns and rows of a grid."""
+    extent = round(224 * mpp / 0.5)
+    about = {**ABOUT, "mpp": mpp, "patch_size_level0": extent, "overlap": 0} | about
+    coords = np.asarray(cells, np.int64).reshape(-1, 2) * extent
+    if str(path).endswith(".npz"):
+        np.savez(path, features=features, coords=coords, **about)
+        return
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as h5:
+        h5.create_dataset("features", data=features).attrs.update(about)
+        h5.create_dataset("coords", data=coords)
+
+
+def grid(rows, columns):
+    return np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2)
+
+
+def waves(seed, cells, channels=16):
+    """Features with structure: smooth fields and noise, fp16 (N, channels); `cells` in units of a tile."""
+    rng = np.random.default_rng((1, seed))
+    mix = np.random.default_rng(0).normal(size=(4, channels))
+    angle, phase, length = rng.uniform(0, 6.3, 4), rng.uniform(0, 6.3, 4), rng.uniform(5, 12, 4)
+    along = cells @ np.stack([np.cos(angle), np.sin(angle)])
+    fields = np.tanh(2 * np.sin(2 * np.pi * along / length + phase))
+    return (fields @ mix + 0.4 * rng.normal(size=(len(cells), channels))).astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path, cells = tmp_path_factory.mktemp("features"), grid(16, 16)
+    for i in range(6):
+        write(path / f"S{i}.npz", waves(i, cells), cells)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def coarse(folder, tmp_path_factory):
+    """The same slides at 2 um/px."""
+    path, cells = tmp_path_factory.mktemp("coarse"), grid(8, 8)
+    for i in range(6):
+        write(path / f"S{i}.npz", waves(i, cells * 2 + 0.5), cells, mpp=2.0)
+    return str(path)
+
+
+def flags(**keys):
+    return [f"--{key}={value}" for key, value in {**TINY, **keys}.items()]
+
+
+def run(monkeypatch, **keys):
+    """context.py in this process; returns its variables."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["context.py", *flags(**keys)])
+    try:
+        return runpy.run_path("context.py", run_name="__main__")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def rows(folder):
+    lines = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k != "windows_per_s"} for line in lines]
+
+
+def bit_equal(a, b):
+    a, b = (torch.load(path, weights_only=True)["teacher"] for path in (a, b))
+    assert not [key for key in a if not torch.equal(a[key], b[key])]
+
+
+# what an export of training says, of standardised features
+HEADER = dict(config={**TINY, "scale_embedding": True}, about=[dict(mpp=1.0, pitch=224.0, width=16, count=36)],
+              mean=torch.zeros(1, 16), std=torch.ones(1, 16))
+
+
+# ---- network --------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_distances_of_places_matter_and_they_do():
+    net, rng = context.random_encoder(HEADER, 0), np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(size=(2, 36, 16))).float()
+    nm = places.to_nm(np.stack([grid(6, 6)] * 2) * 224.0)
+    hidden = torch.zeros(2, 36, dtype=torch.bool)
+    hidden[:, :9] = True
+    order = torch.from_numpy(rng.permutation(36))
+    with torch.no_grad():
+        out, predicted = net([x], nm, hidden)
+        torch.testing.assert_close(net([x], nm + 5_000_000, hidden)[0], out, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(net([x[:, order]], nm[:, order], hidden[:, order])[0], out[:, order],
+                                   atol=1e-4, rtol=1e-4)
+        for other in (nm[:, order], 2 * nm, nm.flip(0) * torch.tensor([[[1]], [[-1]]], dtype=torch.int32)):
+            assert (net([x], other, hidden)[0] - out)[-1].abs().max() > 0.05
+        alone = net([x[1:]], nm[1:], hidden[1:])[0]  # angles are each window's own
+    torch.testing.assert_close(alone, out[1:], atol=1e-5, rtol=1e-5)
+    assert predicted.shape == (72, 16)
+
+
+def test_hidden_features_are_not_seen():
+    net, hidden = context.random_encoder(HEADER, 0), torch.arange(36)[None] < 12
+    x, nm = torch.randn(1, 36, 16), places.to_nm(grid(6, 6) * 224.0)[None]
+    other = torch.where(hidden[..., None], torch.randn(1, 36, 16), x)
+    with torch.no_grad():
+        assert torch.equal(net([x], nm, hidden)[0], net([other], nm, hidden)[0])
+
+
+def test_losses_of_guesses():
+    """By hand, in a window of four places in a row, whose second is hidden."""
+    target = torch.tensor([[[1.0, 0.0]], [[3.0, 4.0]], [[0.0, 2.0]], [[4.0, 4.0]]]).view(1, 4, 2)
+    nm = places.to_nm(np.array([[0, 0], [100, 0], [200, 0], [300, 0]]))[None]
+    hidden = torch.tensor([[False, True, False, False]])
+    loss, zero, mean, near = context.model.window_losses(target, target.clone(), nm, hidden, hidden)
+
+    def by_hand(guess):
+        return context.model.feature_loss(torch.tensor(guess), target[0, 1]).item()
+    assert loss == pytest.approx(0, abs=1e-6) and zero == pytest.approx((2.5 + 3.5) / 2 + 0.5)
+    assert mean == pytest.approx(by_hand([5 / 3, 2.0]))
+    assert near == pytest.approx(by_hand([(1 + 4 / 4) / 2.25, (2 + 4 / 4) / 2.25]), rel=1e-3)
+
+
+# ---- windows --------------------------------------------------------------------------------------------------------
+
+
+def test_a_window_hides_exactly_its_share_in_blocks():
+    cells = grid(16, 16) * 224.0
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        hidden, wanted = places.hide(rng, [cells], [224.0], 0.3, (4, 25))
+        assert hidden.sum() == round(0.3 * 256) and np.array_equal(hidden, wanted)
+        beside = np.abs(cells[hidden][:, None] - cells[hidden]).sum(2) == 224
+        assert beside.sum() / hidden.sum() > 2  # of 4 neighbours; 1.2 where places are hidden one by one
+    hidden = places.draw_blocks(np.random.default_rng(0), cells, 9, (9, 9))
+    assert np.ptp(cells[hidden], 0).max() <= 4 * 224 and hidden.sum() == 9
+
+
+def test_no_scale_shows_what_another_hides():
+    fine, wide = (grid(16, 16) + 0.5) * 224.0, (grid(8, 8) + 0.5) * 448.0
+    for shift in (0, 100):  # of one grid to the other
+        hidden, wanted = places.hide(np.random.default_rng(1), [fine, wide + shift], [224.0, 448.0], 0.5, (2, 6))
+        assert wanted[256:].sum() == 32 and (hidden | ~wanted).all() and not hidden.all()
+        reach = 0.9 * (224 + 448) / 2 - 25
+        apart = np.abs(fine[:, None] - wide - shift).max(2) < reach
+        assert not (apart & wanted[:256, None] & ~hidden[256:]).any()
+        assert not (apart & ~hidden[:256, None] & wanted[256:]).any()
+        if not shift:
+            assert wanted.sum() == hidden.sum() == 32 + 4 * 32
+
+
+def test_windows_are_the_nearest_places_the_same_for_any_ranks(folder):
+    files = places.files_of(folder)
+    slides, about = places.open_slides([files], sorted(files), 36, print)
+    config = {**TINY, "seed": 3, "mask_share": 0.5, "free_rotation": True}
+    whole = places.Windows(slides, about, config)[1]
+    halves = [places.Windows(slides, about, config | {"batch_size": 4}, rank, 2)[1] for rank in (0, 1)]
+    for key, value in whole.items():
+        assert torch.equal(value, torch.cat([half[key] for half in halves])), key
+    assert whole["features"].shape == (8, 36, 16) and (whole["hidden"].sum(1) == 18).all()
+    for x, nm, number in zip(whole["features"], whole["places"], whole["slide"]):
+        stored, centres, _ = context.open_features(files[f"S{number}"])
+        at = np.flatnonzero((stored == x[0].numpy()).all(1))[0]  # the first is the one that the window is around
+        distance = np.hypot(*(centres - centres[at]).T)
+        turned = np.hypot(*nm.numpy().T / 1000)
+        assert np.allclose(np.sort(distance)[:36], turned, atol=0.01)
+
+
+def test_features_are_mapped_and_the_same_from_both_kinds_of_file(tmp_path):
+    cells = grid(3, 5)
+    values = waves(0, cells)
+    for ending in ("npz", "h5"):
+        write(tmp_path / f"a.{ending}", values, cells)
+        features, centres, about = context.open_features(str(tmp_path / f"a.{ending}"))
+        assert isinstance(features, np.memmap) and np.array_equal(features, values) and features.dtype == np.float16
+        assert centres.dtype == np.float32 and np.array_equal(centres, (cells + 0.5) * 224)
+        assert about["pitch"] == about["side"] == 224 and np.allclose(about["norm"], ABOUT["norm"])
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_what_neighbours_do_not_tell_and_says_when_it_does_not(folder, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, features=folder, out_dir=tmp_path / "a", max_steps=100, log_interval=20)
+    print([row["loss/neighbours"] for row in rows(tmp_path / "a")])
+    assert rows(tmp_path / "a")[-1]["loss/neighbours"] < 0.95
+    assert "nothing was learnt" not in capsys.readouterr().out
+    run(monkeypatch, features=folder, out_dir=tmp_path / "b", max_steps=1)
+    assert "nothing was learnt" in capsys.readouterr().out
+    row = rows(tmp_path / "b")[0]
+    assert row["neighbours"] < row["mean"] and row["loss/neighbours"] == pytest.approx(row["loss"] / row["neighbours"])
+
+
+@pytest.mark.parametrize("scales", [1, 2])
+def test_six_steps_equal_three_resume_three_bit_for_bit(scales, folder, coarse, tmp_path, monkeypatch):
+    keys = dict(features=[folder, f"{folder},{coarse}"][scales - 1], subtract_mean=scales == 2)
+    run(monkeypatch, **keys, out_dir=tmp_path / "a")
+    batch = places.Windows.__getitem__
+
+    def signalled(self, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)  # the step is done and saved, and the run ends
+        return batch(self, step)
+    monkeypatch.setattr(places.Windows, "__getitem__", signalled)
+    assert run(monkeypatch, **keys, out_dir=tmp_path / "b")["progress"]["step"] == 3
+    monkeypatch.setattr(places.Windows, "__getitem__", batch)
+    with pytest.raises(SystemExit, match="is not empty"):
+        run(monkeypatch, **keys, out_dir=tmp_path / "b")
+    run(monkeypatch, **keys, out_dir=tmp_path / "b", resume=True)
+    bit_equal(tmp_path / "a/6.pth", tmp_path / "b/6.pth")
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
+def test_two_ranks_equal_one(folder, coarse, tmp_path, monkeypatch):
+    """Clip is low, so that it acts on every step."""
+    keys = dict(features=f"{folder},{coarse}", clip_grad=0.05, warmup_steps=1, max_steps=4)
+    argv = [sys.executable, "context.py", *flags(**keys, batch_size=4, out_dir=tmp_path / "two")]
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        launch = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]), OMP_NUM_THREADS="1")
+    ranks = [subprocess.Popen(argv, cwd=ROOT, env={**os.environ, **launch, "RANK": rank}) for rank in "01"]
+    run(monkeypatch, **keys, out_dir=tmp_path / "one")
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert one == {key: pytest.approx(value, rel=1e-4, abs=1e-7) for key, value in two.items()}
+    one, two = (torch.load(tmp_path / f"{name}/4.pth", weights_only=True) for name in ("one", "two"))
+    torch.testing.assert_close(one["teacher"], two["teacher"], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(one["std"], two["std"])
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(folder, tmp_path, monkeypatch):
+    batch = places.Windows.__getitem__
+
+    def poisoned(self, step):
+        found = batch(self, step)
+        return found if step < 2 else found | {"features": found["features"] * np.nan}
+    monkeypatch.setattr(places.Windows, "__getitem__", poisoned)
+    run(monkeypatch, features=folder, out_dir=tmp_path, max_steps=4, save_interval=2)
+    bit_equal(tmp_path / "2.pth", tmp_path / "4.pth")
+    assert [row["bad_steps"] for row in rows(tmp_path)] == [0, 0, 1, 2]
+    with pytest.raises(SystemExit, match="3 steps were not finite"):
+        run(monkeypatch, features=folder, out_dir=tmp_path, resume=True, max_bad_steps=2, max_steps=5)
+
+
+# ---- embedding ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 5, 36, 500])
+def test_context_of_slides_of_any_size(count):
+    net, cells = context.random_encoder(HEADER, 0), grid(25, 20)[:count]
+    x, centres = waves(0, cells), (cells * 224.0).astype(np.float32)
+    out = context.embed_slide(net, HEADER, x, centres)
+    assert out.shape == (count, 32) and out.dtype == np.float32 and np.isfinite(out).all()
+    assert np.allclose(context.embed_slide(net, HEADER, x, centres + np.float32(2240)), out, atol=1e-3)
+    other = context.embed_slide(net, HEADER, x, centres * np.float32(2))
+    assert count == 1 or np.abs(other - out).max() > 0.05
+    if count <= 36:  # one window
+        whole, _ = net([torch.from_numpy(x).float()[None]], places.to_nm(centres)[None], torch.zeros(1, count) > 0)
+        assert np.allclose(whole[0].detach(), out, atol=1e-3)
+
+
+def test_windows_cover_a_large_slide():
+    centres = (grid(100, 200) * 224.0).astype(np.float32)
+    visits, inner = np.zeros(20_000), np.zeros(20_000, bool)
+    for windows, (_, found) in enumerate(places.cover([centres, centres[::4]], [256, 64]), 1):
+        assert len(found[0]) == 256 and len(found[1]) == 64
+        visits[found[0]] += 1
+        inner[found[0][:128]] = True
+    assert inner.all() and windows < 500 and 4 < visits.mean() < 6
+
+
+def test_embed_writes_each_slide_once_as_embed_slide_has_it(folder, coarse, tmp_path, monkeypatch, capsys):
+    for seed in (0, 1):
+        run(monkeypatch, features=f"{folder},{coarse}", out_dir=tmp_path / f"run{seed}", max_steps=1, seed=seed)
+    monkeypatch.setattr("prepare.coords.h5py", None)
+    keys = dict(task="embed", features=f"{folder},{coarse}", weights=tmp_path / "run0/1.pth", out=tmp_path / "out")
+    for part in ("1/2", "2/2", ""):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, **keys, part=part)
+    assert "0 slides done, 6 were done before" in capsys.readouterr().out
+    net, header = context.load_encoder(str(tmp_path / "run0/1.pth"))
+    assert header["slides"] == [f"S{i}" for i in range(6)]
+    features, centres, _ = zip(*(context.open_features(f"{path}/S3.npz") for path in (folder, coarse)))
+    expected = context.embed_slide(net, header, features, centres)
+    with np.load(tmp_path / "out/S3.npz") as found:
+        assert np.abs(found["context"] - expected).max() < 2e-3 and np.array_equal(found["features"], features[0])
+        assert np.allclose(found["mean_raw"], features[0].astype(np.float32).mean(0), atol=1e-3)
+        assert np.allclose(found["mean_context"], expected.mean(0), atol=1e-5)
+    assert np.array_equal(context.open_features(str(tmp_path / "out/S3.npz"))[1], centres[0])
+    with pytest.raises(SystemExit, match="encoder was"):
+        run(monkeypatch, **keys | {"weights": tmp_path / "run1/1.pth"})
+
+
+# ---- input that is not as it should be ------------------------------------------------------------------------------
+
+CELLS = grid(10, 10)
+BAD = {"none": (CELLS[:0], {}, "no place in it"),
+       "one": (CELLS[:1], {}, "1 places, and a window has 36"),
+       "nan": (CELLS, {"poison": True}, "features that are not finite"),
+       "encoder": (CELLS, {"weights_sha256": "b" * 64}, "weights_sha256 is bbbb"),
+       "width": (CELLS, {"channels": 8}, "8 wide, not 16"),
+       "scale": (CELLS, {"mpp": 0.5}, "mpp is 0.5, not 1.0"),
+       "norm": (CELLS, {"norm": ((0, 0, 0), (1, 1, 1))}, "norm is"),
+       "level": (CELLS, {"level0_mpp": 2.0}, "another unit than level-0 px? Neighbours are 4 tiles apart"),
+       "unit": (CELLS / 448, {"patch_size_level0": 448}, "another unit"),
+       "unknown": (CELLS, {"tile_px": "?"}, "not features as prepare/features.py writes them")}
+
+
+def test_bad_slides_are_left_out_one_line_each(tmp_path, monkeypatch, capsys):
+    for i in range(2):
+        write(tmp_path / f"S{i}.npz", waves(i, CELLS), CELLS)
+    for name, (cells, about, _) in BAD.items():
+        about = dict(about)
+        x = waves(7, cells, about.pop("channels", 16))
+        x[50:51] = np.nan if about.pop("poison", False) else 1
+        write(tmp_path / f"T_{name}.npz", x, cells, **about)
+    (tmp_path / "T_cut.npz").write_bytes((tmp_path / "S0.npz").read_bytes()[:500])
+    np.savez_compressed(tmp_path / "T_packed.npz", **np.load(tmp_path / "S0.npz"))
+    large = grid(250, 400)
+    write(tmp_path / "U_large.npz", waves(0, large, 16), large)
+    found = run(monkeypatch, features=tmp_path, out_dir=tmp_path / "run", max_steps=1)
+    assert [slide.name for slide in found["slides"]] == ["S0", "S1", "U_large"]
+    expected = {name: text for name, (_, _, text) in BAD.items()}
+    expected |= {"cut": "not features as prepare", "packed": "chunked or compressed"}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert len(lines) == len(expected)
+    for name, text in expected.items():
+        assert [line for line in lines if line.startswith(f"left out: T_{name}:") and text in line], (name, lines)
+    (tmp_path / "U_large.npz").unlink()
+    with pytest.raises(SystemExit, match="11 of 14 slides failed"):
+        run(monkeypatch, task="embed", features=tmp_path, weights=tmp_path / "run/1.pth", out=tmp_path / "out")
+    assert "T_one.npz: 1 places" in capsys.readouterr().out
+
+
+def test_what_users_state_wrongly_ends_in_one_line(folder, tmp_path, monkeypatch):
+    names = tmp_path / "names.txt"
+    names.write_text("S1\nnobody\n")
+    good = dict(features=folder, out_dir=tmp_path / "run", max_steps=1)
+    found = run(monkeypatch, **good, train_slides=names)
+    assert [slide.name for slide in found["slides"]] == ["S1"]
+    torch.save({"teacher": {}}, tmp_path / "tile.pth")
+    for text, keys in {"no .h5 or .npz in ''": dict(features=""), "task is": dict(task="test"),
+                       "no slide encoder": dict(task="embed", weights=tmp_path / "tile.pth"),
+                       "mask_share": dict(mask_share=1.0), "no slide is left": dict(window=300),
+                       "No such file": dict(train_slides="x.txt")}.items():
+        with pytest.raises(SystemExit, match=text):
+            run(monkeypatch, **good | {"out_dir": tmp_path / "new"} | keys)
