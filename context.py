@@ -52,8 +52,11 @@ workers = 4              # data processes per rank
 window = 256             # places of the first scale; of another, as many as cover that area
 mask_share = 0.5         # of the places that are hidden; with several scales, of the coarsest's
 mask_block = (4, 25)     # places per block, drawn evenly: 2 x 2 to 5 x 5
-free_rotation = True     # windows are turned by any angle; False = by quarters
+turns = True             # windows are turned and flipped; False where directions mean something
+free_rotation = True     # by any angle; False = by quarters
 subtract_mean = False    # predict differences to the slide's mean feature, which carries stain and composition
+centre = False           # see such differences, too: stain is then nothing that the network has to tell apart
+rare = 0.0               # weight of a place in the loss: (squared distance to its window's mean)^rare; 0 = equal
 # ---- network --------------------------------------------------------------------------------------------------------
 width = 768
 depth = 6
@@ -159,11 +162,15 @@ def embed_slide(net, header, features, centres_um, device="cpu", layer=0):
     if isinstance(centres_um, np.ndarray):
         features, centres_um = [features], [centres_um]
     net = net.to(device)
+    means = [torch.from_numpy(own.mean(0, np.float32)) for own in features]
+    slide_means = [places.standardise(*scale) for scale in zip(means, header["mean"], header["std"])]
     total = np.zeros((len(centres_um[0]), header["config"]["width"]), np.float32)
     visits = np.zeros((len(total), 1), np.float32)
     for at, rows in places.cover(centres_um, [scale["count"] for scale in header["about"]]):
         tiles = [torch.from_numpy(own[r])[None] for own, r in zip(features, rows)]
         parts = [places.standardise(*scale).to(device) for scale in zip(tiles, header["mean"], header["std"])]
+        if header["config"]["centre"]:
+            parts = [part - own.to(device) for part, own in zip(parts, slide_means)]
         nm = places.to_nm(np.concatenate([own[r] - at for own, r in zip(centres_um, rows)]))[None].to(device)
         x, _ = net(parts, nm, torch.zeros(nm.shape[:2], dtype=torch.bool, device=device), layer)
         total[rows[0]] += x[0, : len(rows[0])].float().cpu().numpy()
@@ -261,13 +268,13 @@ if __name__ == "__main__":
             group["lr"], group["weight_decay"] = lr, weight_decay * group["wd_scale"]
         batch = {k: v.to(dev, non_blocking=True) for k, v in next(batches).items()}
         parts = [places.standardise(*scale) for scale in zip(batch["features"].split(counts, 1), mean, std)]
-        _, predicted = net["backbone"](parts, batch["places"], batch["hidden"])
+        slide_means = places.standardise(found[batch["slide"], 0], mean, std).split(1, 1)  # (B, 1, C) per scale
+        centred = [part - own for part, own in zip(parts, slide_means)]
+        _, predicted = net["backbone"](centred if centre else parts, batch["places"], batch["hidden"])
         predicted = predicted.view(batch["features"].shape)
-        if subtract_mean:
-            slide_means = places.standardise(found[batch["slide"], 0], mean, std).split(1, 1)  # (B, 1, C) per scale
-            parts = [part - own for part, own in zip(parts, slide_means)]
+        parts = centred if subtract_mean else parts
         pieces = [x.split(counts, 1) for x in (predicted, batch["places"], batch["hidden"], batch["wanted"])]
-        terms = torch.stack([model.window_losses(*scale) for scale in zip(parts, *pieces)])  # (scales, 4)
+        terms = torch.stack([model.window_losses(*scale, rare) for scale in zip(parts, *pieces)])  # (scales, 4)
         means = model.all_reduce(terms.detach() / world)
         loss = terms[0, 0] if len(about) == 1 else (terms[:, 0] / means[:, 3]).mean()  # no scale outweighs another
         loss.backward()

@@ -322,6 +322,8 @@ class Windows(torch.utils.data.Dataset):
             points.append(centres[rows] - at)
         sides = [scale["side"] for scale in self.about]
         hidden, wanted = hide(rng, points, sides, config["mask_share"], config["mask_block"])
-        nm = to_nm(turn(rng, np.concatenate(points), config["free_rotation"]))
+        points = np.concatenate(points)
+        if config["turns"]:
+            points = turn(rng, points, config["free_rotation"])
         features = torch.from_numpy(np.concatenate(features))
-        return {"features": features, "places": nm, "hidden": hidden, "wanted": wanted, "slide": number}
+        return {"features": features, "places": to_nm(points), "hidden": hidden, "wanted": wanted, "slide": number}
