@@ -42,8 +42,9 @@ STROMA, A, B, FOCUS, P, Q = range(6)
 SIDE, STRIP, BLOCK = 20, 4, 2   # cells: of the slide, of the epithelium's width, of a square that is permuted
 PAIRS = 6                       # of P and Q
 NEAR, FAR = (3, 4), (8, 9, 10)  # cells from each P down to its Q, one of these in all of a slide
-CELL_UM, UM = 14, 0.5          # side of a cell; um/px
-KINDS = {  # nuclei per cell, their long and short half axis in um, load of haematoxylin, load of eosin in the cell
+CELL_UM, UM = 14, 0.5           # side of a cell; um/px
+RING_UM = 3.5                   # radius at which the nuclei of a cell stand
+KINDS = {  # in order: nuclei per cell, their long and short half axis in um, their load; load of eosin in the cell
     STROMA: (1, 4.5, 1.6, 1.0, 1.0),
     A: (1, 4.0, 3.5, 1.2, 0.7),
     B: (4, 2.4, 2.0, 1.4, 0.7),
@@ -60,14 +61,17 @@ def epithelium(rng, composition, focus, arrangement):
     """The strip (SIDE, STRIP): patches of A and B; the same draws whatever the labels are."""
     field = toy.noise(rng, (SIDE, STRIP), 3)
     share = (0.4, 0.6)[composition] + rng.normal(0, 0.03)
-    strip = np.where(field > np.quantile(field, 1 - share), B, A)
-    top, left = BLOCK * rng.integers((SIDE // BLOCK, STRIP // BLOCK))
+    limit = np.quantile(field, 1 - share)
+    strip = np.where(field > limit, B, A)
+    rows, columns = SIDE // BLOCK, STRIP // BLOCK
+    squares = strip.reshape(rows, BLOCK, columns, BLOCK).swapaxes(1, 2)  # a view
+    place = tuple(rng.integers((rows, columns)))
     if focus:
-        strip[top:top + BLOCK, left:left + BLOCK] = FOCUS
-    squares = strip.reshape(SIDE // BLOCK, BLOCK, STRIP // BLOCK, BLOCK).swapaxes(1, 2)
-    order = rng.permutation(SIDE * STRIP // BLOCK**2)
+        squares[place] = FOCUS
+    order = rng.permutation(rows * columns)
     if arrangement:
-        squares = squares.reshape(-1, BLOCK, BLOCK)[order].reshape(squares.shape)
+        flat = squares.reshape(-1, BLOCK, BLOCK)
+        squares = flat[order].reshape(squares.shape)
     return squares.swapaxes(1, 2).reshape(SIDE, STRIP)
 
 
@@ -101,28 +105,32 @@ def cells(seed, number, labels):
 
 
 def nuclei(rng, grid):
-    """(n, 6) for toy.stamp: x, y, angle, long and short half axis, load."""
-    count, a, b, load, _ = np.array([KINDS[kind] for kind in grid.flat]).T
-    count = count.astype(int)
-    rows, columns = np.indices(grid.shape).reshape(2, -1)
-    centres = (np.stack([columns, rows], 1) + 0.5) * CELL_UM
-    turn = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)  # 0, 1, ... within each cell
-    angle = toy.TURN * turn / np.repeat(count, count) + rng.uniform(0, toy.TURN, len(count)).repeat(count)
-    reach = np.where(count > 1, 3.5, 0).repeat(count)[:, None]
-    xy = centres.repeat(count, 0) + reach * toy.unit(angle) + rng.normal(0, 0.7, (len(angle), 2))
-    size = rng.lognormal(0, 0.08, len(angle))
-    return np.column_stack([xy, angle, a.repeat(count) * size, b.repeat(count) * size, load.repeat(count)])
+    """(n, 6) for toy.stamp: x, y, angle, long and short half axis, load. The nuclei of a cell stand in a ring."""
+    table = np.array(list(KINDS.values()))[grid.ravel()]  # (cells, 5)
+    count = table[:, 0].astype(int)
+    cell = np.repeat(np.arange(grid.size), count)  # of each nucleus
+    number = np.arange(len(cell)) - (np.cumsum(count) - count)[cell]  # 0, 1, ... within its cell
+    angle = toy.TURN * number / count[cell]
+    angle += rng.uniform(0, toy.TURN, grid.size)[cell]
+    reach = np.where(count > 1, RING_UM, 0)[cell]
+    row, column = np.unravel_index(cell, grid.shape)
+    xy = (np.column_stack([column, row]) + 0.5) * CELL_UM
+    xy += reach[:, None] * toy.unit(angle)
+    xy += rng.normal(0, 0.7, xy.shape)
+    axes = table[cell, 1:3]
+    axes *= rng.lognormal(0, 0.08, (len(cell), 1))
+    return np.column_stack([xy, angle, axes, table[cell, 3]])
 
 
 def draw(rng, grid, stains, glass):
     """The picture of a grid of cells."""
     px = int(CELL_UM / UM)
-    shape = tuple(px * side for side in grid.shape)
-    h = np.zeros(shape, np.float32)
-    toy.stamp(h, nuclei(rng, grid), UM)
-    e = np.array([KINDS[kind][4] for kind in range(len(KINDS))], np.float32)[grid]
-    e = e.repeat(px, 0).repeat(px, 1) * (1 + 0.2 * toy.noise(rng, shape, 8))
-    return toy.develop(rng, np.stack([h, e]), stains, glass)
+    eosin = np.array(list(KINDS.values()), np.float32)[grid, 4]
+    eosin = eosin.repeat(px, 0).repeat(px, 1)
+    haematoxylin = np.zeros_like(eosin)
+    toy.stamp(haematoxylin, nuclei(rng, grid), UM)
+    eosin *= 1 + 0.2 * toy.noise(rng, eosin.shape, 8)
+    return toy.develop(rng, np.stack([haematoxylin, eosin]), stains, glass)
 
 
 def make_slide(folder, seed, number, patient, labels):
@@ -136,23 +144,29 @@ def draw_labels(seed, patients, per_patient):
     """Labels (slides, tasks): in each task half of a patient's slides are 1, in an order of its own."""
     rng = np.random.default_rng([seed, 0])
     halves = np.arange(per_patient) % 2
-    orders = [rng.permutation(halves) for _ in range(patients * len(TASKS))]
-    return np.reshape(orders, (patients, len(TASKS), per_patient)).swapaxes(1, 2).reshape(-1, len(TASKS))
+    labels = []
+    for _ in range(patients):
+        orders = [rng.permutation(halves) for _ in TASKS]
+        labels += np.transpose(orders).tolist()
+    return np.array(labels)
 
 
 def build(out, seed=0, patients=40, per_patient=6, workers=2):
     """Write slides and labels.csv below the folder `out`; files of the same names are replaced."""
     out = Path(out)
-    (out / "slides").mkdir(parents=True, exist_ok=True)
-    labels = draw_labels(seed, patients, per_patient).tolist()
-    jobs = [(out / "slides", seed, n, n // per_patient, row) for n, row in enumerate(labels)]
+    folder = out / "slides"
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs, lines = [], []
+    for number, labels in enumerate(draw_labels(seed, patients, per_patient)):
+        patient = number // per_patient
+        jobs.append((folder, seed, number, patient, labels))
+        lines.append([f"t{number:03d}", f"p{patient:02d}", *labels])
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pool.starmap(make_slide, jobs)
     with open(out / "labels.csv", "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["slide", "patient", *TASKS])
-        for _, _, number, patient, row in jobs:
-            table.writerow([f"t{number:03d}", f"p{patient:02d}", *row])
+        table.writerows(lines)
 
 
 if __name__ == "__main__":
