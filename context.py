@@ -39,6 +39,7 @@ train_slides = ""        # file with a slide's name per line, to train on: leave
 out_dir = "out/context"  # of training: config.json, metrics.jsonl, ckpt/, <step>.pth; must be empty unless resuming
 weights = ""             # of embed: a <step>.pth
 out = ""                 # of embed: folder to write
+hide = 0                 # of embed: read places while they are hidden, one in N at a time; 0 = while they are seen
 part = ""                # of embed: "3/16" = every 16th slide, from the third on
 device = ""              # "cuda" or "cpu"; "" = cuda if there is one
 seed = 0
@@ -154,10 +155,11 @@ def random_encoder(header, seed):
 
 
 @torch.inference_mode()
-def embed_slide(net, header, features, centres_um, device="cpu", layer=0):
+def embed_slide(net, header, features, centres_um, device="cpu", layer=0, hide=0):
     """
     Context of a slide's places, float32 (N, D), from features (N, C) and centres (N, 2); or from lists of them, one per
-    scale, and it is that of the first. What a place gets in the windows of places.cover is averaged.
+    scale, and it is that of the first. What a place gets in the windows of places.cover is averaged. With `hide`, it is
+    what the rest of the window says of a place: training is about hidden places only, and may leave others without.
     """
     if isinstance(centres_um, np.ndarray):
         features, centres_um = [features], [centres_um]
@@ -171,9 +173,11 @@ def embed_slide(net, header, features, centres_um, device="cpu", layer=0):
         parts = [places.standardise(*scale).to(device) for scale in zip(tiles, header["mean"], header["std"])]
         if header["config"]["centre"]:
             parts = [part - own.to(device) for part, own in zip(parts, slide_means)]
-        nm = places.to_nm(np.concatenate([own[r] - at for own, r in zip(centres_um, rows)]))[None].to(device)
-        x, _ = net(parts, nm, torch.zeros(nm.shape[:2], dtype=torch.bool, device=device), layer)
-        total[rows[0]] += x[0, : len(rows[0])].float().cpu().numpy()
+        points = [own[r] - at for own, r in zip(centres_um, rows)]
+        nm = places.to_nm(np.concatenate(points))[None].to(device)
+        for read, hidden in places.in_turn(points, [scale["side"] for scale in header["about"]], hide):
+            x, _ = net(parts, nm, torch.from_numpy(hidden)[None].to(device), layer)
+            total[rows[0][read]] += x[0, : len(read)].float().cpu().numpy()[read]
         visits[rows[0]] += 1
     return total / visits
 
@@ -197,7 +201,7 @@ if __name__ == "__main__":
     try:  # what users state, and the files that it names
         if task == "embed":
             net, header = load_encoder(weights)
-            places.embed_files(config, header, functools.partial(embed_slide, net, header, device=dev))
+            places.embed_files(config, header, functools.partial(embed_slide, net, header, device=dev, hide=hide))
             sys.exit()
         if rank == 0 and not resume and os.path.isdir(out_dir) and os.listdir(out_dir):
             stop(f"{out_dir} is not empty: continue with --resume=true, delete it, or choose another --out_dir")

@@ -18,6 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import t
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,6 +30,7 @@ import context
 import model
 import places
 from configurator import configure
+from prepare.toy_slides import TASKS
 
 slides = "data/toy_slides"           # labels.csv, features/
 out = "out/toy_context"
@@ -42,32 +48,19 @@ supervised_steps = 120
 def load(folder):
     """Features (S, N, C), centres (N, 2) in um, labels {task: (S,)}, patients (S,), names."""
     with open(f"{folder}/labels.csv") as file:
-        rows = list(csv.DictReader(file))
-    files = places.files_of(f"{folder}/features")
-    opened = [places.open_features(files[row["slide"]]) for row in rows]
-    x = np.stack([features for features, _, _ in opened])
-    labels = {task: np.array([int(row[task]) for row in rows]) for task in list(rows[0])[2:]}
-    patients = np.array([row["patient"] for row in rows])
-    return x, opened[0][1], labels, patients, [row["slide"] for row in rows]
+        _, *rows = csv.reader(file)
+    names, patients, *columns = np.transpose(rows)
+    labels = dict(zip(TASKS, np.array(columns, int)))
+    files, x = places.files_of(f"{folder}/features"), []
+    for name in names:
+        features, centres, _ = places.open_features(files[name])
+        x.append(features)
+    return np.stack(x), centres, labels, patients, names
 
 
-@torch.inference_mode()
-def read(net, header, x, centres, passes):
-    """Context (S, N, D) of slides that are windows; in several passes, each place while it is hidden."""
-    nm = places.to_nm(centres - centres.mean(0))[None]
-    turn = torch.randperm(len(centres), generator=torch.Generator().manual_seed(0)) % max(passes, 1)
-    found = []
-    for features in torch.from_numpy(x).split(8):
-        part = places.standardise(features, header["mean"], header["std"])
-        if header["config"]["centre"]:
-            part = part - part.mean(1, keepdim=True)
-        out = torch.zeros(*part.shape[:2], header["config"]["width"])
-        for k in range(max(passes, 1)):
-            rows = turn == k
-            hidden = (rows & (passes > 0)).expand(len(part), -1)
-            out[:, rows] = net([part], nm.expand(len(part), -1, -1), hidden)[0][:, rows]
-        found.append(out)
-    return torch.cat(found).numpy()
+def read(net, header, x, centres, hide=0):
+    """Context (S, N, D) of slides x (S, N, C)."""
+    return np.stack([context.embed_slide(net, header, features, centres, hide=hide) for features in x])
 
 
 def moments(x):
@@ -87,18 +80,19 @@ def spread(x):
 
 def probe(x, y, train, test):
     """Logistic regression on vectors (S, F), standardised."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
     head = LogisticRegression(C=0.5, class_weight="balanced", max_iter=1000)
     return make_pipeline(StandardScaler(), head).fit(x[train], y[train]).predict(x[test])
+
+
+def scaled(x, train):
+    seen = x[train]
+    return torch.from_numpy((x - seen.mean((0, 1))) / seen.std((0, 1)))
 
 
 def attention_mil(keys, values, y, train, test, seed, epochs=20):
     """Attention MIL (Ilse et al. 2018): attention is computed on keys (S, N, K) and applied to values (S, N, C)."""
     torch.manual_seed(seed)
-    keys, values = ((x - x[train].mean((0, 1))) / x[train].std((0, 1)) for x in (keys, values))
-    keys, values, y = (torch.from_numpy(x).float() for x in (keys, values, y))
+    keys, values, y = scaled(keys, train), scaled(values, train), torch.from_numpy(y).float()
     score = nn.Sequential(nn.Linear(keys.shape[2], 64), nn.Tanh(), nn.Linear(64, 1))
     head = nn.Linear(values.shape[2], 1)
 
@@ -113,7 +107,7 @@ def attention_mil(keys, values, y, train, test, seed, epochs=20):
             optimizer.step()
             optimizer.zero_grad()
     with torch.no_grad():
-        return (logits(test) > 0).numpy().astype(int)
+        return (logits(test) > 0).numpy()
 
 
 def transformer(x, nm, y, train, test, header, seed):
@@ -122,8 +116,8 @@ def transformer(x, nm, y, train, test, header, seed):
     rng = np.random.default_rng(seed)
     net = context.random_encoder(header, seed).train()
     head = nn.Linear(header["config"]["width"], 1)
-    x = places.standardise(torch.from_numpy(x), header["mean"], header["std"])
-    x, y = x - x.mean(1, keepdim=True), torch.from_numpy(y).float()  # the slide's stain, which labels do not depend on
+    x, y = places.standardise(torch.from_numpy(x), header["mean"], header["std"]), torch.from_numpy(y).float()
+    x = x - x.mean(1, keepdim=True)  # on stain the network learns nothing in hundreds of steps
 
     def logits(rows, side=1):
         flipped = (nm * torch.tensor([side, 1])).int().expand(len(rows), -1, -1)
@@ -141,22 +135,22 @@ def transformer(x, nm, y, train, test, header, seed):
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        return (torch.cat([logits(rows) for rows in torch.from_numpy(test).split(16)]) > 0).numpy().astype(int)
+        return np.array([logits(row[None]).item() > 0 for row in torch.from_numpy(test)])
 
 
 # ---- a seed, and the table -------------------------------------------------------------------------------------------
 
 
-def encoder(seed, names, recipe):
+def encoder(seed, names):
     """(net, header) of context.py, trained on the slides called `names`."""
     folder = Path(out, f"{Path(recipe).stem}_{seed}")
     if not list(folder.glob("*.pth")):
         folder.mkdir(parents=True, exist_ok=True)
-        Path(f"{folder}.txt").write_text("\n".join(names))
-        keys = {"features": f"{slides}/features", "train_slides": f"{folder}.txt", "out_dir": folder, "seed": seed}
-        flags = [f"--{key}={value}" for key, value in keys.items()]
+        listed = folder.with_suffix(".txt")
+        listed.write_text("\n".join(names))
+        flags = [f"--features={slides}/features", f"--train_slides={listed}", f"--out_dir={folder}", f"--seed={seed}"]
         subprocess.run([sys.executable, "context.py", recipe, *flags], check=True, stdout=subprocess.DEVNULL)
-    return context.load_encoder(str(max(folder.glob("*.pth"))))
+    return context.load_encoder(str(next(folder.glob("*.pth"))))
 
 
 def score(seed, config):
@@ -164,43 +158,56 @@ def score(seed, config):
     globals().update(config)
     torch.set_num_threads(1)
     x, centres, labels, patients, names = load(slides)
-    fold = np.random.default_rng(0).permutation(len(set(patients))) % 5
-    tested = np.isin(patients, np.unique(patients)[fold == seed % 5])
+    people, who = np.unique(patients, return_inverse=True)
+    folds = np.random.default_rng(0).permutation(len(people)) % 5
+    tested = folds[who] == seed % 5
     train, test = np.flatnonzero(~tested), np.flatnonzero(tested)
-    net, header = encoder(seed, [names[i] for i in train], recipe)
+    net, header = encoder(seed, names[train])
     fresh = context.random_encoder(header, seed)
-    places_shuffled = np.random.default_rng(seed).permutation(centres)
-    raw, visible = x.astype(np.float32), read(net, header, x, centres, 0)
-    hidden, random = (read(one, header, x, centres, hide) for one in (net, fresh))
-    shuffled = read(net, header, x, places_shuffled, hide)
+    raw, visible = x.astype(np.float32), read(net, header, x, centres)
+    hidden, random = read(net, header, x, centres, hide), read(fresh, header, x, centres, hide)
+    shuffled = read(net, header, x, np.random.default_rng(seed).permutation(centres), hide)
     vectors = {
         "mean": raw.mean(1), "max": raw.max(1), "moments": moments(x),
-        "mean of [raw, visible]": np.concatenate([raw.mean(1), visible.mean(1)], 1),
-        "mean of [raw, hidden]": np.concatenate([raw.mean(1), hidden.mean(1)], 1),
-        "mean + std of visible": spread(visible), "mean + std of hidden": spread(hidden),
-        "raw + mean + std of hidden": np.concatenate([raw.mean(1), spread(hidden)], 1),
-        "random init, mean + std of hidden": spread(random), "shuffled, mean + std of hidden": spread(shuffled)}
+        "mean of [raw, visible]": np.concatenate([raw, visible], 2).mean(1),
+        "mean of [raw, hidden]": np.concatenate([raw, hidden], 2).mean(1),
+        "visible, mean + std": spread(visible), "hidden, mean + std": spread(hidden),
+        "raw and hidden, mean + std": spread(np.concatenate([raw, hidden], 2)),
+        "random init, hidden": spread(random), "shuffled, hidden": spread(shuffled)}
     found = {}
     for task, y in labels.items():
         guesses = {name: probe(vector, y, train, test) for name, vector in vectors.items()}
         guesses["attention MIL"] = attention_mil(raw, raw, y, train, test, seed)
         guesses["attention of hidden on raw"] = attention_mil(hidden, raw, y, train, test, seed)
         if task in supervised.split(","):
-            guesses["supervised"] = transformer(x, places.to_nm(centres)[None], y, train, test, header, seed)
+            guesses["supervised"] = transformer(x, places.to_nm(centres), y, train, test, header, seed)
         for name, guess in guesses.items():
-            recalls = [(guess[y[test] == c] == c).mean() for c in (0, 1)]
-            found.setdefault(name, {})[task] = float(np.mean(recalls))
+            found.setdefault(name, {})[task] = balanced_accuracy_score(y[test], guess)
     Path(out, f"{Path(recipe).stem}_{seed}.json").write_text(json.dumps(found))
     return found
+
+
+def table(found):
+    """Markdown lines: mean and deviation over seeds, then 95 % intervals of differences (Student's t, paired)."""
+    tasks = list(found[0]["mean"])
+    yield f"| readout | {' | '.join(tasks)} |"
+    yield "|---" * (len(tasks) + 1) + "|"
+    values = {name: np.array([[row[name].get(task, np.nan) for task in tasks] for row in found]) for name in found[0]}
+    for name, value in values.items():
+        yield line(name, value.mean(0), value.std(0, ddof=1))
+    for name in ("mean", "attention MIL", "random init, hidden", "shuffled, hidden"):
+        gain = values["hidden, mean + std"] - values[name]
+        half = t.ppf(0.975, len(found) - 1) * gain.std(0, ddof=1) / len(found) ** 0.5
+        yield line(f"hidden, mean + std, less {name}", gain.mean(0), half)
+
+
+def line(name, middles, spreads):
+    cells = [f"{middle:.3f} +- {spread:.3f}" for middle, spread in zip(middles, spreads)]
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
     config = configure(globals())
     with get_context("spawn").Pool(jobs) as pool:
         found = pool.starmap(score, [(seed, config) for seed in range(seeds)], chunksize=1)
-    tasks = list(found[0]["mean"])
-    print("| readout |", " | ".join(tasks), "|")
-    print("|---|" + "---|" * len(tasks))
-    for name in found[0]:
-        values = {task: [row[name].get(task, np.nan) for row in found] for task in tasks}
-        print(f"| {name} |", " | ".join(f"{np.mean(v):.3f} +- {np.std(v, ddof=1):.3f}" for v in values.values()), "|")
+    print(*table(found), sep="\n")
