@@ -39,6 +39,7 @@ train_slides = ""        # file with a slide's name per line, to train on: leave
 out_dir = "out/context"  # of training: config.json, metrics.jsonl, ckpt/, <step>.pth; must be empty unless resuming
 weights = ""             # of embed: a <step>.pth
 out = ""                 # of embed: folder to write
+hide = 0                 # of embed: read places while they are hidden, one in N at a time; 0 = while they are seen
 part = ""                # of embed: "3/16" = every 16th slide, from the third on
 device = ""              # "cuda" or "cpu"; "" = cuda if there is one
 seed = 0
@@ -52,8 +53,11 @@ workers = 4              # data processes per rank
 window = 256             # places of the first scale; of another, as many as cover that area
 mask_share = 0.5         # of the places that are hidden; with several scales, of the coarsest's
 mask_block = (4, 25)     # places per block, drawn evenly: 2 x 2 to 5 x 5
-free_rotation = True     # windows are turned by any angle; False = by quarters
+turns = True             # windows are turned and flipped; False where directions mean something
+free_rotation = True     # by any angle; False = by quarters
 subtract_mean = False    # predict differences to the slide's mean feature, which carries stain and composition
+centre = False           # see such differences, too: stain is then nothing that the network has to tell apart
+rare = 0.0               # weight of a place in the loss: (squared distance to its window's mean)^rare; 0 = equal
 # ---- network --------------------------------------------------------------------------------------------------------
 width = 768
 depth = 6
@@ -149,22 +153,29 @@ def random_encoder(header, seed):
 
 
 @torch.inference_mode()
-def embed_slide(net, header, features, centres_um, device="cpu", layer=0):
+def embed_slide(net, header, features, centres_um, device="cpu", layer=0, hide=0):
     """
-    Context of a slide's places, float32 (N, D), from features (N, C) and centres (N, 2), or from lists of them per
-    scale: that of the first. What a place gets in the windows of places.cover is averaged.
+    Context of a slide's places, float32 (N, D), from features (N, C) and centres (N, 2); or from lists of them, one per
+    scale, and it is that of the first. What a place gets in the windows of places.cover is averaged. With `hide`, it is
+    what the rest of the window says of a place: training is about hidden places only, and may leave others without.
     """
     if isinstance(centres_um, np.ndarray):
         features, centres_um = [features], [centres_um]
     net = net.to(device)
+    means = [torch.from_numpy(own.mean(0, np.float32)) for own in features]
+    slide_means = [places.standardise(*scale) for scale in zip(means, header["mean"], header["std"])]
     total = np.zeros((len(centres_um[0]), header["config"]["width"]), np.float32)
     visits = np.zeros((len(total), 1), np.float32)
     for at, rows in places.cover(centres_um, [scale["count"] for scale in header["about"]]):
         tiles = [torch.from_numpy(own[r])[None] for own, r in zip(features, rows)]
         parts = [places.standardise(*scale).to(device) for scale in zip(tiles, header["mean"], header["std"])]
-        nm = places.to_nm(np.concatenate([own[r] - at for own, r in zip(centres_um, rows)]))[None].to(device)
-        x, _ = net(parts, nm, torch.zeros(nm.shape[:2], dtype=torch.bool, device=device), layer)
-        total[rows[0]] += x[0, : len(rows[0])].float().cpu().numpy()
+        if header["config"]["centre"]:
+            parts = [part - own.to(device) for part, own in zip(parts, slide_means)]
+        points = [own[r] - at for own, r in zip(centres_um, rows)]
+        nm = places.to_nm(np.concatenate(points))[None].to(device)
+        for read, hidden in places.in_turn(points, [scale["side"] for scale in header["about"]], hide):
+            x, _ = net(parts, nm, torch.from_numpy(hidden)[None].to(device), layer)
+            total[rows[0][read]] += x[0, : len(read)].float().cpu().numpy()[read]
         visits[rows[0]] += 1
     return total / visits
 
@@ -191,7 +202,7 @@ if __name__ == "__main__":
     try:  # what users state, and the files that it names
         if task == "embed":
             net, header = load_encoder(weights)
-            places.embed_files(config, header, functools.partial(embed_slide, net, header, device=dev))
+            places.embed_files(config, header, functools.partial(embed_slide, net, header, device=dev, hide=hide))
             sys.exit()
         if rank == 0 and not resume and os.path.isdir(out_dir) and os.listdir(out_dir):
             stop(f"{out_dir} is not empty: continue with --resume=true, delete it, or choose another --out_dir")
@@ -259,12 +270,13 @@ if __name__ == "__main__":
             group["lr"], group["weight_decay"] = lr, weight_decay * group["wd_scale"]
         batch = {k: v.to(dev, non_blocking=True) for k, v in next(batches).items()}
         parts = [places.standardise(*scale) for scale in zip(batch["features"].split(counts, 1), mean, std)]
-        predicted = net["backbone"](parts, batch["places"], batch["hidden"])[1].view(batch["features"].shape)
-        if subtract_mean:
-            slide_means = places.standardise(found[batch["slide"], 0], mean, std).split(1, 1)  # (B, 1, C) per scale
-            parts = [part - own for part, own in zip(parts, slide_means)]
+        slide_means = places.standardise(found[batch["slide"], 0], mean, std).split(1, 1)  # (B, 1, C) per scale
+        centred = [part - own for part, own in zip(parts, slide_means)]
+        _, predicted = net["backbone"](centred if centre else parts, batch["places"], batch["hidden"])
+        predicted = predicted.view(batch["features"].shape)
+        parts = centred if subtract_mean else parts
         pieces = [x.split(counts, 1) for x in (predicted, batch["places"], batch["hidden"], batch["wanted"])]
-        terms = torch.stack([model.window_losses(*scale) for scale in zip(parts, *pieces)])  # (scales, 4)
+        terms = torch.stack([model.window_losses(*scale, rare) for scale in zip(parts, *pieces)])  # (scales, 4)
         means = model.all_reduce(terms.detach() / world)
         loss = terms[0, 0] if len(about) == 1 else (terms[:, 0] / means[:, 3]).mean()  # no scale outweighs another
         loss.backward()

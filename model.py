@@ -624,11 +624,12 @@ def feature_loss(predicted, target):
     return smooth + 0.5 * (1 - F.cosine_similarity(predicted, target, dim=-1))
 
 
-def window_losses(target, predicted, nm, hidden, wanted):
+def window_losses(target, predicted, nm, hidden, wanted, rare=0.0):
     """
     context.py's objective (4,): feature_loss of predicted (B, N, C), and of three guesses that need no network: zero,
     the mean of the window's visible places, their mean weighted by 1 / distance^2. nm (B, N, 2) are positions; hidden
-    and wanted (B, N) are bool. Means over a window's wanted places, then over windows.
+    and wanted (B, N) are bool. Means over a window's wanted places, then over windows. A place weighs (squared distance
+    of its target to the mean of the window's targets)^rare: places like the rest would otherwise carry the loss.
     """
     seen = (~hidden[:, None]).float()  # (B, 1, N)
     mean = seen @ target / seen.sum(2, keepdim=True).clamp(min=1)
@@ -637,7 +638,9 @@ def window_losses(target, predicted, nm, hidden, wanted):
     neighbours = near @ target / near.sum(2, keepdim=True).clamp(min=1e-20)
     guesses = predicted.float(), torch.zeros_like(target), mean.expand_as(target), neighbours
     each = torch.stack([feature_loss(guess, target) for guess in guesses])  # (4, B, N)
-    return ((each * wanted).sum(2) / wanted.sum(1).clamp(min=1)).mean(1)
+    away = (target - target.mean(1, keepdim=True)).square().mean(-1)
+    weights = wanted * away**rare
+    return ((each * weights).sum(2) / weights.sum(1).clamp(min=1e-20)).mean(1)
 
 
 # ---- optimisation: parameter groups, schedules ----------------------------------------------------------------------

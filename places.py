@@ -287,6 +287,19 @@ def hide(rng, points, sides, share, block):
     return np.concatenate(hidden), np.concatenate(wanted)
 
 
+def in_turn(points, sides, passes):
+    """
+    Yield (read, hidden) until each place of the first scale was read once, while it was hidden, bool (n,) and (N,).
+    passes = 0: all at once, nothing is hidden. Tiles of other scales are hidden where they show the same pixels.
+    """
+    numbers = np.random.default_rng(0).permutation(len(points[0])) % max(passes, 1)
+    for number in range(max(passes, 1)):
+        read = numbers == number
+        region = points[0][read & (passes > 0)]
+        rest = [touches(own, side, region, sides[0]) for own, side in zip(points[1:], sides[1:])]
+        yield read, np.concatenate([read & (passes > 0), *rest])
+
+
 def turn(rng, points, free):
     """points (N, 2) turned by any angle, or by quarters, and flipped in half of the cases."""
     quarters = rng.random() * 4
@@ -336,6 +349,8 @@ class Windows(torch.utils.data.Dataset):
             points.append(centres[rows] - at)
         sides = [scale["side"] for scale in self.about]
         hidden, wanted = hide(rng, points, sides, config["mask_share"], config["mask_block"])
-        nm = to_nm(turn(rng, np.concatenate(points), config["free_rotation"]))
+        points = np.concatenate(points)
+        if config["turns"]:
+            points = turn(rng, points, config["free_rotation"])
         features = torch.from_numpy(np.concatenate(features))
-        return {"features": features, "places": nm, "hidden": hidden, "wanted": wanted, "slide": number}
+        return {"features": features, "places": to_nm(points), "hidden": hidden, "wanted": wanted, "slide": number}

@@ -94,7 +94,8 @@ def bit_equal(a, b):
 
 close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 # what an export of training says, of standardised features
-HEADER = dict(config={**TINY, "scale_embedding": True}, about=[dict(mpp=1.0, pitch=224.0, width=16, count=36)],
+HEADER = dict(config={**TINY, "scale_embedding": True, "centre": False},
+              about=[dict(mpp=1.0, pitch=224.0, side=224.0, width=16, count=36)],
               mean=torch.zeros(1, 16), std=torch.ones(1, 16))
 
 
@@ -128,6 +129,19 @@ def test_losses_of_guesses():
     assert losses[1].item() == pytest.approx((2.5 + 3.5) / 2 + 0.5)
 
 
+def test_rare_places_weigh_more():
+    target = torch.tensor([[[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [4.0, 0.0]]])  # away from their mean: 1, 1, 1 and 3
+    nm, hidden = torch.zeros(1, 4, 2, dtype=torch.int32), torch.tensor([[False, True, True, True]])
+    guess = torch.tensor([[[0.0, 0.0], [0.0, 0.0], [2.0, 0.0], [3.0, 0.0]]])
+    each = context.model.feature_loss(guess, target)[0]
+    equal, rare = (context.model.window_losses(target, guess, nm, hidden, hidden, rare)[0] for rare in (0.0, 1.0))
+    assert equal == pytest.approx(each[1:].mean().item())
+    assert rare == pytest.approx(((each[1] + each[2] + 9 * each[3]) / 11).item())
+
+
+# ---- windows --------------------------------------------------------------------------------------------------------
+
+
 def test_a_window_hides_exactly_its_share_in_blocks():
     cells = grid(16, 16) * 224.0
     for seed in range(30):
@@ -154,7 +168,7 @@ def test_no_scale_shows_what_another_hides():
 def test_windows_are_the_nearest_places_the_same_for_any_ranks(folder):
     files = places.files_of(folder)
     slides, about = places.open_slides([files], sorted(files), 36, print)
-    config = {**TINY, "seed": 3, "mask_share": 0.5, "free_rotation": True}
+    config = {**TINY, "seed": 3, "mask_share": 0.5, "turns": True, "free_rotation": True}
     whole = places.Windows(slides, about, config)[1]
     halves = [places.Windows(slides, about, config | {"batch_size": 4}, rank, 2)[1] for rank in (0, 1)]
     for key, value in whole.items():
@@ -238,6 +252,29 @@ def test_context_of_slides_of_any_size(count):
     if count <= 36:  # one window
         whole, _ = net([torch.from_numpy(x).float()[None]], places.to_nm(centres)[None], torch.zeros(1, count) > 0)
         assert np.allclose(whole[0].detach(), out, atol=1e-3)
+
+
+def test_a_place_read_while_hidden_is_not_told_by_its_own_feature():
+    net, cells = context.random_encoder(HEADER, 0), grid(6, 6)
+    x, centres = waves(0, cells), (cells * 224.0).astype(np.float32)
+    changed = x.copy()
+    changed[7] += 1
+    out, other = (context.embed_slide(net, HEADER, features, centres, hide=3) for features in (x, changed))
+    same = (out == other).all(1)
+    assert same[7] and 8 < same.sum() < 18  # those that are hidden together, a third
+
+
+def test_tiles_of_other_scales_are_hidden_with_a_place():
+    fine, wide = grid(8, 8) * 224.0, grid(4, 4) * 448.0 + 112
+    times = np.zeros(64, int)
+    for read, hidden in places.in_turn([fine, wide], [224.0, 448.0], 9):
+        times += read
+        assert np.array_equal(hidden[:64], read)
+        apart = np.abs(fine[read][:, None] - wide).max(2)
+        assert np.array_equal(hidden[64:], (apart < 300).any(0))
+    assert (times == 1).all()
+    (read, hidden), = places.in_turn([fine, wide], [224.0, 448.0], 0)
+    assert read.all() and not hidden.any()
 
 
 def test_windows_cover_a_large_slide():

@@ -1,0 +1,15 @@
+# question: does learnt context tell the layers of human cortex, beyond what an untrained network gives?
+# parent:   context.py
+# run:      python bench/cortex.py --data=data/dlpfc
+# result:   not run yet
+window = 128
+mask_block = (4, 16)
+width, depth, heads = 64, 3, 4
+batch_size = 16
+base_lr = 2e-2  # 2.5e-3 at 16 windows per step
+betas = (0.9, 0.95)
+max_steps = 300
+warmup_steps = 40
+save_interval = 0
+log_interval = 50
+workers = 0
