@@ -3,10 +3,11 @@ Does context help on real tissue? Layers of human cortex (LieberInstitute/HumanP
 
     python bench/cortex.py --data=data/dlpfc      # donor{1,2}_*.png and .csv (x_px, y_px, layer); minutes on one core
 
-Seven classes, and a layer is a matter of position in the tissue. A place's feature is made by hand from its 8 x 8 px at
-12.7 um/px. For each donor, a slide encoder is trained on the other's sections without labels, then a logistic regression
-on the other's places, and this donor's are tested: balanced accuracy. `context` is context.py's, of a place while it is
-hidden; `untrained` is the same network before training; `shuffled` has places permuted before windows are made.
+Seven classes, and a layer is a matter of position in the tissue. A place's feature is made by hand from its 8 x 8 px
+at 12.7 um/px. For each donor, a slide encoder is trained on the other's sections without labels, then a logistic
+regression on the other's places, and this donor's are tested: balanced accuracy. `context` is context.py's, of a place
+while it is hidden; `untrained` is the same network before training; `shuffled` has places permuted before windows are
+made.
 """
 import csv
 import statistics
@@ -81,7 +82,7 @@ def contexts(sections, weights, seed):
 
 
 def score(x, layers, donors, tested):
-    """Balanced accuracy on the places of donor `tested` of a regression on the others': [(N, D)] and [(N,)] a section."""
+    """Balanced accuracy on the places of donor `tested` of a regression on the others'; lists per section."""
     train = [i for i, donor in enumerate(donors) if donor != tested]
     test = [i for i, donor in enumerate(donors) if donor == tested]
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.5, class_weight="balanced", max_iter=1000))
