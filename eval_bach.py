@@ -19,6 +19,7 @@ data: {bach_dir}/ICIAR2018_BACH_Challenge/Photos/{Benign,InSitu,Invasive,Normal}
 from zenodo.org/records/3632035. The licence, CC BY-NC-ND 4.0, forbids passing on resized copies.
 """
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -195,8 +196,8 @@ def context_pool(view, weights):
     `pool` of embed for a view with context: an image is a small slide, and its feature the mean of [tile, context].
     ValueError if the slide encoder was trained on features of another encoder than `weights`, or of other tiles.
     """
-    from context import embed_slide, load_encoder
-    net, header = load_encoder(view.context)
+    slide_encoder = importlib.import_module("context")  # by name: training reads this file, and never that one
+    net, header = slide_encoder.load_encoder(view.context)
     about = header["about"][0]
     with open(weights, "rb") as f:
         same = about.get("weights_sha256") in (None, hashlib.file_digest(f, "sha256").hexdigest())
@@ -206,7 +207,7 @@ def context_pool(view, weights):
 
     def pool(of_tiles, image):
         centres = np.array(corners(image.shape[1:], view.px), np.float32)[:, ::-1] + view.px / 2
-        own = embed_slide(net, header, of_tiles.cpu().numpy(), centres * view.mpp)
+        own = slide_encoder.embed_slide(net, header, of_tiles.cpu().numpy(), centres * view.mpp)
         return torch.cat([of_tiles.cpu(), torch.from_numpy(own)], 1).mean(0)
 
     return pool

@@ -379,17 +379,20 @@ def check_classes(path, labels, classes, folds):
 
 
 def check_unseen(found, header, allowed, pattern):
-    """ValueError if the encoder was trained on a slide of these patients: every one of them is tested in some fold."""
+    """A text if the encoder was trained on a slide of these patients, each of whom is tested in some fold; else "".
+    ValueError unless that is allowed."""
+    tested = {wsi.patient_of(name, pattern) for name in found.slides}
     trained = {wsi.patient_of(name, pattern) for name in header["slides"]}
-    trained |= {patient for slide, patient in zip(found.slides, np.array(found.patients)[found.groups])
-                if slide in set(header["slides"])}
-    own = {wsi.patient_of(name, pattern) for name in found.slides} | set(found.patients)
-    if seen := sorted(trained & own):
-        text = f"the encoder was trained on slides of {len(seen)} of these patients, such as {seen[0]}"
-        if not allowed:
-            raise ValueError(f"{text}; train it without them (context.py --train_slides), or --allow_seen=true")
-        return text
-    return ""
+    seen = sorted(tested & trained)
+    for slide, group in zip(found.slides, found.groups):
+        if slide in header["slides"]:
+            seen.append(found.patients[group])
+    if not seen:
+        return ""
+    text = f"the encoder was trained on slides of {len(set(seen))} of these patients, such as {seen[0]}"
+    if not allowed:
+        raise ValueError(f"{text}; train it without them (context.py --train_slides), or --allow_seen=true")
+    return text
 
 
 def neighbours(raw, centres):
@@ -410,8 +413,8 @@ def readouts(raw, contexts, centres, places):
     if places:
         return {"raw": raw, "raw, 3x3 mean": np.concatenate([raw, near], 1), **beside}
     moments = np.concatenate([raw, near, near**2], 1)
-    pooled = {"mean": raw, "moments": moments, **beside}
-    return {"max": raw.max(0), **{name: own.mean(0) for name, own in pooled.items()}}
+    found = {"mean": raw.mean(0), "max": raw.max(0), "moments": moments.mean(0)}
+    return found | {name: own.mean(0) for name, own in beside.items()}
 
 
 def contexts_of(slide, stored, encoder, raw, centres):
@@ -453,7 +456,9 @@ def read_slides(config, found):
             mine = [found.slides.index(slide)]
             bags.append((features, own))
         for name, own in vectors.items():
-            rows.setdefault(name, np.zeros((len(found.slides), own.shape[-1]), np.float32))[mine] = own
+            if name not in rows:
+                rows[name] = np.zeros((len(found.slides), own.shape[-1]), np.float32)
+            rows[name][mine] = own
     return rows, bags, text
 
 
@@ -462,7 +467,8 @@ def open_context(slide, stored, features):
     if slide not in stored:
         raise ValueError(f"{slide}: no context; run context.py --task=embed on its features")
     own, _, _ = open_features(stored[slide], "context")
-    if len(own) != len(features) or (open_features(stored[slide])[0] != features).any():
+    read, _, _ = open_features(stored[slide])
+    if not np.array_equal(read, features):
         raise ValueError(f"{stored[slide]}: context of other features than {slide}'s; embed them again")
     return own
 
@@ -499,7 +505,12 @@ def inner_splits(labels, groups):
     """[(fit, held)] indices of up to three folds of whole patients."""
     fewest = min(len(groups[labels == label].unique()) for label in labels.unique())
     folds = make_folds(labels, groups, max(min(fewest, 3), 2), SEED)
-    return [((folds != f).nonzero()[:, 0], (folds == f).nonzero()[:, 0]) for f in folds.unique()]
+    return [fit_and_held(folds == f) for f in folds.unique()]
+
+
+def fit_and_held(held):
+    """(indices to fit on, indices held out) of bool (n,)."""
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
 
 def cox(x, time, event):
@@ -517,8 +528,8 @@ def out_of_fold(found, fit):
     predicted = torch.zeros(*found.folds.shape, len(found.classes))
     for repeat, folds in enumerate(found.folds):
         for f in folds.unique():
-            test = (folds == f).nonzero()[:, 0]
-            predicted[repeat, test] = fit((folds != f).nonzero()[:, 0], test).float()
+            train, test = fit_and_held(folds == f)
+            predicted[repeat, test] = fit(train, test).float()
     return predicted
 
 
@@ -526,7 +537,8 @@ def linear_probe(found, x, at_test, C):
     """Out-of-fold predictions from features x (n, D); those that are tested may be others, at_test."""
     def fit(train, test):
         if found.time.any():
-            risk = cox(x[train], found.time[train], found.labels[train] == 1).predict(at_test[test])
+            event = found.labels[train] == 1
+            risk = cox(x[train], found.time[train], event).predict(at_test[test])
             return torch.tensor(np.stack([-risk, risk], 1))
         probe = regression(x[train], found.labels[train], found.groups[train], C)
         return torch.from_numpy(probe.predict_proba(at_test[test]))
@@ -534,9 +546,11 @@ def linear_probe(found, x, at_test, C):
 
 
 # attention MIL (Ilse et al. 2018) as three groups train it; which one is chosen inside each fold
-MIL = {"patho-bench": dict(width=512, gated=False, dropout=0.25, lr=3e-4, weight_decay=1e-5, batch=1, epochs=20),
-       "eva": dict(width=128, gated=True, dropout=0.0, lr=1e-3, weight_decay=0.01, batch=32, epochs=100),
-       "titan": dict(width=512, gated=True, dropout=0.25, lr=1e-4, weight_decay=1e-5, batch=1, epochs=20)}
+MIL = {
+    "patho-bench": dict(width=512, gated=False, dropout=0.25, lr=3e-4, weight_decay=1e-5, batch=1, epochs=20),
+    "eva": dict(width=128, gated=True, dropout=0.0, lr=1e-3, weight_decay=0.01, batch=32, epochs=100),
+    "titan": dict(width=512, gated=True, dropout=0.25, lr=1e-4, weight_decay=1e-5, batch=1, epochs=20),
+}
 BAG = 2048  # places of a slide per training step
 
 
@@ -600,7 +614,8 @@ def mil_probe(found, bags):
     classes = len(found.classes)
 
     def fit(train, test):
-        labels, (rest, held), *_ = found.labels[train], *inner_splits(found.labels[train], found.groups[train])
+        labels = found.labels[train]
+        rest, held = inner_splits(labels, found.groups[train])[0]
         mine = [bags[i] for i in train]
         nets = [train_mil([mine[i] for i in rest], labels[rest], classes, setting, SEED) for setting in MIL]
         chosen = [apply_mil(net, [mine[i] for i in held]).argmax(1)[None] for net in nets]
@@ -623,13 +638,13 @@ def resampled(predicted, found, weights):
 def concordance(predicted, found, weights):
     """The same for survival: the c-index, mean over repeats."""
     from sksurv.metrics import concordance_index_censored
-    scores = []
-    for drawn in weights.long():
+    scores = torch.zeros(len(predicted), len(weights), dtype=torch.float64)
+    for b, drawn in enumerate(weights.long()):
         i = torch.arange(len(found.groups)).repeat_interleave(drawn[found.groups])
-        of_repeat = [concordance_index_censored(found.labels[i].numpy() == 1, found.time[i], risk[i, 1].numpy())[0]
-                     for risk in predicted]
-        scores.append(statistics.mean(of_repeat))
-    return torch.tensor(scores)
+        event, time = found.labels[i].numpy() == 1, found.time[i]
+        for repeat, risk in enumerate(predicted[:, i, 1].numpy()):
+            scores[repeat, b], *_ = concordance_index_censored(event, time, risk)
+    return scores.mean(0)
 
 
 def compare(name, predicted, mean, found):
@@ -683,11 +698,12 @@ def score_features(config):
             kinds["attention of context on raw"] = [(own, raw) for raw, own in bags]
         for name, pairs in kinds.items():
             done.append(show(compare(name, mil_probe(once, pairs), mean[:1], once)))
-    listed = "".join(f"{slide},{folds}\n" for slide, folds in zip(found.slides, found.folds.T.tolist()))
-    checksum = hashlib.sha256(listed.encode()).hexdigest()[:8]
     kind = "places" if found.where.shape[1] else "slides"
-    protocol = (f"{kind}: {len(found.slides)} of {len(found.patients)} patients, {len(found.folds)} x "
-                f"{int(found.folds.max()) + 1} folds {checksum}, logistic regression C 0.5 balanced")
+    repeats, k = len(found.folds), int(found.folds.max()) + 1
+    listed = str([found.slides, found.folds.tolist()])
+    checksum = hashlib.sha256(listed.encode()).hexdigest()[:8]
+    protocol = (f"{kind}: {len(found.slides)} of {len(found.patients)} patients, {repeats} x {k} folds {checksum}, "
+                "logistic regression C 0.5 balanced")
     return {"rows": done, "classes": found.classes, "seen": text, "protocol": protocol}
 
 
@@ -702,10 +718,15 @@ def write_scores(path, found, predicted):
 
 
 def show(row, is_mean=False):
-    interval = "" if is_mean else f"{row['difference']:+8.3f}  [{row['low']:+.3f}, {row['high']:+.3f}]"
-    none = "" if is_mean or row["low"] > 0 or row["high"] < 0 else "  none"
-    numbers = "".join(f"{row[key]:9.3f}" if key in row else " " * 9 for key in ("balanced", "auroc", "tuned"))
-    print(f"{row['row']:27}{numbers}   {interval}{none}", flush=True)
+    """Print a row of the table, and return it."""
+    text = f"{row['row']:27}"
+    for key in ("balanced", "auroc", "tuned"):
+        text += f"{row[key]:9.3f}" if key in row else " " * 9
+    if not is_mean:
+        low, high = row["low"], row["high"]
+        text += f"   {row['difference']:+8.3f}  [{low:+.3f}, {high:+.3f}]"
+        text += "" if low > 0 or high < 0 else "  none"
+    print(text, flush=True)
     return row
 
 
