@@ -6,7 +6,8 @@ What context adds on the toy slides: readouts of raw features, of a slide encode
 
 Patients are in 5 folds. Seed s trains an encoder on the slides outside fold s, without labels, and tests on fold s, so
 that each patient is tested once. Balanced accuracy, mean and deviation over the seeds. `hidden` is the context of each
-place while the place itself is hidden, which is where an encoder is trained; `visible` is what --task=embed writes.
+place while it is hidden (--hide of context.py), which is where an encoder is trained; `visible`, while it is seen.
+After a stop, the same command resumes.
 """
 import csv
 import json
@@ -154,8 +155,11 @@ def encoder(seed, names):
 
 
 def score(seed, config):
-    """{row: {task: balanced accuracy}} of a seed."""
+    """{row: {task: balanced accuracy}} of a seed; from its file, if that is there."""
     globals().update(config)
+    file = Path(out, f"{Path(recipe).stem}_{seed}.json")
+    if file.exists():
+        return json.loads(file.read_text())
     torch.set_num_threads(1)
     x, centres, labels, patients, names = load(slides)
     people, who = np.unique(patients, return_inverse=True)
@@ -183,7 +187,7 @@ def score(seed, config):
             guesses["supervised"] = transformer(x, places.to_nm(centres), y, train, test, header, seed)
         for name, guess in guesses.items():
             found.setdefault(name, {})[task] = balanced_accuracy_score(y[test], guess)
-    Path(out, f"{Path(recipe).stem}_{seed}.json").write_text(json.dumps(found))
+    file.write_text(json.dumps(found))
     return found
 
 
