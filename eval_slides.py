@@ -417,7 +417,7 @@ def readouts(raw, contexts, centres, places):
     return found | {name: own.mean(0) for name, own in beside.items()}
 
 
-def contexts_of(slide, stored, encoder, raw, centres):
+def contexts_of(slide, stored, encoder, raw, centres, hide):
     """{row: context (N, D_c)}: as stored, and the controls of an encoder: (trained, untrained, its header)."""
     found = {} if stored is None else {CONTEXT: np.asarray(stored, np.float32)}
     if encoder:
@@ -425,8 +425,8 @@ def contexts_of(slide, stored, encoder, raw, centres):
         if stored is None or stored.shape[1] != header["config"]["width"]:
             raise ValueError(f"{slide}: --encoder needs the --context that it has made")
         order = np.random.default_rng(SEED).permutation(len(raw))
-        found[RANDOM] = embed_slide(untrained, header, raw, centres, device)
-        found[SHUFFLED] = embed_slide(trained, header, raw, centres[order], device)
+        found[RANDOM] = embed_slide(untrained, header, raw, centres, device, hide=hide)
+        found[SHUFFLED] = embed_slide(trained, header, raw, centres[order], device, hide=hide)
     return found
 
 
@@ -445,8 +445,8 @@ def read_slides(config, found):
     rows, bags, is_places = {}, [], found.where.shape[1] > 0
     for slide in dict.fromkeys(found.slides):
         features, centres, about = open_features(files[slide])
-        own = open_context(slide, stored, features) if stored else None
-        contexts = contexts_of(slide, own, encoder, features, centres)
+        own, hide = open_context(slide, stored, features) if stored else (None, 0)
+        contexts = contexts_of(slide, own, encoder, features, centres, hide)
         vectors = readouts(np.asarray(features, np.float32), contexts, centres, is_places)
         if is_places:
             mine = [i for i, name in enumerate(found.slides) if name == slide]
@@ -463,14 +463,14 @@ def read_slides(config, found):
 
 
 def open_context(slide, stored, features):
-    """The context of a slide's places (N, D_c), mapped. ValueError if it is missing or of other features."""
+    """(context of a slide's places (N, D_c), mapped; --hide of its making). ValueError if it is of other features."""
     if slide not in stored:
         raise ValueError(f"{slide}: no context; run context.py --task=embed on its features")
-    own, _, _ = open_features(stored[slide], "context")
+    own, _, about = open_features(stored[slide], "context")
     read, _, _ = open_features(stored[slide])
     if not np.array_equal(read, features):
         raise ValueError(f"{stored[slide]}: context of other features than {slide}'s; embed them again")
-    return own
+    return own, about.get("hide", 0)
 
 
 def nearest_tiles(slide, where, centres, pitch):

@@ -147,12 +147,13 @@ def embed_file(path, name, file, part, config, header, embed, others):
     arrays["context"] = context.astype(np.float16)
     arrays["mean_raw"] = features[0].mean(0, np.float32)
     arrays["mean_context"] = context.mean(0)
+    stated = about[0] | {"hide": config["hide"]}
     if file.endswith(".h5"):
         from prepare.coords import write_h5
-        write_h5(part, arrays, dict.fromkeys(arrays, {}) | {"features": about[0]})
+        write_h5(part, arrays, dict.fromkeys(arrays, {}) | {"features": stated})
     else:
         with open(part, "wb") as f:
-            np.savez(f, **arrays, **about[0])
+            np.savez(f, **arrays, **stated)
     os.replace(part, file)
     return f"{len(context)} places"
 

@@ -145,7 +145,7 @@ def test_attention_reads_keys_and_pools_values():
 
 def encoder(world, slides):
     config = dict(width=8, heads=1, depth=1, registers=1, layerscale=1.0, periods=(2.0, 16.0), scale_embedding=False,
-                  window=16)
+                  window=16, centre=False)
     about = dict(mpp=1.0, tile_px=100, side=100.0, pitch=100.0, width=8, count=16)
     header = {"config": config, "about": [about], "slides": slides, "mean": torch.zeros(1, 8), "std": torch.ones(1, 8)}
     net = context.random_encoder(header, 1)
