@@ -122,7 +122,7 @@ def embed_files(config, header, embed):
     """
     from prepare import coords, slides
     first, *others = config["features"].split(",")
-    keys = {key: config[key] for key in ("features", "weights", "out", "part")}
+    keys = {key: config[key] for key in ("features", "weights", "out", "part", "hide")}
     keys |= {"slides": first + "/*.[hn][5p]*", "overlap": 0, "tile_px": 1}
     with open(config["weights"], "rb") as f:
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
