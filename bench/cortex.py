@@ -3,11 +3,11 @@ Does context help on real tissue? Layers of human cortex (LieberInstitute/HumanP
 
     python bench/cortex.py --data=data/dlpfc      # donor{1,2}_*.png and .csv (x_px, y_px, layer); minutes on one core
 
-Seven classes, and a layer is a matter of position in the tissue. A place's feature is made by hand from its 8 x 8 px
-at 12.7 um/px. For each donor, a slide encoder is trained on the other's sections without labels, then a logistic
-regression on the other's places, and this donor's are tested: balanced accuracy. `context` is context.py's, of a place
-while it is hidden; `untrained` is the same network before training; `shuffled` has places permuted before windows are
-made.
+A layer is a matter of position in the tissue; the classes are the layers that every donor has. A place's feature is
+made by hand from its 8 x 8 px at 12.7 um/px, and standardised by its section. For each donor, a slide encoder is
+trained on the others' sections without labels, then a logistic regression on the others' places, and this donor's are
+tested: balanced accuracy. `context` is context.py's, of a place while it is hidden; `untrained` is the same network
+before training; `shuffled` has places permuted before windows are made.
 """
 import csv
 import statistics
@@ -59,7 +59,8 @@ def make_features(image_file):
         rows = list(csv.DictReader(f))
     centres = np.array([[row["x_px"], row["y_px"]] for row in rows], float)
     corners = np.rint(centres - PX / 2).astype(int)
-    features = [describe(padded[y + PX : y + 2 * PX, x + PX : x + 2 * PX]) for x, y in corners]
+    features = np.array([describe(padded[y + PX : y + 2 * PX, x + PX : x + 2 * PX]) for x, y in corners])
+    features = (features - features.mean(0)) / features.std(0)  # donors are stained differently
     um = SECTIONS_UM.get(name, UM)
     about = {"mpp": UM, "tile_px": PX, "patch_size_level0": PX, "level0_mpp": um, "overlap": 0, "norm": "by hand"}
     np.savez(f"{out}/features/{name}.npz", features=np.float16(features), coords=corners, **about)
@@ -83,12 +84,16 @@ def contexts(sections, weights, seed):
 
 def score(x, layers, donors, tested):
     """Balanced accuracy on the places of donor `tested` of a regression on the others'; lists per section."""
-    train = [i for i, donor in enumerate(donors) if donor != tested]
-    test = [i for i, donor in enumerate(donors) if donor == tested]
+    of_donor = {donor: set() for donor in donors}
+    for donor, own in zip(donors, layers):
+        of_donor[donor] |= set(own)
+    common = sorted(set.intersection(*of_donor.values()))
+    kept = [np.isin(own, common) for own in layers]
+    x, y, donor = (np.concatenate([own[k] for own, k in zip(parts, kept)]) for parts in (
+        x, layers, [np.full(len(own), donor) for donor, own in zip(donors, layers)]))
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.5, class_weight="balanced", max_iter=1000))
-    probe.fit(np.concatenate([x[i] for i in train]), np.concatenate([layers[i] for i in train]))
-    predicted = probe.predict(np.concatenate([x[i] for i in test]))
-    return balanced_accuracy_score(np.concatenate([layers[i] for i in test]), predicted)
+    probe.fit(x[donor != tested], y[donor != tested])
+    return balanced_accuracy_score(y[donor == tested], probe.predict(x[donor == tested]))
 
 
 if __name__ == "__main__":
