@@ -1,9 +1,9 @@
 """
 Labelled toy slides, cells on a grid. The labels differ in what a reader has to see: amounts, places or distances.
 
-    python prepare/toy_slides.py                                         # writes data/toy_slides: 18 s on two cores
+    python prepare/toy_slides.py                                         # writes data/toy_slides: a minute on one core
     python prepare/features.py --slides='data/toy_slides/slides/*' --weights=out/toy/teacher/300.pth \\
-        --out=data/toy_slides/features --tile_px=28 --workers=0        # the places are the cells
+        --out=data/toy_slides/features --tile_px=28 --workers=0          # the places are the cells
 
     data/toy_slides/slides/t000.tif ...   240 slides of 40 patients, 20 x 20 cells of 14 um, at 0.5 um/px
     data/toy_slides/labels.csv            slide,patient,composition,focus,arrangement,distance
@@ -11,7 +11,7 @@ Labelled toy slides, cells on a grid. The labels differ in what a reader has to 
 Each slide has all four labels, drawn independently; each patient has as many slides of either class. To the left is a
 strip of epithelium, cells of kinds A and B in patches. To the right is stroma with isolated cells of kinds P and Q.
 
-    composition   0.35 or 0.65 of the strip are B
+    composition   0.4 or 0.6 of the strip are B
     focus         a square of 2 x 2 cells of a kind of their own lies somewhere in the strip, or does not
     arrangement   the strip is in place, or its squares of 2 x 2 cells are permuted
     distance      below each P lies its Q, 3 or 4 cells away or 8 to 10, as far in all of a slide
@@ -43,12 +43,11 @@ SIDE, STRIP, BLOCK = 20, 4, 2   # cells: of the slide, of the epithelium's width
 PAIRS = 6                       # of P and Q
 NEAR, FAR = (3, 4), (8, 9, 10)  # cells from each P down to its Q, one of these in all of a slide
 CELL_UM, UM = 14, 0.5           # side of a cell; um/px
-SHARES, PATCH = (0.35, 0.65), 8  # of B in the strip; cells across its patches, about
 RING_UM = 3.5                   # radius at which the nuclei of a cell stand
 KINDS = {  # in order: nuclei per cell, their long and short half axis in um, their load; load of eosin in the cell
     STROMA: (1, 4.5, 1.6, 1.0, 1.0),
-    A: (1, 4.0, 3.5, 1.2, 0.6),
-    B: (4, 2.7, 2.3, 2.0, 1.0),
+    A: (1, 4.0, 3.5, 1.2, 0.7),
+    B: (4, 2.4, 2.0, 1.4, 0.7),
     FOCUS: (2, 3.2, 2.8, 2.8, 0.3),
     P: (1, 6.2, 5.5, 2.8, 1.0),
     Q: (1, 2.2, 1.8, 1.6, 0.05),  # a vessel: nearly white
@@ -60,8 +59,8 @@ KINDS = {  # in order: nuclei per cell, their long and short half axis in um, th
 
 def epithelium(rng, composition, focus, arrangement):
     """The strip (SIDE, STRIP): patches of A and B; the same draws whatever the labels are."""
-    field = toy.noise(rng, (SIDE, STRIP), PATCH)
-    share = SHARES[composition] + rng.normal(0, 0.03)
+    field = toy.noise(rng, (SIDE, STRIP), 3)
+    share = (0.4, 0.6)[composition] + rng.normal(0, 0.03)
     limit = np.quantile(field, 1 - share)
     strip = np.where(field > limit, B, A)
     rows, columns = SIDE // BLOCK, STRIP // BLOCK
