@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from test_train import ROOT, bit_equal, flags, refused, rows, tiles, train, weights  # noqa: F401 (tiles is a fixture)
+from test_train import ROOT, bit_equal, flags, refused, rows, train, weights
 
 import checkpoint
 
@@ -78,17 +78,24 @@ DAMAGE = {"truncated": truncate, "no_metadata": lambda folder: (folder / ".metad
           "no_shard": lambda folder: next(folder.glob("*.distcp")).unlink()}
 
 
+@pytest.fixture(scope="module")
+def finished(tiles, tmp_path_factory):
+    """The flags of a run of three steps that keeps each, without its out_dir; that; its weights."""
+    argv = flags(tiles=tiles, save_interval=1, keep_checkpoints=0, max_steps=3)
+    folder = tmp_path_factory.mktemp("finished") / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        return argv, folder, weights(train(patch, [*argv, f"--out_dir={folder}"]))
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(damage, tiles, tmp_path, monkeypatch,  # noqa: F811
-                                                                      capsys):
-    keys = dict(tiles=tiles, schedule_steps=3, save_interval=1, keep_checkpoints=0, out_dir=tmp_path / "a")
-    straight = weights(train(monkeypatch, flags(**keys, max_steps=3)))
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(damage, finished, tmp_path, monkeypatch, capsys):
+    argv, folder, straight = finished
+    shutil.copytree(folder, tmp_path / "a")
     for foreign in ("notes", "7"):
         (tmp_path / "a/ckpt" / foreign).mkdir()
         (tmp_path / "a/ckpt" / foreign / "mine.txt").write_text("x")
     DAMAGE[damage](tmp_path / "a/ckpt/3")
-    capsys.readouterr()
-    resumed = train(monkeypatch, flags(**keys, max_steps=3, resume="true"))
+    resumed = train(monkeypatch, [*argv, f"--out_dir={tmp_path}/a", "--resume=true"])
     said = capsys.readouterr().out
     bit_equal(straight, weights(resumed))
     assert "ckpt/7 is no checkpoint" in said and "resume: step 2" in said
@@ -97,7 +104,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(damage, til
     assert checkpoint.complete(tmp_path / "a/ckpt") == [1, 2, 3]  # 3 was written again
 
 
-def test_checkpoints_of_another_architecture_are_named_and_left_alone(tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_checkpoints_of_another_architecture_are_named_and_left_alone(tiles, tmp_path, monkeypatch):
     keys = dict(tiles=tiles, max_steps=2, save_interval=1, out_dir=tmp_path / "a")
     train(monkeypatch, flags(**keys))
     message = refused(monkeypatch, flags(**keys, resume="true", dino_prototypes=32))
@@ -145,8 +152,8 @@ def wait_for(process, text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)])
-def test_a_preempted_run_saves_and_resumes_as_if_uninterrupted(number, ranks, tiles, tmp_path):  # noqa: F811
-    keys = dict(tiles=tiles, max_steps=40, schedule_steps=40, workers=1)
+def test_a_preempted_run_saves_and_resumes_as_if_uninterrupted(number, ranks, tiles, tmp_path):
+    keys = dict(tiles=tiles, arch="toy", max_steps=40, schedule_steps=40, workers=1)
     straight = launch(*flags(**keys, out_dir=tmp_path / "a"), ranks=ranks)
     straight.communicate(timeout=300)
     run = launch(*flags(**keys, out_dir=tmp_path / "b"), ranks=ranks, start_new_session=True)
@@ -166,9 +173,9 @@ def test_a_preempted_run_saves_and_resumes_as_if_uninterrupted(number, ranks, ti
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_nothing(tiles, tmp_path):  # noqa: F811
+def test_twenty_kills_at_random_moments_change_nothing(tiles, tmp_path):
     """One rank of two is killed, or both, also inside a save. Each run resumes from the last complete checkpoint."""
-    keys = dict(tiles=tiles, max_steps=120, schedule_steps=120, save_interval=4, keep_checkpoints=2)
+    keys = dict(tiles=tiles, arch="toy", max_steps=120, schedule_steps=120, save_interval=4, keep_checkpoints=2)
     straight = launch(*flags(**keys, out_dir=tmp_path / "a"), ranks=2)
     assert straight.communicate()[0] and straight.returncode == 0
     draw, kills, inside = random.Random(0), 0, 0

@@ -1,10 +1,7 @@
 """Every config states a question and a launch line, changes what its body says, fits, and follows its lineage."""
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,12 +81,11 @@ def test_every_config_fits_its_gpus_and_hours_follow_from_tflop():
     assert configs.hours(config, found) == pytest.approx([27.5, 17.1875])  # 137,500 steps x s / 3600
 
 
-def test_baselines_are_named_before_a_file_or_an_image_is_read(tmp_path):
-    command = [sys.executable, ROOT / "eval_bach.py", ROOT / "config/baselines.py", "--dry_run=true"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    said = [line for line in done.stdout.splitlines() if line.startswith("data/weights/")]
-    assert done.returncode == 0 and len(said) == 10 and "midnight: cls 224 px, norm half, no such file" in done.stdout
+def test_baselines_are_named_before_a_file_or_an_image_is_read(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = script("eval_bach.py", ROOT / "config/baselines.py", "--dry_run=true")
+    named = [line for line in said.splitlines() if line.startswith("data/weights/")]
+    assert len(named) == 10 and "midnight: cls 224 px, norm half, no such file" in said
 
 
 def test_clip3_is_what_vitg_is():

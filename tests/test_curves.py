@@ -1,7 +1,6 @@
 """Curves and comparisons of runs, on small folders written here."""
 import json
 import math
-import runpy
 import statistics
 import subprocess
 import sys
@@ -67,7 +66,7 @@ def test_rows_of_a_resumed_and_running_run(tmp_path):
             curves.read_rows(path)
 
 
-def test_command(tmp_path, monkeypatch, capsys):
+def test_command(script, tmp_path):
     pytest.importorskip("matplotlib")
     run(tmp_path / "first", [0.7, 0.75, 0.8], rank=(9, 8, 7))
     run(tmp_path / "second", [0.7], kde="koleo")
@@ -75,9 +74,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
 
     def command(*flags):
-        monkeypatch.setattr(sys, "argv", ["curves.py", *flags])
-        runpy.run_path(str(ROOT / "curves.py"), run_name="__main__")
-        return capsys.readouterr().out.splitlines()
+        return script("curves.py", *flags).splitlines()
 
     *_, last, path = command(f"--runs={tmp_path}/first")
     assert last.split() == ["200", "0.8000", "0.0100", "nan", "7.0000", "nan", "nan", "nan", "nan"]

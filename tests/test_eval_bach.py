@@ -1,7 +1,5 @@
 import json
 import os
-import runpy
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -497,15 +495,10 @@ def save_teacher(path, config, seed=0):
     return str(path)
 
 
-def command(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["eval_bach.py", *flags])
-    runpy.run_path(str(ROOT / "eval_bach.py"), run_name="__main__")
-
-
-def test_weights_command(bach_template, tmp_path, monkeypatch, capsys):
+def test_weights_command(bach_template, tmp_path, script):
     save_teacher(tmp_path / "7.pth", {"norm": ([0.5] * 3, [0.4] * 3)})
-    command(monkeypatch, f"--weights={tmp_path}/7.pth", f"--bach_dir={bach_template}", "--device=cpu", "--input_px=56")
-    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    flags = [f"--weights={tmp_path}/7.pth", f"--bach_dir={bach_template}", "--device=cpu", "--input_px=56"]
+    row = json.loads(script("eval_bach.py", *flags).splitlines()[-1])
     assert 0.5 < row["bach"] <= 1 and len(row["seeds"]) == 5 and row["protocol"].startswith("eva-bach: ")
     assert {"std", "accuracy", "plateau", "effective_rank", "mean_cosine", "recall", "confusion"} <= row.keys()
     assert all(0.3 < row[key] <= 1 for key in ("clean", "knn", "plateau"))
@@ -559,8 +552,8 @@ def test_norms_and_the_view_reach_all_files_and_one_that_fails_is_named(norm, re
     (["--weights=README.md", "--bach_dir=a", "--views=tiles", "--mpp=0"], "mpp = 0.0: both must be more than 0"),
     (["--LR=1"], "unknown key 'LR'"),  # the protocol cannot be set from outside
 ])
-def test_wrong_command(monkeypatch, flags, message):
+def test_wrong_command(script, monkeypatch, flags, message):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as e:
-        command(monkeypatch, *flags)
+        script("eval_bach.py", *flags)
     assert message in e.value.code and "\n" not in e.value.code

@@ -1,6 +1,5 @@
 import json
 import re
-import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -276,17 +275,15 @@ def test_whatever_changes_the_number_shows_in_the_protocol(tiles, monkeypatch):
     assert len(set(seen)) == len(seen), seen
 
 
-def test_command(tiles, tmp_path, monkeypatch, capsys):
+def test_command(script, tiles, tmp_path, XX):
     torch.manual_seed(0)
     vit = model.ViT(replace(model.ARCHS["toy"], layerscale=1.0))
     torch.save({"teacher": vit.state_dict(), "arch": "toy", "step": 7, "config": {}}, tmp_path / "7.pth")
 
     def command(image_dir):
         flags = [f"--weights={tmp_path}/7.pth", f"--image_dir={image_dir}", "--input_px=28", "--device=cpu"]
-        monkeypatch.setattr(sys, "argv", ["eval_slides.py", *flags])
-        runpy.run_path(str(ROOT / "eval_slides.py"), run_name="__main__")
-    command(tiles)
-    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return script("eval_slides.py", *flags)
+    row = json.loads(command(tiles).splitlines()[-1])
     assert row["image_dir"] == str(tiles) and row["step"] == 7 and 0 <= row["balanced"] <= 1
     with pytest.raises(SystemExit, match="^eval_slides: image_dir=nowhere: no such folder$"):
         command("nowhere")

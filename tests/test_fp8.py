@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_train import bit_equal, flags, quick_bach, refused, rows, tiles, train, weights  # noqa: F401
+from test_train import bit_equal, flags, quick_bach, refused, rows, train, weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -346,22 +346,20 @@ def test_so_it_does_on_two_ranks_checkpointed_and_compiled(mode, tmp_path):
 # ---- in train.py ----------------------------------------------------------------------------------------------------
 
 
-def test_train_refuses_fp8_on_a_narrow_backbone_in_one_line(tiles, monkeypatch, tmp_path):  # noqa: F811
+def test_train_refuses_fp8_on_a_narrow_backbone_in_one_line(tiles, monkeypatch, tmp_path):
     message = refused(monkeypatch, flags(tiles=tiles, fp8="on", out_dir=tmp_path))
     assert message.startswith("train.py: fp8 = 'on': below width 1024") and "'force'" in message and "\n" not in message
     assert "known: 'off', 'on', 'force'" in refused(monkeypatch, flags(tiles="/nowhere", fp8="true", out_dir=tmp_path))
 
 
-def test_a_run_in_fp8_trains_student_and_teacher_and_its_files_are_anyone_s(tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_in_fp8_trains_student_and_teacher_and_its_files_are_anyone_s(tiles, tmp_path, monkeypatch):
     """Resuming in fp8 is bit-equal, the export holds the fp32 weights, and a run may resume in bf16."""
-    narrow = model.replace(model.ARCHS["toy"], depth=1, embed_dim=32, num_heads=1, ffn_hidden=64)
-    monkeypatch.setitem(model.ARCHS, "toy", narrow)
     keys = dict(tiles=tiles, fp8="force", save_interval=2, bach_dir="x")
     quick_bach(monkeypatch.setattr)
     straight = train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
     for net in ("student", "teacher"):
         switched = [m for m in straight[net].modules() if isinstance(m, fp8.Fp8Linear)]
-        assert len(switched) == 4  # qkv, proj and the MLP's two
+        assert len(switched) == 2 * 4  # qkv, proj and the MLP's two of each block
     export = torch.load(tmp_path / "a/teacher/4.pth", weights_only=True)["teacher"]
     bit_equal(export, {k: v.full_tensor() for k, v in straight["teacher"]["backbone"].state_dict().items()})
     assert all(v.dtype == torch.float32 for v in export.values())

@@ -9,7 +9,7 @@ import pytest
 import reshard
 import torch
 import torch.distributed as dist
-from test_train import ROOT, bit_equal, flags, rows, tiles, train, weights  # noqa: F401 (tiles is a fixture)
+from test_train import ROOT, bit_equal, flags, rows, train, weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -65,7 +65,7 @@ def test_activation_checkpointing_recomputes_what_it_says_and_gives_the_same_bit
     assert forward[0] - last <= backward[2] - backward[0] <= forward[0], (forward, backward)
 
 
-def test_a_run_is_the_same_to_the_bit_whatever_it_keeps_and_prefetches(tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_is_the_same_to_the_bit_whatever_it_keeps_and_prefetches(tiles, tmp_path, monkeypatch):
     runs = [{}, dict(activation_checkpointing="selective"), dict(activation_checkpointing="full", prefetch=0)]
     first, *others = (weights(train(monkeypatch, flags(tiles=tiles, max_steps=2, out_dir=tmp_path / str(i), **keys)))
                       for i, keys in enumerate(runs))
@@ -73,7 +73,7 @@ def test_a_run_is_the_same_to_the_bit_whatever_it_keeps_and_prefetches(tiles, tm
         bit_equal(first, other)
 
 
-def test_the_teacher_starts_as_the_student(tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_the_teacher_starts_as_the_student(tiles, tmp_path, monkeypatch):
     run = train(monkeypatch, flags(tiles=tiles, max_steps=0, out_dir=tmp_path / "run"))
     student, teacher = ({k: sharding.local(v) for k, v in run[net].state_dict().items()}
                         for net in ("student", "teacher"))
@@ -81,7 +81,7 @@ def test_the_teacher_starts_as_the_student(tiles, tmp_path, monkeypatch):  # noq
     assert any(k.startswith("dino_head.") for k in student)
 
 
-def test_an_infinite_gradient_under_a_finite_loss_changes_nothing(tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_an_infinite_gradient_under_a_finite_loss_changes_nothing(tiles, tmp_path, monkeypatch):
     start = weights(train(monkeypatch, flags(tiles=tiles, max_steps=0, out_dir=tmp_path / "start")))
     clip = sharding.clip_gradients
 
@@ -206,7 +206,7 @@ def test_weights_stay_in_their_file_until_a_rank_takes_its_rows(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_do_not_recompile_after_the_first_step(tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_compiled_blocks_do_not_recompile_after_the_first_step(tiles, tmp_path, monkeypatch):
     """All blocks of the student share one graph, and those of the teacher. Later steps add none."""
     import torch._dynamo.utils as dynamo
     keys = dict(tiles=tiles, schedule_steps=5, activation_checkpointing="selective")

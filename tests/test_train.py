@@ -24,19 +24,11 @@ import sharding
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-TINY = dict(arch="toy", batch_size=4, global_px=56, local_px=28, local_crops=2, dino_hidden=32, ibot_hidden=32,
+model.ARCHS["tiny"] = model.replace(model.ARCHS["toy"], embed_dim=32, depth=2, num_heads=1, ffn_hidden=128)
+TINY = dict(arch="tiny", batch_size=4, global_px=56, local_px=28, local_crops=2, dino_hidden=32, ibot_hidden=32,
             dino_prototypes=64, ibot_prototypes=64, dino_bottleneck=16, ibot_bottleneck=16, workers=0, warmup_steps=2,
             freeze_last_layer=1, teacher_temp_warmup=4, log_interval=1, save_interval=1000, base_lr=1e-2,
             drop_path=0.25, device="cpu", max_steps=4)
-
-
-@pytest.fixture(scope="module")
-def tiles(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("tiles"), np.random.default_rng(0)
-    for i in range(24):
-        image = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((72, 72), Image.BICUBIC)
-        image.save(folder / f"{i:02d}.png")
-    return str(folder)
 
 
 def flags(**keys):
@@ -225,7 +217,7 @@ def test_saving_before_the_first_good_step_changes_nothing(tiles, tmp_path, monk
 
 
 def test_parameters_without_a_gradient_are_in_the_checkpoint(tiles, tmp_path, monkeypatch):
-    monkeypatch.setitem(model.ARCHS, "toy", model.replace(model.ARCHS["toy"], local_cls_norm=True))
+    monkeypatch.setitem(model.ARCHS, "tiny", model.replace(model.ARCHS["tiny"], local_cls_norm=True))
     keys = dict(tiles=tiles, local_crops=0, out_dir=tmp_path / "a")
     train(monkeypatch, flags(**keys, max_steps=1))
     assert train(monkeypatch, flags(**keys, max_steps=2, resume="true"))["progress"]["step"] == 2
@@ -304,15 +296,15 @@ def test_the_rows_of_a_run(tiles, tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_starts_from_the_weights_that_it_is_given(tiles, tmp_path, monkeypatch):
-    vit = model.ViT(model.ARCHS["toy"])  # a table for 224 px, resampled to the crops' 4 x 4
-    torch.save({"teacher": vit.state_dict(), "arch": "toy", "step": 1, "config": {}}, tmp_path / "w.pth")
+    vit = model.ViT(model.ARCHS["tiny"])  # a table for 224 px, resampled to the crops' 4 x 4
+    torch.save({"teacher": vit.state_dict(), "arch": "tiny", "step": 1, "config": {}}, tmp_path / "w.pth")
     keys = dict(tiles=tiles, max_steps=0, weights=tmp_path / "w.pth")
     for init in ("resample", "random"):
         run = train(monkeypatch, flags(**keys, pos_embed_init=init, out_dir=tmp_path / init))
         for net in (run["student"], run["teacher"]):
             state = {k: v.full_tensor() for k, v in net["backbone"].state_dict().items()}
             table = model.resample_pos_embed(vit.pos_embed.detach(), 4)
-            assert torch.equal(state["blocks.2.attn.qkv.weight"], vit.blocks[2].attn.qkv.weight)
+            assert torch.equal(state["blocks.1.attn.qkv.weight"], vit.blocks[1].attn.qkv.weight)
             assert torch.equal(state["pos_embed"], table) == (init == "resample")
     assert "another architecture" in refused(monkeypatch, flags(**keys, arch="dinov2_vits14", out_dir=tmp_path / "c"))
     assert "changes nothing" in refused(monkeypatch, flags(**{**keys, "weights": ""}, pos_embed_init="random"))
@@ -327,8 +319,8 @@ def test_a_run_starts_from_the_weights_that_it_is_given(tiles, tmp_path, monkeyp
 
 def test_the_teacher_is_the_average_of_the_student(tiles, tmp_path, monkeypatch):
     """The bug: an average written to a gathered copy of the teacher, and lost."""
-    vit = model.ViT(model.replace(model.ARCHS["toy"], pos_grid=4))
-    torch.save({"teacher": vit.state_dict(), "arch": "toy", "step": 1, "config": {}}, tmp_path / "w.pth")
+    vit = model.ViT(model.replace(model.ARCHS["tiny"], pos_grid=4))
+    torch.save({"teacher": vit.state_dict(), "arch": "tiny", "step": 1, "config": {}}, tmp_path / "w.pth")
     keys = dict(tiles=tiles, weights=tmp_path / "w.pth", momentum=0.75, momentum_end=0.75, warmup_steps=0,
                 save_interval=1, schedule_steps=10)
     want = dict(vit.state_dict())
@@ -363,7 +355,7 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
                        (dict(weights="none.pth"), "no file or folder none.pth"), (dict(bach_dir=tmp_path), "Photos"),
                        (dict(arch="vit"), "unknown arch 'vit'; known: 'dinov2_vits14'"),
                        (dict(kde="on"), "unknown kde 'on'; known"),
-                       (dict(global_px=60), "multiple of toy's patch of 14"), (dict(centering="x"), "sinkhorn"),
+                       (dict(global_px=60), "multiple of tiny's patch of 14"), (dict(centering="x"), "sinkhorn"),
                        (dict(batch_size=1), "at least 2"),
                        (dict(blur_prob="(0.1,0.5)"), "blur_prob = (0.1, 0.5): give 3"),
                        (dict(device="cuda"), "no GPU"),
@@ -507,8 +499,8 @@ def test_the_curve_is_the_teachers_and_what_its_export_scores(tiles, tmp_path, m
 @pytest.mark.parametrize("stated, want", [("half", [[0.5] * 3] * 2), (None, None), ("imagenet", None)])
 def test_pixels_are_normalised_as_the_weights_state(stated, want, tiles, tmp_path, monkeypatch):
     """The bug: weights trained at 0.5 that go on at ImageNet's, in silence."""
-    vit = model.ViT(model.ARCHS["toy"])
-    torch.save({"teacher": vit.state_dict(), "arch": "toy", "config": {"norm": stated}}, tmp_path / "w.pth")
+    vit = model.ViT(model.ARCHS["tiny"])
+    torch.save({"teacher": vit.state_dict(), "arch": "tiny", "config": {"norm": stated}}, tmp_path / "w.pth")
     seen, augment = [], data.augment
     monkeypatch.setattr(data, "augment", lambda x, rows, c, *a: seen.append(c["norm"]) or augment(x, rows, c, *a))
     keys = dict(tiles=tiles, max_steps=1, weights=tmp_path / "w.pth")

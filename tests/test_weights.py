@@ -1,13 +1,12 @@
 """Tiny weight files in every layout that load_backbone reads. For Hugging Face's, transformers is the reference."""
 import json
 import re
-import runpy
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from test_train import ROOT, bit_equal
+from test_train import bit_equal
 
 import model
 from model import ARCHS, ViT, ViTConfig
@@ -252,11 +251,10 @@ def test_a_model_without_mask_token_or_registers_loads(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dinov2_g", "dinov3_7b"])
-def test_a_converted_file_is_the_folder(name, tmp_path, monkeypatch):
+def test_a_converted_file_is_the_folder(name, tmp_path, script):
     stated = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     folder, out = write(tmp_path, released(RELEASED[name]), preprocessor_config=stated), tmp_path / "w.pth"
-    monkeypatch.setattr(sys, "argv", ["convert.py", f"--weights={folder}", f"--out={out}"])
-    runpy.run_path(str(ROOT / "prepare/convert.py"), run_name="__main__")
+    script("prepare/convert.py", f"--weights={folder}", f"--out={out}")
     one, other = model.load_backbone(folder), model.load_backbone(out)
     assert one.arch == other.arch and model.stored_norm(out) == model.NORMS["half"]
     bit_equal(one.state_dict(), other.state_dict())
