@@ -1,14 +1,12 @@
 """
-Run by test_sharding.py on one rank or several: python tests/reshard.py save|load FOLDER. `save` writes a checkpoint of
+Called by test_sharding.py on one rank or several. `save` writes a checkpoint of
 networks and moments drawn from seed 1, and measures the memory that it needs. `load` reads it into others and compares
 them with seed 1 drawn again: first values do not depend on the ranks, and neither may what a checkpoint holds.
 """
 import gc
 import math
-import sys
 import time
 import weakref
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,7 +15,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import model
 import sharding
@@ -91,9 +88,8 @@ def save(folder):
     with Peak(1.01 * shards) as saving:
         saver.save(1, dict(zip(("model", "optimizer"), get_state_dict(nets, optimizer))))
     saver.finish()
-    if dist.get_rank() == dist.get_world_size() - 1:
-        print(f"largest {largest} exporting {exporting.most} shards {shards} saving {saving.most}")
-        assert dist.get_rank() == 0 or all(v is None for v in whole.values())
+    assert dist.get_rank() == 0 or all(v is None for v in whole.values())
+    return largest, exporting.most, shards, saving.most
 
 
 def load(folder):
@@ -103,10 +99,10 @@ def load(folder):
     set_state_dict(nets, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     for (name, a), (_, b) in zip(tensors(nets, optimizer), tensors(*wanted), strict=True):
         assert torch.equal(a, b) and not torch.isnan(a).any(), name
-    print("equal")
 
 
-if __name__ == "__main__":
+def on_rank(function, folder):
     dist.init_process_group("gloo")
-    {"save": save, "load": load}[sys.argv[1]](sys.argv[2])
+    returned = function(folder)
     dist.destroy_process_group()
+    return returned

@@ -112,33 +112,24 @@ def test_checkpoints_of_another_architecture_are_named_and_left_alone(tiles, tmp
     assert sorted(os.listdir(tmp_path / "a/ckpt")) == ["1", "2"]
 
 
-def small_files():
-    """A full disk: no file may grow beyond 200 kB."""
+def fill_the_disk(folder):
+    """The message of a second save, during which no file may grow beyond 200 kB."""
+    dist.init_process_group("gloo")
+    saver = checkpoint.Saver(folder, 1, 0)
+    saver.save(1, {"w": torch.zeros(1000)})
+    saver.finish()
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    saver.save(2, {"w": torch.zeros(1_000_000)})
+    with pytest.raises(ValueError) as e:
+        saver.finish()
+    return str(e.value)
 
 
-def test_a_full_disk_keeps_the_last_checkpoint_and_names_the_path(tmp_path, monkeypatch):
-    code = """
-import sys, torch, torch.distributed as dist
-sys.path[:0] = ["tests", "."]
-import checkpoint, test_checkpoint
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-saver = checkpoint.Saver(sys.argv[1], 1, 0)
-saver.save(1, {"w": torch.zeros(1000)})
-saver.finish()
-test_checkpoint.small_files()
-saver.save(2, {"w": torch.zeros(1_000_000)})
-try:
-    saver.finish()
-except ValueError as e:
-    print(e)
-"""
-    command = [sys.executable, "-c", code, str(tmp_path / "ckpt")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"{tmp_path}/ckpt/unfinished could not be written (" in done.stdout, done.stdout + done.stderr
-    assert f"{tmp_path}/ckpt/1 is whole" in done.stdout and checkpoint.complete(tmp_path / "ckpt") == [1]
+def test_a_full_disk_keeps_the_last_checkpoint_and_names_the_path(on_ranks, tmp_path):
+    said, = on_ranks(1, fill_the_disk, f"{tmp_path}/ckpt")
+    assert f"{tmp_path}/ckpt/unfinished could not be written (" in said
+    assert f"{tmp_path}/ckpt/1 is whole" in said and checkpoint.complete(tmp_path / "ckpt") == [1]
 
 
 def wait_for(process, text):

@@ -275,7 +275,7 @@ def test_whatever_changes_the_number_shows_in_the_protocol(tiles, monkeypatch):
     assert len(set(seen)) == len(seen), seen
 
 
-def test_command(script, tiles, tmp_path, XX):
+def test_command(script, tiles, tmp_path):
     torch.manual_seed(0)
     vit = model.ViT(replace(model.ARCHS["toy"], layerscale=1.0))
     torch.save({"teacher": vit.state_dict(), "arch": "toy", "step": 7, "config": {}}, tmp_path / "7.pth")

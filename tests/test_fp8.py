@@ -311,11 +311,12 @@ def test_inductor_compiles_it():
     assert all(sqnr(found[k].flatten(), v.flatten(), 0) > 15 for k, v in exact.items() if v.abs().max() > 0)
 
 
-def sharded_equals_a_bf16_copy(rank, world, arch, mode, compiling, store):
+def sharded_equals_a_bf16_copy(arch, mode="none", compiling=False, **group):
     """In train.py's order: checkpointing, compiling, sharding. All ranks see the same images."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", **group)
     try:
-        net, half, x, mesh = vit(arch), vit(arch).bfloat16(), images(arch), init_device_mesh("cpu", (world,))
+        net, half, x = vit(arch), vit(arch).bfloat16(), images(arch)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         if arch.pos == "rope":
             half.rope_embed.periods = half.rope_embed.periods.float()
         want, exact = gradients(half, x.bfloat16())
@@ -332,15 +333,14 @@ def sharded_equals_a_bf16_copy(rank, world, arch, mode, compiling, store):
 
 
 @FAMILIES
-def test_sharding_with_bf16_parameters_equals_a_bf16_copy(arch, tmp_path):
-    sharded_equals_a_bf16_copy(0, 1, arch, "none", False, tmp_path / "store")
+def test_sharding_with_bf16_parameters_equals_a_bf16_copy(arch):
+    sharded_equals_a_bf16_copy(arch, store=dist.HashStore(), rank=0, world_size=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_so_it_does_on_two_ranks_checkpointed_and_compiled(mode, tmp_path):
-    arch = model.replace(V3, drop_path=0.0)
-    torch.multiprocessing.spawn(sharded_equals_a_bf16_copy, (2, arch, mode, True, tmp_path / "store"), nprocs=2)
+def test_so_it_does_on_two_ranks_checkpointed_and_compiled(mode, on_ranks):
+    on_ranks(2, sharded_equals_a_bf16_copy, model.replace(V3, drop_path=0.0), mode, True)
 
 
 # ---- in train.py ----------------------------------------------------------------------------------------------------

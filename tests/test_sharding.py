@@ -1,15 +1,11 @@
 """Activation checkpointing, sharding, first values, resharding, and the memory that a save needs."""
-import os
-import re
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 import reshard
 import torch
 import torch.distributed as dist
-from test_train import ROOT, bit_equal, flags, rows, train, weights
+from test_train import bit_equal, flags, rows, train, weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -145,64 +141,46 @@ def test_first_values_have_their_spread_and_a_seed_a_name(mesh):
     assert not torch.equal(a["backbone.pos_embed"], net["backbone"].pos_embed.full_tensor())
 
 
-def run(ranks, what, folder):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone",
-               "tests/reshard.py", what, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("before, after", [
     (2, 1), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)])
-def test_checkpoints_are_exact_on_any_number_of_ranks_and_nothing_whole_is_built(before, after, tmp_path, mesh):
+def test_checkpoints_are_exact_on_any_number_of_ranks_and_nothing_whole_is_built(before, after, on_ranks, tmp_path):
     """A rank that receives no export needs one whole tensor for it, and for a save a host copy of its own shards."""
-    said = run(before, "save", tmp_path)
-    largest, exporting, shards, saving = map(int, re.findall(r"\d+", said))
+    largest, exporting, shards, saving = on_ranks(before, reshard.on_rank, reshard.save, str(tmp_path))[-1]
     if before == 2:
-        assert exporting <= 1.01 * largest, said
-        assert saving <= 1.01 * shards, said
-    if after == 1:
-        reshard.load(str(tmp_path))
-    else:
-        assert run(after, "load", tmp_path).count("equal") == after
+        assert exporting <= 1.01 * largest and saving <= 1.01 * shards, (exporting, largest, saving, shards)
+    on_ranks(after, reshard.on_rank, reshard.load, str(tmp_path))
 
 
-PROGRAM = """
-import sys
-sys.path[:0] = ["tests", "."]
-import torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-import model, sharding
+LARGE = model.ViTConfig(14, 512, 8, 8, "mlp", 2048, 4, pos_grid=8)
+
+
 def anonymous():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-arch = model.ViTConfig(14, 512, 8, 8, "mlp", 2048, 4, pos_grid=8)
-with torch.device("meta"):
-    net = torch.nn.ModuleDict({"backbone": model.ViT(arch)})
-sharding.shard(net, init_device_mesh("cpu", (1,)), bf16=False, trained=True)
-sharding.materialize(net, "cpu", 0)
-before = anonymous()
-given = model.first_weights(sys.argv[1], arch)
-opened = anonymous()
-sharding.materialize(net, "cpu", 0, given)
-print(opened - before, anonymous() - before, sum(p.numel() * 4 for p in net.parameters()))
-whole = torch.load(sys.argv[1], weights_only=True)
-for name, p in net["backbone"].named_parameters():
-    assert torch.equal(p.full_tensor(), whole[name]), name
-"""
+    """Bytes of this process that belong to no file."""
+    with open("/proc/self/status") as lines:
+        return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
-def test_weights_stay_in_their_file_until_a_rank_takes_its_rows(tmp_path):
+def load_weights(path):
+    """Bytes that opening a weight file costs, that first values from it cost, and of the parameters."""
+    net = sharded(LARGE, init_device_mesh("cpu", (1,)))
+    sharding.materialize(net, "cpu", 0)
+    before = anonymous()
+    given = model.first_weights(path, LARGE)
+    opened = anonymous()
+    sharding.materialize(net, "cpu", 0, given)
+    loaded, whole = anonymous(), torch.load(path, weights_only=True)
+    for name, p in net["backbone"].named_parameters():
+        assert torch.equal(p.full_tensor(), whole[name]), name
+    return opened - before, loaded - before, sum(p.numel() * 4 for p in net.parameters())
+
+
+def test_weights_stay_in_their_file_until_a_rank_takes_its_rows(on_ranks, tmp_path):
     """The bug: each of 8 ranks reads the whole of a 7B's file into memory of its own."""
     torch.manual_seed(0)
     path = tmp_path / "weights.pth"
-    torch.save(model.ViT(model.ViTConfig(14, 512, 8, 8, "mlp", 2048, 4, pos_grid=8)).state_dict(), path)
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(path)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    opened, loaded, size = map(int, done.stdout.split())
-    assert opened < 0.1 * size and loaded < 1.15 * size, done.stdout
+    torch.save(model.ViT(LARGE).state_dict(), path)
+    (opened, loaded, size), = on_ranks(1, reshard.on_rank, load_weights, path)
+    assert opened < 0.1 * size and loaded < 1.15 * size, (opened, loaded, size)
 
 
 @pytest.mark.slow

@@ -4,8 +4,6 @@ import math
 import os
 import runpy
 import shutil
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -71,28 +69,9 @@ def bit_equal(a, b):
     assert not different, f"{len(different)} of {len(a)} tensors differ, first {different[:3]}"
 
 
-def train_in_turn(argvs, ports, between=lambda patch: None):
-    for argv, port in zip(argvs, ports):
-        os.environ["MASTER_PORT"], sys.argv = port, ["train.py", *argv]
-        runpy.run_path("train.py", run_name="__main__")
-        between(setattr)
-
-
-def on_two_ranks(function, argvs):
-    """Call a function of this file on two ranks. torchrun would import torch in a third process, for each run anew."""
-    sockets = [socket.create_server(("localhost", 0)) for _ in argvs]
-    ports = [str(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    code = f"import test_train; test_train.{function}({argvs}, {ports})"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_ADDR": "localhost", "WORLD_SIZE": "2"}
-    ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**env, "RANK": str(r)}) for r in range(2)]
-    while None in (ended := [p.poll() for p in ranks]) and not any(ended):  # one that fails leaves the other waiting
-        time.sleep(0.1)
-    for p in ranks:
-        p.kill()
-    assert ended == [0, 0]
+def train_rank(argv):
+    sys.argv = ["train.py", *argv]
+    runpy.run_path("train.py", run_name="__main__")
 
 
 JOINT = dict(drop_path=0.0, clip_grad=0.05, freeze_last_layer=0, warmup_steps=0, max_steps=5)
@@ -101,11 +80,11 @@ ON_TWO_RANKS = {"sinkhorn": JOINT, "softmax": JOINT | dict(centering="softmax"),
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tiles, tmp_path_factory):
+def two_ranks(on_ranks, tiles, tmp_path_factory):
     """A folder with the runs of ON_TWO_RANKS."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    argvs = [flags(tiles=tiles, out_dir=folder / name, **keys) for name, keys in ON_TWO_RANKS.items()]
-    on_two_ranks("train_in_turn", argvs)
+    for name, keys in ON_TWO_RANKS.items():
+        on_ranks(2, train_rank, flags(tiles=tiles, out_dir=folder / name, **keys))
     return folder
 
 
@@ -511,18 +490,21 @@ def test_pixels_are_normalised_as_the_weights_state(stated, want, tiles, tmp_pat
     assert run["config"]["norm"] == "imagenet"
 
 
-def one_of_two_ranks(argvs, ports):
-    """A good run and a poisoned one; wandb is there on rank 0 only."""
+def evaluating_rank(argv, poisoned):
+    """wandb is there on rank 0 only."""
     run = SimpleNamespace(init=lambda **k: SimpleNamespace(id="1"), define_metric=lambda *a, **k: 0, log=lambda row: 0)
     sys.modules["wandb"] = run if os.environ["RANK"] == "0" else None
     quick_bach(setattr)
-    train_in_turn(argvs, ports, between=poison)
+    if poisoned:
+        poison(setattr)
+    train_rank(argv)
 
 
 @pytest.mark.slow
-def test_two_ranks_stay_in_step_when_an_evaluation_fails_on_one(tiles, tmp_path):
+def test_two_ranks_stay_in_step_when_an_evaluation_fails_on_one(on_ranks, tiles, tmp_path):
     keys = dict(tiles=tiles, max_steps=3, eval_interval=2, bach_dir="x", wandb_project="x")
-    on_two_ranks("one_of_two_ranks", [flags(**keys, out_dir=tmp_path / name) for name in ("good", "bad")])
+    for name in ("good", "bad"):
+        on_ranks(2, evaluating_rank, flags(**keys, out_dir=tmp_path / name), name == "bad")
     same_but_for_bach(rows(tmp_path / "good"), rows(tmp_path / "bad"))
     bit_equal(*(torch.load(tmp_path / x / "teacher/3.pth", weights_only=True)["teacher"] for x in ("good", "bad")))
 
