@@ -5,6 +5,7 @@ import socket
 import sys
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import forkserver, get_context
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import eval_bach
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # the networks of the tests are too small to gain from more, and CI machines are shared
@@ -27,6 +30,31 @@ def tiles(tmp_path_factory):
     return str(folder)
 
 
+PHOTOS = "ICIAR2018_BACH_Challenge/Photos"
+
+
+@pytest.fixture(scope="session")
+def bach_template(tmp_path_factory):
+    """A BACH-shaped folder of 64x48 images whose colour tells the class, with clutter that must be ignored."""
+    root, rng = tmp_path_factory.mktemp("bach"), np.random.default_rng(0)
+    for label, (name, prefix) in enumerate(eval_bach.CLASSES.items()):
+        folder = root / PHOTOS / name
+        folder.mkdir(parents=True)
+        for i in range(1, 101):
+            pixels = rng.integers(0, 100, (48, 64, 3)) + np.array([90, 30, 30]) * (np.arange(3)[None] == label - 1)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{prefix}{i:03d}.tif")
+        (folder / "Thumbs.db").write_bytes(b"x")
+    return root
+
+
+@contextmanager
+def one_line(pattern):
+    """The block refuses what a user wants, in one line that holds the pattern."""
+    with pytest.raises((ValueError, SystemExit), match=pattern) as e:
+        yield
+    assert "\n" not in str(e.value)
+
+
 @pytest.fixture
 def script(monkeypatch, capsys):
     """script(file, *flags) runs a script in this process and returns what it prints. A launch would import torch."""
@@ -40,7 +68,8 @@ def script(monkeypatch, capsys):
 
 def as_rank(port, rank, world, function, arguments):
     """Call a function as torchrun would start it."""
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.chdir(ROOT)
     try:
         return function(*arguments)

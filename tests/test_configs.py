@@ -2,16 +2,15 @@
 import ast
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import model
 from bench import configs
 from prepare.stats import train_config
 
-ROOT = Path(__file__).parents[1]
 TRAIN = {p.stem: p for p in sorted((ROOT / "config").glob("*.py")) if p.stem != "baselines"}
 ABLATE = {p.stem: p for p in sorted((ROOT / "config/ablate").glob("*.py"))}
 # a lineage's or a size's own constants; all others ask one question and change one to five things

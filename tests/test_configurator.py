@@ -4,10 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from configurator import configure
-
-ROOT = Path(__file__).parents[1]
 
 
 def defaults():

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,32 +10,17 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import PHOTOS, ROOT, one_line
 from PIL import Image
 
 import eval_bach
 import model
 
-ROOT = Path(__file__).parent.parent
 MEAN, STD = model.NORMS["imagenet"]
 SPLIT = eval_bach.LABELS, eval_bach.TRAIN_INDEX, eval_bach.VAL_INDEX
-PHOTOS = "ICIAR2018_BACH_Challenge/Photos"
 
 
 # images and split
-
-
-@pytest.fixture(scope="module")
-def bach_template(tmp_path_factory):
-    """A BACH-shaped folder of 64x48 images whose colour tells the class, with clutter that must be ignored."""
-    root, rng = tmp_path_factory.mktemp("bach"), np.random.default_rng(0)
-    for label, (name, prefix) in enumerate(eval_bach.CLASSES.items()):
-        folder = root / PHOTOS / name
-        folder.mkdir(parents=True)
-        for i in range(1, 101):
-            pixels = rng.integers(0, 100, (48, 64, 3)) + np.array([90, 30, 30]) * (np.arange(3)[None] == label - 1)
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{prefix}{i:03d}.tif")
-        (folder / "Thumbs.db").write_bytes(b"x")
-    return root
 
 
 @pytest.fixture
@@ -75,9 +61,8 @@ def test_pixels_are_those_of_the_files_in_order(bach_template):
 ])
 def test_bad_folder(bach, damage, message):
     damage(bach / PHOTOS)
-    with pytest.raises(ValueError, match=message) as e:
+    with one_line(message):
         eval_bach.load_pixels(bach)
-    assert "\n" not in str(e.value)
 
 
 def test_odd_size_and_damaged_file(bach):
@@ -89,9 +74,8 @@ def test_odd_size_and_damaged_file(bach):
         eval_bach.load_pixels(bach)
     for damaged in (good[: len(good) // 2], b"not an image", b""):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="iv033.tif: not a readable image .*again") as e:
+        with one_line("iv033.tif: not a readable image .*again"):
             eval_bach.load_pixels(bach)
-        assert "\n" not in str(e.value)
 
 
 def test_pixels_equal_torchvision_to_the_last_bit(tmp_path):
@@ -195,9 +179,8 @@ def test_collapse_metrics():
 def test_features_that_are_not_finite(bad):
     features = torch.randn(10, 4)
     features[[2, 5]] = bad
-    with pytest.raises(ValueError, match="features of 2 of 10 images are not finite") as e:
+    with one_line("features of 2 of 10 images are not finite"):
         eval_bach.collapse_metrics(features)
-    assert "\n" not in str(e.value)
 
 
 # the probe
@@ -344,14 +327,19 @@ def test_probe_summary_and_protocol():
     assert len({result["protocol"], alone["protocol"], eval_bach.probe(features, *SPLIT, 5, 43, 200)["protocol"]}) == 3
 
 
-@pytest.mark.parametrize("name, value", [("LR", 1e-3), ("WEIGHT_DECAY", 0.0), ("WARM_EPOCHS", 0), ("WARM_FACTOR", 0.5),
-                                         ("BATCH", 64), ("PATIENCE", 10)])
-def test_every_constant_shows_in_the_protocol(monkeypatch, name, value):
-    def run():
-        return eval_bach.probe(blobs(4, 4), *SPLIT, max_steps=10)
-    before = run()["protocol"]
-    monkeypatch.setattr(eval_bach, name, value)
-    assert run()["protocol"] != before
+def test_every_constant_and_the_view_show_in_the_protocol(monkeypatch):
+    def protocol(view=eval_bach.View()):
+        return eval_bach.probe(blobs(4, 4), *SPLIT, max_steps=10, view=view)["protocol"]
+    seen = [protocol(view) for view in (eval_bach.View(), eval_bach.View(392), eval_bach.View(concat=True))]
+    seen.append(protocol(eval_bach.View(mpp=0.5)))
+    assert seen[0].startswith("eva-bach: cls 224 px, 268/132, 5 heads")
+    assert "cls of tiles 224 px at 0.5 um/px" in seen[3]
+    for name, value in (("LR", 1e-3), ("WEIGHT_DECAY", 0.0), ("WARM_EPOCHS", 0), ("WARM_FACTOR", 0.5), ("BATCH", 64),
+                        ("PATIENCE", 10)):
+        with monkeypatch.context() as patch:
+            patch.setattr(eval_bach, name, value)
+            seen.append(protocol())
+    assert len(set(seen)) == 4 + 6
 
 
 def test_an_image_of_another_mode_is_read_as_rgb_and_one_of_16_bits_refused(tmp_path):
@@ -361,13 +349,6 @@ def test_an_image_of_another_mode_is_read_as_rgb_and_one_of_16_bits_refused(tmp_
     Image.fromarray(np.full((48, 64), 40_000, np.uint16)).save(tmp_path / "x.tif")  # would saturate to white
     with pytest.raises(ValueError, match="x.tif: .*more than 8 bits per channel"):
         eval_bach.read_image(tmp_path / "x.tif")
-
-
-def test_a_view_shows_in_the_protocol():
-    views = (eval_bach.View(), eval_bach.View(392), eval_bach.View(mpp=0.5), eval_bach.View(concat=True))
-    rows = [eval_bach.probe(blobs(4, 4), *SPLIT, max_steps=10, view=view)["protocol"] for view in views]
-    assert rows[0].startswith("eva-bach: cls 224 px, 268/132, 5 heads") and len(set(rows)) == 4
-    assert "cls of tiles 224 px at 0.5 um/px" in rows[2]
 
 
 def test_the_clean_split_selects_nothing_on_the_132_images():
@@ -553,6 +534,5 @@ def test_norms_and_the_view_reach_all_files_and_one_that_fails_is_named(norm, re
 ])
 def test_wrong_command(script, monkeypatch, flags, message):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as e:
+    with one_line(re.escape(message)):
         script("eval_bach.py", *flags)
-    assert message in e.value.code and "\n" not in e.value.code

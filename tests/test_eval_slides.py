@@ -2,19 +2,18 @@ import json
 import re
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, one_line
 from PIL import Image
 
 import eval_bach
 import eval_slides
 import model
 
-ROOT = Path(__file__).parent.parent
 OSTEOSARCOMA = ROOT.parent / "shared" / "data" / "osteosarcoma"
 
 
@@ -315,9 +314,8 @@ GREEN, HEADER = ROWS[:12], "file,patient,fold"
 ])
 def test_bad_tables_are_refused_in_one_line(tiles, lines, message):
     (tiles / "groups.csv").write_text("\n".join(lines) + "\n", encoding="latin-1")
-    with pytest.raises(ValueError) as e:
+    with one_line(re.escape(message)):
         eval_slides.load(keys(tiles))
-    assert message in str(e.value) and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -329,9 +327,8 @@ def test_bad_tables_are_refused_in_one_line(tiles, lines, message):
 ])
 def test_bad_folders_are_refused_in_one_line(tiles, damage, message):
     damage(tiles / "red")
-    with pytest.raises(ValueError) as e:
+    with one_line(re.escape(message)):
         eval_slides.load(keys(tiles))
-    assert message in str(e.value) and "\n" not in str(e.value)
 
 
 def test_scikit_learn_is_needed_for_made_folds_alone(tiles, monkeypatch):

@@ -1,7 +1,6 @@
 """fp8.py: how exact its products are, what it refuses, and that nothing else changes with it."""
 import copy
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ import fp8
 import model
 import sharding
 
-ROOT = Path(__file__).parents[1]
 V2 = model.ViTConfig(14, 32, 2, 2, "mlp", 64, 4, pos_grid=4, layerscale=1.0, drop_path=0.25)
 V2_SWIGLU = model.replace(V2, ffn="swiglu")
 V3 = model.ViTConfig(16, 32, 2, 2, "swiglu", 64, 4, "rope", mask_k_bias=True, layerscale=1.0, drop_path=0.25)

@@ -6,21 +6,19 @@ import runpy
 import shutil
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
+from conftest import ROOT
 
 import data
 import eval_bach
 import model
 import sharding
 
-ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 model.ARCHS["tiny"] = model.replace(model.ARCHS["toy"], embed_dim=32, depth=2, num_heads=1, ffn_hidden=128)
 TINY = dict(arch="tiny", batch_size=4, global_px=56, local_px=28, local_crops=2, dino_hidden=32, ibot_hidden=32,
@@ -154,19 +152,24 @@ def test_two_ranks_equal_one_process_on_the_same_global_batch(centering, tiles, 
         torch.testing.assert_close(saved[0][k], saved[1][k], atol=1e-4, rtol=1e-3)
 
 
+def poison_steps(monkeypatch, wanted):
+    """Steps for whose number `wanted` is true see NaN. Returns the calls so far, two a step: cleared, they start anew."""
+    augment, calls = data.augment, []
+
+    def poisoned(crops, *rest):
+        calls.append(0)
+        return augment(crops, *rest) * (math.nan if wanted((len(calls) - 1) // 2) else 1)
+
+    monkeypatch.setattr(data, "augment", poisoned)
+    return calls
+
+
 @pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
 def test_a_poisoned_batch_leaves_the_weights_bit_equal_and_is_counted(centering, tiles, tmp_path, monkeypatch):
     """The bug: a NaN loss that still steps the optimizer."""
     keys = dict(tiles=tiles, schedule_steps=5, centering=centering)
     clean = train(monkeypatch, flags(**keys, max_steps=3, out_dir=tmp_path / "clean"))
-    augment, calls = data.augment, []
-
-    def poison(crops, *rest):
-        calls.append(0)
-        x = augment(crops, *rest)
-        return x * float("nan") if len(calls) > 2 * 3 else x  # two calls a step: the fourth step and later
-
-    monkeypatch.setattr(data, "augment", poison)
+    calls = poison_steps(monkeypatch, lambda step: step >= 3)
     poisoned = train(monkeypatch, flags(**keys, max_steps=5, out_dir=tmp_path / "poisoned"))
     bit_equal(weights(clean), weights(poisoned))
     assert poisoned["progress"] == {"step": 5, "bad_steps": 2, "samples": 20, "images": 4}
@@ -371,15 +374,9 @@ def test_too_many_unreadable_tiles_stop_the_run_with_their_list(tiles, tmp_path,
     assert rows(tmp_path / "a")[-1]["bad_tiles"] == 3, "a resumed run remembers them"
 
 
-def test_the_bach_curve_starts_at_step_0(tiles, tmp_path, monkeypatch):
-    rng, photos = np.random.default_rng(0), tmp_path / "bach/ICIAR2018_BACH_Challenge/Photos"
-    for c, (name, prefix) in enumerate(zip(("Benign", "InSitu", "Invasive", "Normal"), ("b", "is", "iv", "n"))):
-        (photos / name).mkdir(parents=True)
-        for i in range(1, 101):
-            image = np.uint8(60 * c) + rng.integers(0, 40, (24, 32, 3), dtype=np.uint8)
-            Image.fromarray(image).save(photos / name / f"{prefix}{i:03d}.tif")
+def test_the_bach_curve_starts_at_step_0(tiles, bach_template, tmp_path, monkeypatch):
     quick_bach(monkeypatch.setattr, gray=False)
-    keys = dict(tiles=tiles, max_steps=3, eval_interval=2, bach_dir=tmp_path / "bach")
+    keys = dict(tiles=tiles, max_steps=3, eval_interval=2, bach_dir=bach_template)
     train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
     curve, metrics = rows(tmp_path / "a", "bach.jsonl"), rows(tmp_path / "a")
     assert [r["step"] for r in curve] == [0, 2, 3] and [r["step"] for r in metrics] == [0, 1, 2, 3]

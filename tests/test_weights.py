@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import one_line
 from test_train import bit_equal
 
 import model
@@ -84,9 +85,8 @@ def test_a_released_file_that_lacks_a_tensor_is_refused_by_its_name(key, tmp_pat
         state = released(config).state_dict()
         if key in state:
             path = save(tmp_path / "w.pth", {k: v for k, v in state.items() if k != key})
-            with pytest.raises(ValueError, match=rf"w\.pth: .*{re.escape(key)}") as e:
+            with one_line(rf"w\.pth: .*{re.escape(key)}"):
                 model.load_backbone(path)
-            assert "\n" not in str(e.value)
 
 
 def test_a_teacher_of_this_project_brings_its_architecture_and_normalisation(tmp_path):
@@ -299,9 +299,8 @@ def test_normalisation_is_the_models_own_or_is_asked_for(tmp_path):
                        (json.dumps({**stated, "image_mean": [123.7, 116.3, 103.5]}), "pixels from 0 to 1")):
         file = tmp_path / "preprocessor_config.json"
         file.write_text(text) if text else file.unlink()
-        with pytest.raises(ValueError, match=part) as e:
+        with one_line(f"{tmp_path}.*{part}"):
             model.stored_norm(tmp_path)
-        assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
 
 def test_hugging_face_files_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch):
@@ -321,9 +320,8 @@ def test_hugging_face_files_that_do_not_fit_are_refused_in_one_line(tmp_path, mo
         write(tmp_path, vit)
         (tmp_path / "config.json").unlink()
         st.save_file(tensors, file)
-        with pytest.raises(ValueError, match=part) as e:
+        with one_line(f"{tmp_path}.*{part}"):
             model.load_backbone(tmp_path)
-        assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
     for key, value in (("hidden_size", 96), ("hidden_act", "relu")):
         config = json.loads((write(tmp_path, vit) / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
