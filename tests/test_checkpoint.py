@@ -12,15 +12,9 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from test_train import ROOT, bit_equal, flags, refused, rows, train, weights
+from test_train import ROOT, bit_equal, flags, refused, timeless, train, weights
 
 import checkpoint
-
-UNTIMED = ("images_per_s", "data_wait")
-
-
-def metrics(folder):
-    return [{k: v for k, v in row.items() if k not in UNTIMED} for row in rows(folder)]
 
 
 def exported(folder, step):
@@ -159,7 +153,7 @@ def test_a_preempted_run_saves_and_resumes_as_if_uninterrupted(number, ranks, ti
     assert checkpoint.complete(tmp_path / "b/ckpt")[-1] < 40
     resumed = launch(*flags(**keys, out_dir=tmp_path / "b", resume="true"), ranks=ranks)
     assert resumed.wait() == 0
-    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
     bit_equal(exported(tmp_path / "a", 40), exported(tmp_path / "b", 40))
 
 
@@ -193,6 +187,6 @@ def test_twenty_kills_at_random_moments_change_nothing(tiles, tmp_path):
             assert f"\nresume: step {before[-1]} of " in said, said
     assert kills == 20
     print(f"{inside} of {kills} kills inside a save")
-    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
     bit_equal(exported(tmp_path / "a", 120), exported(tmp_path / "b", 120))
     assert json.load(open(tmp_path / "b/config.json"))["max_steps"] == 120

@@ -1,12 +1,8 @@
 """train.py's step on a GPU: bf16 near the CPU's fp32, no wait for a result, what it holds. Skipped without one."""
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import test_sharding
+import torch
 from test_train import flags, rows, train, weights
 
 import data
