@@ -71,8 +71,7 @@ def test_predictions_are_within_a_tenth_of_what_is_allocated(name, drop, mode, t
 @pytest.mark.parametrize("normed", [True, False])
 def test_and_where_logits_dominate(normed, tiles, tmp_path, monkeypatch):
     keys = dict(dino_prototypes=30_000, ibot_prototypes=20_000, head_weight_norm=normed)
-    moment = compare("v2", tiles, tmp_path, monkeypatch, activation_checkpointing="full", **keys)
-    assert moment == "losses"
+    assert compare("v2", tiles, tmp_path, monkeypatch, activation_checkpointing="full", **keys) == "losses"
 
 
 @pytest.mark.parametrize("c", FAMILIES.values(), ids=FAMILIES)

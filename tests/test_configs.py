@@ -201,8 +201,7 @@ ROWS = {  # label of docs/recipe.md -> texts that a cell must hold, of a config'
     "iBOT head": "{ibot_hidden}, {ibot_bottleneck}, {ibot_prototypes}",
     "masked share of half the globals": "{mask_ratio[0]}-{mask_ratio[1]}",
     "crops": "x {global_px}|{local_crops} x {local_px}",
-    "spreading term, 0.05": "{sign}",
-}
+    "spreading term, 0.05": "{sign}"}
 
 
 @pytest.mark.parametrize("column, name", [

@@ -55,7 +55,6 @@ def tableonly(monkeypatch):
 
 # one run
 
-
 def test_rows_of_a_resumed_and_running_run(tmp_path):
     path = tmp_path / "bach.jsonl"
     rows = [{"step": step, "bach": bach} for step, bach in ((0, 0.7), (500, 0.75), (1000, 0.8), (500, 0.9))]
@@ -108,7 +107,6 @@ def test_neither_torch_nor_matplotlib_is_needed_for_the_tables(tmp_path, monkeyp
 
 # groups of repeats
 
-
 def test_repeats_are_one_row_and_every_other_run_its_own(tmp_path, tableonly, capsys):
     for seed, end in enumerate((0.70, 0.80, 0.75)):
         free = {"seed": seed, "workers": seed, "wandb_project": "x" * seed}
@@ -132,8 +130,7 @@ def test_repeats_are_one_row_and_every_other_run_its_own(tmp_path, tableonly, ca
     ({"source": COMMIT + "diff --git a/model.py b/model.py\n+1\n"}, "changed: code='aaaaaaa+"),
     ({"source": "train.py\n"}, "changed: code='unknown'"),
     ({"protocol": "p, teacher in bf16"}, "changed: protocol='p, teacher in bf16'"),
-    ({"slides": "elsewhere/*"}, "changed: slides='elsewhere/*'"),
-])
+    ({"slides": "elsewhere/*"}, "changed: slides='elsewhere/*'")])
 def test_what_makes_a_run_no_repeat(change, stated, tmp_path, tableonly, capsys):
     run(tmp_path / "a_0", [0.3, 0.4, 0.5, 0.6])
     run(tmp_path / "a_1", [0.3, 0.4, 0.5, 0.6], **{"seed": 1, **change})
@@ -159,7 +156,6 @@ def test_one_seed_twice_is_said(tmp_path, tableonly, capsys):
 
 
 # noise
-
 
 def group(*ends, **changes):
     return curves.Group("", [], list(ends), [300], np.array(ends)[:, None], "p")._replace(**changes)
@@ -208,7 +204,6 @@ def test_within_and_beyond_are_said_with_the_limit(tmp_path, tableonly, capsys):
 
 # collapse metrics and the dip
 
-
 def test_start_dip_end_and_collapse_metrics_stand_in_a_table_of_their_own(tmp_path, tableonly, capsys):
     run(tmp_path / "a_0", [0.3, 0.4, 0.5], rank=(30, 10, 20), cosine=(0.9, 0.95, 0.5))
     run(tmp_path / "a_1", [0.3, 0.2, 0.5], rank=(30, 12, 24), cosine=(0.9, 0.97, 0.6), seed=1)
@@ -225,8 +220,7 @@ def test_start_dip_end_and_collapse_metrics_stand_in_a_table_of_their_own(tmp_pa
     ([0.70, 0.66, 0.68, 0.70, 0.60], 0.04, 300),       # a fall after the first recovery is not the dip
     ([0.70, 0.71, 0.66, 0.73], 0.04, 200),             # from the last point that was not below
     ([0.70, 0.66, 0.68], 0.04, math.inf),              # not recovered yet
-    ([0.70], 0, 0),
-])
+    ([0.70], 0, 0)])
 def test_depth_and_length_of_the_dip(mean, depth, length):
     x = [100 * i for i in range(len(mean))]
     assert curves.dip(x, np.array(mean)) == (pytest.approx(depth), length)
@@ -234,7 +228,6 @@ def test_depth_and_length_of_the_dip(mean, depth, length):
 
 
 # runs that have not ended
-
 
 def test_a_repeat_that_lags_takes_nothing_from_the_others(tmp_path, tableonly, capsys):
     run(tmp_path / "a_0", [0.3, 0.4, 0.5, 0.6])

@@ -54,7 +54,6 @@ def drawn(rng, config, blur, count):
 
 # ---- order ----------------------------------------------------------------------------------------------------------
 
-
 def test_a_batch_is_a_pure_function_of_seed_step_rank_and_world():
     a = batches()
     first = [a[s] for s in (0, 1, 5)]
@@ -117,7 +116,6 @@ def test_a_sample_that_cannot_be_replaced_ends_the_batch():
 
 
 # ---- crops and masks ------------------------------------------------------------------------------------------------
-
 
 def test_crops_cover_the_stated_area_and_aspect():
     rng, marks = np.random.default_rng(0), []
@@ -192,7 +190,6 @@ def test_masks_are_blocks_and_weights_count_each_masked_crop_once():
 
 
 # ---- colour ---------------------------------------------------------------------------------------------------------
-
 
 def test_shares_of_blurred_gray_and_jittered_crops_equal_the_keys():
     """The bug: a blur probability applied as its complement."""

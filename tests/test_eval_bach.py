@@ -22,7 +22,6 @@ SPLIT = eval_bach.LABELS, eval_bach.TRAIN_INDEX, eval_bach.VAL_INDEX
 
 # images and split
 
-
 @pytest.fixture
 def bach(bach_template, tmp_path):
     """A copy that a test may damage (hard links: nothing is written into the files themselves)."""
@@ -57,8 +56,7 @@ def test_pixels_are_those_of_the_files_in_order(bach_template):
     (lambda photos: (photos / "InSitu").rename(photos / "In Situ"), "InSitu: 0 of 100 images, is001.tif is missing"),
     (lambda photos: (photos / "Normal/n017.tif").unlink(), "Normal: 99 of 100 images, n017.tif is missing"),
     (lambda photos: (photos / "Benign/b007.tif").rename(photos / "Benign/b7.tif"), "Benign: unexpected b7.tif"),
-    (lambda photos: (photos / "Benign/._b001.tif").write_bytes(b"x"), r"Benign: unexpected \._b001.tif; delete"),
-])
+    (lambda photos: (photos / "Benign/._b001.tif").write_bytes(b"x"), r"Benign: unexpected \._b001.tif; delete")])
 def test_bad_folder(bach, damage, message):
     damage(bach / PHOTOS)
     with one_line(message):
@@ -92,7 +90,6 @@ def test_pixels_equal_torchvision_to_the_last_bit(tmp_path):
 
 
 # features
-
 
 class Spy(nn.Module):
     """Keeps its inputs."""
@@ -184,7 +181,6 @@ def test_features_that_are_not_finite(bad):
 
 
 # the probe
-
 
 def blobs(dim, distance, dtype=torch.float32):
     """400 features in four clouds; `distance` 1 is a hard problem, 20 a separable one."""
@@ -412,7 +408,6 @@ def test_knn_is_a_weighted_vote_of_the_nearest_in_cosine():
 
 # views
 
-
 def test_tiles_cover_the_image_and_every_pixel_of_a_square_once():
     image = torch.arange(3 * 50 * 70).view(3, 50, 70)
     cut = eval_bach.tiles(image, 20)
@@ -463,7 +458,6 @@ def test_tiles_that_the_images_do_not_hold(bach_template, view, message):
 
 # the command line
 
-
 KEYS = {"weights": "", "norm": None, "views": "resize", "mpp": 0.5, "input_px": 224, "concat": False, "arch": "",
         "device": "cpu", "dry_run": False}
 
@@ -488,8 +482,7 @@ def test_weights_command(bach_template, tmp_path, script):
 @pytest.mark.parametrize("config, stated, want", [
     ({"norm": "half"}, None, (0.5, 0.5)), ({"norm": None}, None, (MEAN, STD)), ({}, None, (MEAN, STD)),
     ({"norm": [[0.6] * 3, [0.2] * 3]}, None, (0.6, 0.2)), ({"norm": "half"}, "imagenet", (MEAN, STD)),
-    ({"norm": "half"}, ((0.3,) * 3, (0.1,) * 3), (0.3, 0.1)),
-    ({"norm_mean": (0.7,) * 3, "norm_std": [0.4] * 3}, None, (0.7, 0.4))])  # what older teachers store
+    ({"norm": "half"}, ((0.3,) * 3, (0.1,) * 3), (0.3, 0.1))])
 def test_images_are_normalised_as_the_teacher_was_trained(config, stated, want, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(eval_bach, "embed", lambda vit, pixels, mean, std, *_: seen.extend((mean, std)))

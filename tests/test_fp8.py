@@ -63,7 +63,6 @@ def images(arch, n=4):
 
 # ---- accuracy -------------------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("M, K, N", [(65, 384, 192), (33, 1536, 128)])
 def test_products_meet_the_gates_on_outlier_channels_and_heavy_tailed_tokens(M, K, N, device="cpu"):
     x, w, grad = hard_data(M, K, N, device)
@@ -196,7 +195,6 @@ def test_any_number_of_tokens_and_any_leading_shape(M, device="cpu"):
 
 # ---- what CUDA would refuse -----------------------------------------------------------------------------------------
 
-
 def test_what_only_a_cpu_takes_is_refused_on_it_too():
     a, b = torch.zeros(32, 64).to(fp8.E4M3), torch.zeros(48, 64).to(fp8.E4M3)
     assert fp8.e4m3_product(a, b).shape == (32, 48) and fp8.e4m3_product(a, b).dtype == torch.bfloat16
@@ -220,7 +218,6 @@ def test_backbones_that_are_too_narrow_or_have_odd_widths_are_refused_and_nothin
 
 
 # ---- what must not notice -------------------------------------------------------------------------------------------
-
 
 @FAMILIES
 def test_switching_changes_no_name_no_number_and_no_other_layer(arch):
@@ -342,7 +339,6 @@ def test_so_it_does_on_two_ranks_checkpointed_and_compiled(mode, on_ranks):
 
 
 # ---- in train.py ----------------------------------------------------------------------------------------------------
-
 
 def test_train_refuses_fp8_on_a_narrow_backbone_in_one_line(tiles, monkeypatch, tmp_path):
     message = refused(monkeypatch, flags(tiles=tiles, fp8="on", out_dir=tmp_path))

@@ -32,8 +32,6 @@ def rows_in(file):
         return list(csv.DictReader(f))
 
 
-# report
-
 def test_the_report_has_a_row_per_slide_in_order_with_the_slides_own_numbers(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     image = mottled(1024, 900)

@@ -321,21 +321,17 @@ def test_nothing_of_a_held_out_patient_is_read(kind, slides, tmp_path):
 
 
 def test_a_holdout_that_leaves_nothing_or_lacks_patients_is_refused(slides):
-    _, held = patients()
-    (slides / f"{held[0]}.svs").touch()
-    with pytest.raises(ValueError, match="slides: holdout = 0.5 leaves none of 1 files"):
-        open_source(slides=f"{slides}/{held[0]}*", holdout=0.5)
-    with pytest.raises(ValueError, match="sample_list: no tile to train on"):
-        open_source(sample_list=write_list(slides, [f"{held[0]}.svs 0 0 0"]), holdout=0.5)
-    with pytest.raises(ValueError, match="sample_list: no tile to train on"):
-        open_source(sample_list=write_list(slides, []))
-    with pytest.raises(ValueError, match="holdout needs patients, but the name of .*nobody.png has none: rename"):
-        open_source(tiles=write_folder(slides, ["nobody.png"]), holdout=0.5)  # each tile would be a patient
-    with pytest.raises(ValueError, match="patient = '.*' is no regular expression"):
-        open_source(slides=f"{slides}/a.svs", patient="(")
-
-
-# ---- sample lists and their table -----------------------------------------------------------------------------------
+    held = patients()[1][0]
+    (slides / f"{held}.svs").touch()
+    of_held, none = write_list(slides, [f"{held}.svs 0 0 0"]), write_list(slides, [], "none.txt")
+    nobody = write_folder(slides, ["nobody.png"])  # each tile would be a patient
+    for keys, message in ((dict(slides=f"{slides}/{held}*"), "slides: holdout = 0.5 leaves none of 1 files"),
+                          (dict(sample_list=of_held), "sample_list: no tile to train on"),
+                          (dict(sample_list=none, holdout=0.0), "sample_list: no tile to train on"),
+                          (dict(tiles=nobody), "holdout needs patients, but the name of .*nobody.png has none: rename"),
+                          (dict(slides=f"{slides}/a.svs", patient="("), "patient = '.*' is no regular expression")):
+        with pytest.raises(ValueError, match=message):
+            open_source(**{"holdout": 0.5, **keys})
 
 
 def write_list(folder, lines, name="list.txt"):

@@ -13,8 +13,7 @@ from prepare.stats import train_config
 SLIDES = [  # format, um/px, level factors, mm
     ("svs", 0.5, (1, 4), 0.9, 0.7),
     ("tif", 0.25, (1, 2, 4), 0.6, 0.5),
-    ("svs", 0.364, (1, 2.97, 7.9), 0.8, 0.9),
-]
+    ("svs", 0.364, (1, 2.97, 7.9), 0.8, 0.9)]
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,7 @@ RELEASED = {
     "dinov2_s_reg": replace(V2, registers=4, pos_antialias=True, pos_offset=0.0),
     "dinov2_g_reg": replace(V2, ffn="swiglu", registers=4, pos_antialias=True, pos_offset=0.0),
     "dinov3_s": V3, "dinov3_hplus": replace(V3, ffn="swiglu"),
-    "dinov3_7b": replace(V3, ffn="swiglu", num_heads=1, qkv_bias=False, local_cls_norm=True),
-}
+    "dinov3_7b": replace(V3, ffn="swiglu", num_heads=1, qkv_bias=False, local_cls_norm=True)}
 SMALL = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, mlp_ratio=2, image_size=56, patch_size=14)
 SMALL3 = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=80, image_size=64,
               num_register_tokens=4)
@@ -31,8 +30,7 @@ HUGGING_FACE = {
     "dinov2_reg": ("Dinov2WithRegisters", {**SMALL, "layer_norm_eps": 1e-2}),  # far from the default, so that it shows
     "dinov2_reg_g": ("Dinov2WithRegisters", {**SMALL, "use_swiglu_ffn": True}), "dinov3_s": ("DINOv3ViT", SMALL3),
     "dinov3_hplus": ("DINOv3ViT", {**SMALL3, **GATED, "rope_theta": 50.0, "layer_norm_eps": 1e-2}),
-    "dinov3_7b": ("DINOv3ViT", {**SMALL3, **GATED, "num_attention_heads": 1, "query_bias": False, "value_bias": False}),
-}
+    "dinov3_7b": ("DINOv3ViT", {**SMALL3, **GATED, "num_attention_heads": 1, "query_bias": False, "value_bias": False})}
 
 
 @torch.no_grad()
@@ -66,7 +64,6 @@ def same(a, b, px=(70, 56), atol=1e-6):
 
 
 # ---- .pth -----------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_metas_files_load_without_being_told_the_architecture(name, tmp_path):
@@ -120,7 +117,6 @@ def test_openmidnights_teacher_loads_with_chunked_blocks_and_16x16_positions(tmp
 
 
 # ---- Hugging Face, with transformers --------------------------------------------------------------------------------
-
 
 def theirs(name, folder, shard="50GB"):
     """A random model of transformers, saved in `folder`, under the names that the hub's files have."""

@@ -84,8 +84,7 @@ JUNK = {"tiff.XResolution": "72", "tiff.YResolution": "72", "tiff.ResolutionUnit
     (JUNK, 0.5, (0.5, 0.5, "stated")),
     (OPENSLIDE | {"openslide.objective-power": "40.000000"}, None, (0.25, 0.26, "openslide.mpp-x")),
     (OPENSLIDE | {"openslide.objective-power": "0"}, None, (0.25, 0.26, "openslide.mpp-x")),
-    (OPENSLIDE | {"openslide.objective-power": "20"}, 0.25, (0.25, 0.25, "stated")),
-])
+    (OPENSLIDE | {"openslide.objective-power": "20"}, 0.25, (0.25, 0.25, "stated"))])
 def test_mpp_comes_from_the_first_source_that_is_believable(properties, override, expected):
     *mpp, source = find_mpp(properties, override)
     assert source == expected[2] and mpp == pytest.approx(expected[:2])
