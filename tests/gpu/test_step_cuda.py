@@ -1,5 +1,4 @@
 """train.py's step on a GPU: bf16 near the CPU's fp32, no wait for a result, what it holds. Skipped without one."""
-
 import pytest
 import test_sharding
 import torch
@@ -14,7 +13,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def test_losses_are_near_those_of_the_cpu(tiles, tmp_path, monkeypatch):
-    keys = dict(tiles=tiles, drop_path=0.0, max_steps=4)  # crops are drawn on the CPU; drop path is not
+    keys = dict(arch="toy", tiles=tiles, drop_path=0.0, max_steps=4)  # crops are drawn on the CPU; drop path is not
     losses = []
     for device in ("cpu", "cuda"):
         train(monkeypatch, flags(**keys, device=device, out_dir=tmp_path / device))
@@ -40,7 +39,7 @@ def test_a_step_waits_for_no_result(keys, tiles, tmp_path, monkeypatch):
     monkeypatch.setattr(data.Batches, "__getitem__", made)
     monkeypatch.setattr(sharding, "update_ema", averaged)
     try:
-        keys = dict(keys, tiles=tiles, device="cuda", max_steps=5, log_interval=100, out_dir=tmp_path / "a")
+        keys = dict(keys, arch="toy", tiles=tiles, device="cuda", max_steps=5, log_interval=100, out_dir=tmp_path / "a")
         train(monkeypatch, flags(**keys))
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -63,7 +62,7 @@ def test_activation_checkpointing_gives_the_same_bits(arch, monkeypatch):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tiles, tmp_path, monkeypatch):
-    keys = dict(tiles=tiles, device="cuda", schedule_steps=6, save_interval=3)
+    keys = dict(arch="toy", tiles=tiles, device="cuda", schedule_steps=6, save_interval=3)
     straight = train(monkeypatch, flags(**keys, max_steps=6, out_dir=tmp_path / "a"))
     train(monkeypatch, flags(**keys, max_steps=3, out_dir=tmp_path / "b"))
     resumed = train(monkeypatch, flags(**keys, max_steps=6, out_dir=tmp_path / "b", resume="true"))
@@ -80,7 +79,7 @@ def test_an_export_holds_one_whole_tensor_more(tiles, tmp_path, monkeypatch):
         yield from gathered(module)
         extra.append(torch.cuda.max_memory_allocated() - before)
     monkeypatch.setattr(sharding, "gathered", watched)
-    run = train(monkeypatch, flags(tiles=tiles, device="cuda", out_dir=tmp_path / "a"))
+    run = train(monkeypatch, flags(arch="toy", tiles=tiles, device="cuda", out_dir=tmp_path / "a"))
     largest = max(p.numel() * 4 for p in run["teacher"]["backbone"].parameters())
     assert extra and max(extra) <= 1.01 * largest
 
