@@ -1,8 +1,8 @@
 """The README must not rot: its map, its commands and its size."""
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from conftest import ROOT
+
 TEXT = (ROOT / "README.md").read_text()
 
 
