@@ -79,8 +79,9 @@ def load_run(folder):
     if os.path.isfile(path):
         with open(path) as f:
             config = json.load(f)
-    defaults = json.loads(json.dumps(train_keys()))  # of keys that are younger than the run
-    setting = {k: v for k, v in {**defaults, **config}.items() if k not in REPEAT}
+    if config:  # keys that are younger than the run have their defaults
+        config = {**config, **{k: v for k, v in json.loads(json.dumps(train_keys())).items() if k not in config}}
+    setting = {k: v for k, v in config.items() if k not in REPEAT}
     setting["code"] = read_code(f"{folder}/source.diff")
     setting["protocol"] = " / ".join(sorted({str(row.get("protocol")) for row in rows.values()}))
     return Run(folder, rows, config, setting)
