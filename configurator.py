@@ -19,6 +19,15 @@ import types
 TYPES = (int, float, bool, str, tuple, list, type(None))
 
 
+def train_keys():
+    """The keys of train.py with their defaults. Importing train.py would start a run; this executes its key block."""
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")) as f:
+        text, keys = f.read(), {}
+    exec(text[text.index("# ---- run ") : text.index("\nconfig = configure(globals())")], keys)
+    del keys["__builtins__"]
+    return keys
+
+
 def configure(namespace, argv=None):
     """
     Apply config files and --key=value flags to the plain variables of `namespace`, in place.

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configurator import configure
+from configurator import configure, train_keys
 
 # repeats may differ in these keys of config.json: where files go, how fast they are read, when a run gives up. Folders
 # of data are not among them, nor are max_steps and eval_interval (the best of more points is higher)
@@ -79,6 +79,8 @@ def load_run(folder):
     if os.path.isfile(path):
         with open(path) as f:
             config = json.load(f)
+    if config:  # keys that are younger than the run have their defaults
+        config = {**config, **{k: v for k, v in json.loads(json.dumps(train_keys())).items() if k not in config}}
     setting = {k: v for k, v in config.items() if k not in REPEAT}
     setting["code"] = read_code(f"{folder}/source.diff")
     setting["protocol"] = " / ".join(sorted({str(row.get("protocol")) for row in rows.values()}))

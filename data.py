@@ -26,9 +26,8 @@ import sources
 
 ATTEMPTS = 100  # tiles to draw for one sample before the run stops
 
-# keys that are shares of 1: a percentage would train something else in silence
-SHARES = ("global_scale local_scale mask_ratio blur_prob mask_prob hed_prob jitter_prob gray_prob drop_path "
-          "tissue_share eval_share holdout").split()
+# keys that are shares of 1, as all that end in _prob: a percentage would train something else in silence
+SHARES = ("global_scale", "local_scale", "mask_ratio", "drop_path", "tissue_share", "eval_share", "holdout")
 
 
 def check(config):
@@ -39,7 +38,7 @@ def check(config):
     for key in ("global_scale", "local_scale", "mask_ratio", "mpp_range", "wide_field"):
         if config[key] and (len(config[key]) != 2 or config[key][0] > config[key][1]):
             raise ValueError(f"{key} = {config[key]}: give two numbers, the smaller one first")
-    for key in SHARES:
+    for key in (*SHARES, *(key for key in config if key.endswith("_prob"))):
         values = config[key] if isinstance(config[key], tuple) else (config[key],)
         if not all(0 <= value <= 1 for value in values):
             raise ValueError(f"{key} = {config[key]}: give shares from 0 to 1")

@@ -193,7 +193,7 @@ if device == "cuda" and not has_gpu:
     stop("device = 'cuda', but torch sees no GPU; --device=cpu runs without")
 dev = device or ("cuda" if has_gpu else "cpu")
 if weights and not os.path.exists(weights):
-    stop(f"weights: no file or folder {weights}")
+    stop(f"weights: no file or folder {weights}; docs/data.md says where they come from")
 if rank == 0 and not resume and os.path.isdir(out_dir) and os.listdir(out_dir):
     stop(f"{out_dir} is not empty: continue with --resume=true, delete it, or choose another --out_dir")
 if wandb_project and rank == 0:
@@ -422,12 +422,12 @@ for step in range(progress["step"], max_steps):
         "dino": sum(model.dino_loss(on_global, on_local, dino_targets, student_temp)),
         "ibot": model.ibot_loss(on_masked, ibot_targets, mask_weights, 2 * batch_size, student_temp),
         "kde": sum(kde_losses[kde](cls) for cls in out[0]["cls"].chunk(2))}  # each global crop on its own
-    loss = sum(loss_weights[name] * term for name, term in losses.items())
+    loss = sum(weight * losses[name] for name, weight in loss_weights.items())
     del logits, on_global, on_local, on_masked, dino_targets, ibot_targets  # their gradient is made; 3 GB in ViT-g
     loss.backward()
     # clip, finite check, step, average
     norms = sharding.clip_gradients(student, clip_grad)  # of backbone and heads, before clipping, over all ranks
-    terms = torch.stack([loss, *losses.values()]).detach()
+    terms = torch.stack([loss, *(losses[name] for name in loss_weights)]).detach()
     dist.all_reduce(terms)
     finite = torch.isfinite(torch.cat([terms, norms])).all()  # equal on all ranks; read at log points only
     optimizer.found_inf = (~finite).float()  # with it, fused AdamW leaves weights and moments as they were

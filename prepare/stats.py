@@ -21,20 +21,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sources
 import wsi
-from configurator import configure
+from configurator import configure, train_keys
 from prepare.report import sharpness
 
 RESAMPLES = 1000  # bootstrap samples of the patients
 MEASURES = ("mpp", "width_um", "tissue", "black", "white", "sharpness")
 NEAR = 4          # two tiles are near-duplicates if at most this many bits of their 64-bit difference hashes differ
-
-
-def train_keys():
-    """The keys of train.py with their defaults. Importing train.py would start a run; this executes its key block."""
-    text, keys = Path(__file__).resolve().parents[1].joinpath("train.py").read_text(), {}
-    exec(text[text.index("# ---- run ") : text.index("\nconfig = configure(globals())")], keys)
-    del keys["__builtins__"]
-    return keys
 
 
 def train_config(argv):

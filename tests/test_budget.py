@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from test_train import ROOT, TINY, flags, tiles, train  # noqa: F401 (tiles is a fixture)
+from test_train import ROOT, TINY, flags, train
 from torch.profiler import ProfilerActivity, profile
 
 import model
@@ -49,7 +49,7 @@ def predicted(**keys):
     return sum(moments[moment].values()), moment
 
 
-def compare(name, tiles, tmp_path, monkeypatch, **keys):  # noqa: F811
+def compare(name, tiles, tmp_path, monkeypatch, **keys):
     c = FAMILIES[name]
     keys = dict(global_px=8 * c.patch_size, local_px=4 * c.patch_size, batch_size=12) | keys
     monkeypatch.setitem(model.ARCHS, "small", c)
@@ -64,15 +64,14 @@ def compare(name, tiles, tmp_path, monkeypatch, **keys):  # noqa: F811
 @pytest.mark.parametrize("name, drop", [("v2", 0.0), ("v3", 0.4)] + [
     pytest.param(n, d, marks=pytest.mark.slow) for n, d in (
     ("v2", 0.4), ("v3", 0.0), ("v2_swiglu", 0.0), ("v2_swiglu", 0.4), ("v3_mlp", 0.0), ("v3_mlp", 0.4))])
-def test_predictions_are_within_a_tenth_of_what_is_allocated(name, drop, mode, tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_predictions_are_within_a_tenth_of_what_is_allocated(name, drop, mode, tiles, tmp_path, monkeypatch):
     compare(name, tiles, tmp_path, monkeypatch, drop_path=drop, activation_checkpointing=mode)
 
 
 @pytest.mark.parametrize("normed", [True, False])
-def test_and_where_logits_dominate(normed, tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_and_where_logits_dominate(normed, tiles, tmp_path, monkeypatch):
     keys = dict(dino_prototypes=30_000, ibot_prototypes=20_000, head_weight_norm=normed)
-    moment = compare("v2", tiles, tmp_path, monkeypatch, activation_checkpointing="full", **keys)
-    assert moment == "losses"
+    assert compare("v2", tiles, tmp_path, monkeypatch, activation_checkpointing="full", **keys) == "losses"
 
 
 @pytest.mark.parametrize("c", FAMILIES.values(), ids=FAMILIES)

@@ -12,15 +12,9 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from test_train import ROOT, bit_equal, flags, refused, rows, tiles, train, weights  # noqa: F401 (tiles is a fixture)
+from test_train import ROOT, bit_equal, flags, refused, timeless, train, weights
 
 import checkpoint
-
-UNTIMED = ("images_per_s", "data_wait")
-
-
-def metrics(folder):
-    return [{k: v for k, v in row.items() if k not in UNTIMED} for row in rows(folder)]
 
 
 def exported(folder, step):
@@ -68,27 +62,30 @@ def test_the_newest_and_every_nth_are_kept(keep, keep_every, left, tmp_path, gro
     assert checkpoint.complete(tmp_path) == left
 
 
-def truncate(folder):
-    file = max(folder.glob("*.distcp"), key=os.path.getsize)
-    os.truncate(file, os.path.getsize(file) // 2)
-
-
-DAMAGE = {"truncated": truncate, "no_metadata": lambda folder: (folder / ".metadata").unlink(),
+DAMAGE = {"truncated": lambda folder: os.truncate(max(folder.glob("*.distcp"), key=os.path.getsize), 50_000),
+          "no_metadata": lambda folder: (folder / ".metadata").unlink(),
           "bad_metadata": lambda folder: (folder / ".metadata").write_bytes(b"x" * 100),
           "no_shard": lambda folder: next(folder.glob("*.distcp")).unlink()}
 
 
+@pytest.fixture(scope="module")
+def finished(tiles, tmp_path_factory):
+    """The flags of a run of three steps that keeps each, without its out_dir; that; its weights."""
+    argv = flags(tiles=tiles, save_interval=1, keep_checkpoints=0, max_steps=3)
+    folder = tmp_path_factory.mktemp("finished") / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        return argv, folder, weights(train(patch, [*argv, f"--out_dir={folder}"]))
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(damage, tiles, tmp_path, monkeypatch,  # noqa: F811
-                                                                      capsys):
-    keys = dict(tiles=tiles, schedule_steps=3, save_interval=1, keep_checkpoints=0, out_dir=tmp_path / "a")
-    straight = weights(train(monkeypatch, flags(**keys, max_steps=3)))
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(damage, finished, tmp_path, monkeypatch, capsys):
+    argv, folder, straight = finished
+    shutil.copytree(folder, tmp_path / "a")
     for foreign in ("notes", "7"):
         (tmp_path / "a/ckpt" / foreign).mkdir()
         (tmp_path / "a/ckpt" / foreign / "mine.txt").write_text("x")
     DAMAGE[damage](tmp_path / "a/ckpt/3")
-    capsys.readouterr()
-    resumed = train(monkeypatch, flags(**keys, max_steps=3, resume="true"))
+    resumed = train(monkeypatch, [*argv, f"--out_dir={tmp_path}/a", "--resume=true"])
     said = capsys.readouterr().out
     bit_equal(straight, weights(resumed))
     assert "ckpt/7 is no checkpoint" in said and "resume: step 2" in said
@@ -97,41 +94,31 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(damage, til
     assert checkpoint.complete(tmp_path / "a/ckpt") == [1, 2, 3]  # 3 was written again
 
 
-def test_checkpoints_of_another_architecture_are_named_and_left_alone(tiles, tmp_path, monkeypatch):  # noqa: F811
-    keys = dict(tiles=tiles, max_steps=2, save_interval=1, out_dir=tmp_path / "a")
-    train(monkeypatch, flags(**keys))
-    message = refused(monkeypatch, flags(**keys, resume="true", dino_prototypes=32))
-    assert "ckpt/2 does not load: " in message and "go back to its arch" in message and "\n" not in message
-    assert sorted(os.listdir(tmp_path / "a/ckpt")) == ["1", "2"]
+def test_checkpoints_of_another_architecture_are_named_and_left_alone(finished, monkeypatch):
+    argv, folder, _ = finished
+    message = refused(monkeypatch, [*argv, f"--out_dir={folder}", "--resume=true", "--dino_prototypes=32"])
+    assert "ckpt/3 does not load: " in message and "go back to its arch" in message and "\n" not in message
+    assert sorted(os.listdir(folder / "ckpt")) == ["1", "2", "3"]
 
 
-def small_files():
-    """A full disk: no file may grow beyond 200 kB."""
+def fill_the_disk(folder):
+    """The message of a second save, during which no file may grow beyond 200 kB."""
+    dist.init_process_group("gloo")
+    saver = checkpoint.Saver(folder, 1, 0)
+    saver.save(1, {"w": torch.zeros(1000)})
+    saver.finish()
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    saver.save(2, {"w": torch.zeros(1_000_000)})
+    with pytest.raises(ValueError) as e:
+        saver.finish()
+    return str(e.value)
 
 
-def test_a_full_disk_keeps_the_last_checkpoint_and_names_the_path(tmp_path, monkeypatch):
-    code = """
-import sys, torch, torch.distributed as dist
-sys.path[:0] = ["tests", "."]
-import checkpoint, test_checkpoint
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-saver = checkpoint.Saver(sys.argv[1], 1, 0)
-saver.save(1, {"w": torch.zeros(1000)})
-saver.finish()
-test_checkpoint.small_files()
-saver.save(2, {"w": torch.zeros(1_000_000)})
-try:
-    saver.finish()
-except ValueError as e:
-    print(e)
-"""
-    command = [sys.executable, "-c", code, str(tmp_path / "ckpt")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"{tmp_path}/ckpt/unfinished could not be written (" in done.stdout, done.stdout + done.stderr
-    assert f"{tmp_path}/ckpt/1 is whole" in done.stdout and checkpoint.complete(tmp_path / "ckpt") == [1]
+def test_a_full_disk_keeps_the_last_checkpoint_and_names_the_path(on_ranks, tmp_path):
+    said, = on_ranks(1, fill_the_disk, f"{tmp_path}/ckpt")
+    assert f"{tmp_path}/ckpt/unfinished could not be written (" in said
+    assert f"{tmp_path}/ckpt/1 is whole" in said and checkpoint.complete(tmp_path / "ckpt") == [1]
 
 
 def wait_for(process, text):
@@ -145,8 +132,8 @@ def wait_for(process, text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)])
-def test_a_preempted_run_saves_and_resumes_as_if_uninterrupted(number, ranks, tiles, tmp_path):  # noqa: F811
-    keys = dict(tiles=tiles, max_steps=40, schedule_steps=40, workers=1)
+def test_a_preempted_run_saves_and_resumes_as_if_uninterrupted(number, ranks, tiles, tmp_path):
+    keys = dict(tiles=tiles, arch="toy", max_steps=40, schedule_steps=40, workers=1)
     straight = launch(*flags(**keys, out_dir=tmp_path / "a"), ranks=ranks)
     straight.communicate(timeout=300)
     run = launch(*flags(**keys, out_dir=tmp_path / "b"), ranks=ranks, start_new_session=True)
@@ -161,14 +148,14 @@ def test_a_preempted_run_saves_and_resumes_as_if_uninterrupted(number, ranks, ti
     assert checkpoint.complete(tmp_path / "b/ckpt")[-1] < 40
     resumed = launch(*flags(**keys, out_dir=tmp_path / "b", resume="true"), ranks=ranks)
     assert resumed.wait() == 0
-    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
     bit_equal(exported(tmp_path / "a", 40), exported(tmp_path / "b", 40))
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_nothing(tiles, tmp_path):  # noqa: F811
+def test_twenty_kills_at_random_moments_change_nothing(tiles, tmp_path):
     """One rank of two is killed, or both, also inside a save. Each run resumes from the last complete checkpoint."""
-    keys = dict(tiles=tiles, max_steps=120, schedule_steps=120, save_interval=4, keep_checkpoints=2)
+    keys = dict(tiles=tiles, arch="toy", max_steps=120, schedule_steps=120, save_interval=4, keep_checkpoints=2)
     straight = launch(*flags(**keys, out_dir=tmp_path / "a"), ranks=2)
     assert straight.communicate()[0] and straight.returncode == 0
     draw, kills, inside = random.Random(0), 0, 0
@@ -195,6 +182,6 @@ def test_twenty_kills_at_random_moments_change_nothing(tiles, tmp_path):  # noqa
             assert f"\nresume: step {before[-1]} of " in said, said
     assert kills == 20
     print(f"{inside} of {kills} kills inside a save")
-    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
     bit_equal(exported(tmp_path / "a", 120), exported(tmp_path / "b", 120))
     assert json.load(open(tmp_path / "b/config.json"))["max_steps"] == 120

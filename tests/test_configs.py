@@ -1,20 +1,16 @@
 """Every config states a question and a launch line, changes what its body says, fits, and follows its lineage."""
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import model
 from bench import configs
 from prepare.stats import train_config
 
-ROOT = Path(__file__).parents[1]
 TRAIN = {p.stem: p for p in sorted((ROOT / "config").glob("*.py"))
          if p.stem != "baselines" and not p.stem.startswith("context")}  # test_context.py has context.py's
 ABLATE = {p.stem: p for p in sorted((ROOT / "config/ablate").glob("*.py"))}
@@ -85,12 +81,11 @@ def test_every_config_fits_its_gpus_and_hours_follow_from_tflop():
     assert configs.hours(config, found) == pytest.approx([27.5, 17.1875])  # 137,500 steps x s / 3600
 
 
-def test_baselines_are_named_before_a_file_or_an_image_is_read(tmp_path):
-    command = [sys.executable, ROOT / "eval_bach.py", ROOT / "config/baselines.py", "--dry_run=true"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    said = [line for line in done.stdout.splitlines() if line.startswith("data/weights/")]
-    assert done.returncode == 0 and len(said) == 10 and "midnight: cls 224 px, norm half, no such file" in done.stdout
+def test_baselines_are_named_before_a_file_or_an_image_is_read(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = script("eval_bach.py", ROOT / "config/baselines.py", "--dry_run=true")
+    named = [line for line in said.splitlines() if line.startswith("data/weights/")]
+    assert len(named) == 10 and "midnight: cls 224 px, norm half, no such file" in said
 
 
 def test_clip3_is_what_vitg_is():
@@ -207,8 +202,7 @@ ROWS = {  # label of docs/recipe.md -> texts that a cell must hold, of a config'
     "iBOT head": "{ibot_hidden}, {ibot_bottleneck}, {ibot_prototypes}",
     "masked share of half the globals": "{mask_ratio[0]}-{mask_ratio[1]}",
     "crops": "x {global_px}|{local_crops} x {local_px}",
-    "spreading term, 0.05": "{sign}",
-}
+    "spreading term, 0.05": "{sign}"}
 
 
 @pytest.mark.parametrize("column, name", [

@@ -4,10 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from configurator import configure
-
-ROOT = Path(__file__).parents[1]
 
 
 def defaults():
@@ -79,8 +78,7 @@ def test_unknown_keys_stop_with_source_and_suggestion(tmp_path):
     ("--name=2024", "name", "2024"), ("--name=a=b", "name", "a=b"), ("--name=true", "name", "true"),
     ("--name=", "name", ""),
     ("--extra=3", "extra", 3), ("--extra=(1,2)", "extra", (1, 2)), ("--extra=some text", "extra", "some text"),
-    ("--extra=true", "extra", True), ("--steps=-3", "steps", -3),
-])
+    ("--extra=true", "extra", True), ("--steps=-3", "steps", -3)])
 def test_accepted_values(flag, key, value):
     got = configure(defaults(), [flag])[key]
     assert got == value and type(got) is type(value)
@@ -88,8 +86,7 @@ def test_accepted_values(flag, key, value):
 
 @pytest.mark.parametrize("flag", [
     "--steps=3.0", "--steps=1e3", "--steps=true", "--lr=true", "--lr=fast", "--resume=1", "--resume=yes",
-    "--scale=0.3", "--tags=(1,2)", "--steps=None", "--lr=",
-])
+    "--scale=0.3", "--tags=(1,2)", "--steps=None", "--lr="])
 def test_other_values_stop_with_key_type_default_and_value(flag):
     key, _, text = flag[2:].partition("=")
     message = stopped(defaults(), [flag])

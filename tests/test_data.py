@@ -7,19 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch.utils.data import default_collate
 
 import data
 import model
 import wsi
+from prepare.stats import train_keys
 
 GOLDEN = Path(__file__).parent / "golden"
-CONFIG = dict(
-    seed=0, max_steps=100, batch_size=4, global_px=56, local_px=28, local_crops=3, global_scale=(0.32, 1.0),
-    local_scale=(0.05, 0.32), hed="od", hed_prob=0.5, hed_nats=0.3, jitter=(0.2, 0.2, 0.1, 0.05), jitter_prob=0.8,
-    gray_prob=0.2, blur_prob=(0.0, 0.9, 0.5), norm="half", mask_prob=0.5,
-    mask_ratio=(0.1, 0.5))
+CONFIG = train_keys() | dict(batch_size=4, global_px=56, local_px=28, local_crops=3, hed_nats=0.3, norm="half",
+                             mask_ratio=(0.1, 0.5))
 
 
 class Noise:
@@ -55,7 +53,6 @@ def drawn(rng, config, blur, count):
 
 
 # ---- order ----------------------------------------------------------------------------------------------------------
-
 
 def test_a_batch_is_a_pure_function_of_seed_step_rank_and_world():
     a = batches()
@@ -119,7 +116,6 @@ def test_a_sample_that_cannot_be_replaced_ends_the_batch():
 
 
 # ---- crops and masks ------------------------------------------------------------------------------------------------
-
 
 def test_crops_cover_the_stated_area_and_aspect():
     rng, marks = np.random.default_rng(0), []
@@ -194,7 +190,6 @@ def test_masks_are_blocks_and_weights_count_each_masked_crop_once():
 
 
 # ---- colour ---------------------------------------------------------------------------------------------------------
-
 
 def test_shares_of_blurred_gray_and_jittered_crops_equal_the_keys():
     """The bug: a blur probability applied as its complement."""
@@ -295,6 +290,18 @@ def test_augment_of_a_batch_equals_a_plain_float64_reference_of_each_crop(form):
     draws = [data.colour_parameters(rng, config, 0.5) for _ in crops]
     for got, crop, draw in zip(data.augment(crops, default_collate(draws), config, "cpu"), crops, draws):
         np.testing.assert_allclose(got, plain_augment(crop, draw, form), atol=2e-4, rtol=0, err_msg=f"{draw}")
+
+
+def test_colour_jitter_equals_pillows_operations_and_hue_turns():
+    image = Image.fromarray(np.random.default_rng(0).integers(40, 200, (16, 16, 3), dtype=np.uint8))
+    x, f = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255, torch.tensor(1 / 3).view(1, 1, 1, 1)
+    for ours, theirs in zip((data.brightness, data.contrast, data.saturation), ("Brightness", "Contrast", "Color")):
+        want = np.asarray(getattr(ImageEnhance, theirs)(image).enhance(1.3)).astype(float)
+        assert np.abs(ours(x, 1.3)[0].permute(1, 2, 0).numpy() * 255 - want).max() < 2
+    torch.testing.assert_close(data.hue(x, 0 * f), x, atol=1e-5, rtol=0)
+    red = torch.tensor([1.0, 0.2, 0.2])[None, :, None, None]
+    torch.testing.assert_close(data.hue(red, f), red.roll(1, 1))
+    torch.testing.assert_close(data.hue(red, -f), red.roll(2, 1))
 
 
 def test_hed_shift_equals_scikit_image():

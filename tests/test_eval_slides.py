@@ -1,21 +1,19 @@
 import json
 import re
-import runpy
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, one_line
 from PIL import Image
 
 import eval_bach
 import eval_slides
 import model
 
-ROOT = Path(__file__).parent.parent
 OSTEOSARCOMA = ROOT.parent / "shared" / "data" / "osteosarcoma"
 
 
@@ -78,7 +76,6 @@ def data_of(labels, groups):
 
 
 # folds
-
 
 def test_folds_keep_groups_whole_and_classes_in_proportion():
     g = torch.Generator().manual_seed(0)
@@ -146,7 +143,6 @@ def test_scores_are_of_pooled_predictions(monkeypatch):
 
 # standard error
 
-
 def test_standard_error_equals_a_straight_jackknife_and_the_binomial_without_groups():
     g = torch.Generator().manual_seed(0)
     labels, groups = torch.arange(300) % 3, torch.randint(0, 40, (300,), generator=g)
@@ -165,7 +161,6 @@ def test_standard_error_equals_a_straight_jackknife_and_the_binomial_without_gro
 
 
 # 16-shot
-
 
 def straight_shot(x, support, query):
     """One support set, one query at a time."""
@@ -196,7 +191,6 @@ def test_few_shot_survives_a_common_direction_and_repeats_itself():
 
 
 # folders
-
 
 def test_folder_is_read_in_order_and_scored(tiles, capsys):
     samples = samples_of(keys(tiles))
@@ -276,24 +270,18 @@ def test_whatever_changes_the_number_shows_in_the_protocol(tiles, monkeypatch):
     assert len(set(seen)) == len(seen), seen
 
 
-def test_command(tiles, tmp_path, monkeypatch, capsys):
+def test_command(script, tiles, tmp_path):
     torch.manual_seed(0)
     vit = model.ViT(replace(model.ARCHS["toy"], layerscale=1.0))
     torch.save({"teacher": vit.state_dict(), "arch": "toy", "step": 7, "config": {}}, tmp_path / "7.pth")
-
-    def command(image_dir):
-        flags = [f"--weights={tmp_path}/7.pth", f"--image_dir={image_dir}", "--input_px=28", "--device=cpu"]
-        monkeypatch.setattr(sys, "argv", ["eval_slides.py", *flags])
-        runpy.run_path(str(ROOT / "eval_slides.py"), run_name="__main__")
-    command(tiles)
-    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    command = ["eval_slides.py", f"--weights={tmp_path}/7.pth", "--input_px=28", "--device=cpu"]
+    row = json.loads(script(*command, f"--image_dir={tiles}").splitlines()[-1])
     assert row["image_dir"] == str(tiles) and row["step"] == 7 and 0 <= row["balanced"] <= 1
     with pytest.raises(SystemExit, match="^eval_slides: image_dir=nowhere: no such folder$"):
-        command("nowhere")
+        script(*command, "--image_dir=nowhere")
 
 
 # bad input
-
 
 GREEN, HEADER = ROWS[:12], "file,patient,fold"
 
@@ -314,13 +302,11 @@ GREEN, HEADER = ROWS[:12], "file,patient,fold"
      "groups (patients) of class red: 2; 3 are needed, to train, select and test; add patients, or merge"),
     ([HEADER, *(f"green/{i}.png,P{i},{3 + i % 2}" for i in range(12)),
       *(f"red/{i}.png,Q{i % 3},{1 + i % 3 // 2}" for i in range(12))],
-     "when fold 0 (from 0) tests and the next one selects, no image of class red is left to train on"),
-])
+     "when fold 0 (from 0) tests and the next one selects, no image of class red is left to train on")])
 def test_bad_tables_are_refused_in_one_line(tiles, lines, message):
     (tiles / "groups.csv").write_text("\n".join(lines) + "\n", encoding="latin-1")
-    with pytest.raises(ValueError) as e:
+    with one_line(re.escape(message)):
         eval_slides.load(keys(tiles))
-    assert message in str(e.value) and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -328,13 +314,11 @@ def test_bad_tables_are_refused_in_one_line(tiles, lines, message):
     (lambda red: (red / "more").mkdir(), "red/more: a folder in a class folder would be left out; move its images up"),
     (lambda red: red.rename(red.parent.parent / "red"), "green as class folders; put the images of each of"),
     (lambda red: [(red.parent / c).rename(red.parent.parent / c) for c in ("red", "green")], "nothing as class"),
-    (lambda red: (red / "5.png").write_bytes(b"no picture"), "red/5.png: not a readable image"),
-])
+    (lambda red: (red / "5.png").write_bytes(b"no picture"), "red/5.png: not a readable image")])
 def test_bad_folders_are_refused_in_one_line(tiles, damage, message):
     damage(tiles / "red")
-    with pytest.raises(ValueError) as e:
+    with one_line(re.escape(message)):
         eval_slides.load(keys(tiles))
-    assert message in str(e.value) and "\n" not in str(e.value)
 
 
 def test_scikit_learn_is_needed_for_made_folds_alone(tiles, monkeypatch):
@@ -346,7 +330,6 @@ def test_scikit_learn_is_needed_for_made_folds_alone(tiles, monkeypatch):
 
 
 # real tiles
-
 
 def osteosarcoma(root, two_classes, by_case):
     """Links to the 60 tiles in class folders, and their cases or blocks (a case is a patient and has many blocks)."""

@@ -1,12 +1,11 @@
 """fp8.py: how exact its products are, what it refuses, and that nothing else changes with it."""
 import copy
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_train import bit_equal, flags, quick_bach, refused, rows, tiles, train, weights  # noqa: F401
+from test_train import bit_equal, flags, quick_bach, refused, rows, train, weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,7 +14,6 @@ import fp8
 import model
 import sharding
 
-ROOT = Path(__file__).parents[1]
 V2 = model.ViTConfig(14, 32, 2, 2, "mlp", 64, 4, pos_grid=4, layerscale=1.0, drop_path=0.25)
 V2_SWIGLU = model.replace(V2, ffn="swiglu")
 V3 = model.ViTConfig(16, 32, 2, 2, "swiglu", 64, 4, "rope", mask_k_bias=True, layerscale=1.0, drop_path=0.25)
@@ -64,7 +62,6 @@ def images(arch, n=4):
 
 
 # ---- accuracy -------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("M, K, N", [(65, 384, 192), (33, 1536, 128)])
 def test_products_meet_the_gates_on_outlier_channels_and_heavy_tailed_tokens(M, K, N, device="cpu"):
@@ -198,7 +195,6 @@ def test_any_number_of_tokens_and_any_leading_shape(M, device="cpu"):
 
 # ---- what CUDA would refuse -----------------------------------------------------------------------------------------
 
-
 def test_what_only_a_cpu_takes_is_refused_on_it_too():
     a, b = torch.zeros(32, 64).to(fp8.E4M3), torch.zeros(48, 64).to(fp8.E4M3)
     assert fp8.e4m3_product(a, b).shape == (32, 48) and fp8.e4m3_product(a, b).dtype == torch.bfloat16
@@ -222,7 +218,6 @@ def test_backbones_that_are_too_narrow_or_have_odd_widths_are_refused_and_nothin
 
 
 # ---- what must not notice -------------------------------------------------------------------------------------------
-
 
 @FAMILIES
 def test_switching_changes_no_name_no_number_and_no_other_layer(arch):
@@ -311,11 +306,12 @@ def test_inductor_compiles_it():
     assert all(sqnr(found[k].flatten(), v.flatten(), 0) > 15 for k, v in exact.items() if v.abs().max() > 0)
 
 
-def sharded_equals_a_bf16_copy(rank, world, arch, mode, compiling, store):
+def sharded_equals_a_bf16_copy(arch, mode="none", compiling=False, **group):
     """In train.py's order: checkpointing, compiling, sharding. All ranks see the same images."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", **group)
     try:
-        net, half, x, mesh = vit(arch), vit(arch).bfloat16(), images(arch), init_device_mesh("cpu", (world,))
+        net, half, x = vit(arch), vit(arch).bfloat16(), images(arch)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         if arch.pos == "rope":
             half.rope_embed.periods = half.rope_embed.periods.float()
         want, exact = gradients(half, x.bfloat16())
@@ -332,36 +328,32 @@ def sharded_equals_a_bf16_copy(rank, world, arch, mode, compiling, store):
 
 
 @FAMILIES
-def test_sharding_with_bf16_parameters_equals_a_bf16_copy(arch, tmp_path):
-    sharded_equals_a_bf16_copy(0, 1, arch, "none", False, tmp_path / "store")
+def test_sharding_with_bf16_parameters_equals_a_bf16_copy(arch):
+    sharded_equals_a_bf16_copy(arch, store=dist.HashStore(), rank=0, world_size=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_so_it_does_on_two_ranks_checkpointed_and_compiled(mode, tmp_path):
-    arch = model.replace(V3, drop_path=0.0)
-    torch.multiprocessing.spawn(sharded_equals_a_bf16_copy, (2, arch, mode, True, tmp_path / "store"), nprocs=2)
+def test_so_it_does_on_two_ranks_checkpointed_and_compiled(mode, on_ranks):
+    on_ranks(2, sharded_equals_a_bf16_copy, model.replace(V3, drop_path=0.0), mode, True)
 
 
 # ---- in train.py ----------------------------------------------------------------------------------------------------
 
-
-def test_train_refuses_fp8_on_a_narrow_backbone_in_one_line(tiles, monkeypatch, tmp_path):  # noqa: F811
+def test_train_refuses_fp8_on_a_narrow_backbone_in_one_line(tiles, monkeypatch, tmp_path):
     message = refused(monkeypatch, flags(tiles=tiles, fp8="on", out_dir=tmp_path))
     assert message.startswith("train.py: fp8 = 'on': below width 1024") and "'force'" in message and "\n" not in message
     assert "known: 'off', 'on', 'force'" in refused(monkeypatch, flags(tiles="/nowhere", fp8="true", out_dir=tmp_path))
 
 
-def test_a_run_in_fp8_trains_student_and_teacher_and_its_files_are_anyone_s(tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_in_fp8_trains_student_and_teacher_and_its_files_are_anyone_s(tiles, tmp_path, monkeypatch):
     """Resuming in fp8 is bit-equal, the export holds the fp32 weights, and a run may resume in bf16."""
-    narrow = model.replace(model.ARCHS["toy"], depth=1, embed_dim=32, num_heads=1, ffn_hidden=64)
-    monkeypatch.setitem(model.ARCHS, "toy", narrow)
     keys = dict(tiles=tiles, fp8="force", save_interval=2, bach_dir="x")
     quick_bach(monkeypatch.setattr)
     straight = train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
     for net in ("student", "teacher"):
         switched = [m for m in straight[net].modules() if isinstance(m, fp8.Fp8Linear)]
-        assert len(switched) == 4  # qkv, proj and the MLP's two
+        assert len(switched) == 2 * 4  # qkv, proj and the MLP's two of each block
     export = torch.load(tmp_path / "a/teacher/4.pth", weights_only=True)["teacher"]
     bit_equal(export, {k: v.full_tensor() for k, v in straight["teacher"]["backbone"].state_dict().items()})
     assert all(v.dtype == torch.float32 for v in export.values())

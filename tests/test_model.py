@@ -13,8 +13,7 @@ from model import ARCHS, DINOHead, ViT, ViTConfig
 from prepare.stats import train_keys
 
 GOLDEN = Path(__file__).parent / "golden"
-VITS = ["dinov2_reg4_swiglu", "dinov2_noreg_mlp", "dinov3_hplus_like", "dinov3_s_like", "dinov3_7b_like"]
-VITS = [f"vit_{name}" for name in VITS]
+VITS = [f"vit_dinov{name}" for name in ("2_reg4_swiglu", "2_noreg_mlp", "3_hplus_like", "3_s_like", "3_7b_like")]
 
 
 def golden(name):
@@ -44,7 +43,6 @@ def close(a, b, atol=1e-5, rtol=1e-5):
 
 
 # ---- the network ----------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("name", VITS)
 def test_outputs_equal_the_reference_without_and_with_masks_square_and_not(name):
@@ -175,7 +173,6 @@ def test_step_cost_agrees_with_the_published_accounting():
 
 
 # ---- heads, targets, losses -----------------------------------------------------------------------------------------
-
 
 def test_head_equals_the_reference():
     meta, z = golden("losses")
@@ -324,7 +321,6 @@ def test_kde_is_the_mean_log_density_without_the_point_itself():
 
 # ---- teacher average, groups, schedules -----------------------------------------------------------------------------
 
-
 def student(arch=None):
     c = arch or ViTConfig(14, 32, 3, 2, "mlp", 64, registers=4, pos_grid=4)
     return torch.nn.ModuleDict({"backbone": ViT(c), "dino_head": DINOHead(c.embed_dim, 16, 8, 4),
@@ -367,7 +363,6 @@ def test_schedule_end_points_and_monotonicity():
 
 
 # ---- weight files ---------------------------------------------------------------------------------------------------
-
 
 def save(tmp_path, data, name="w.pth"):
     torch.save(data, tmp_path / name)

@@ -1,15 +1,11 @@
 """prepare/tcga.py against a local server. Nothing leaves the loopback."""
 import hashlib
 import json
-import runpy
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
 DATA = b"a slide" * 1000
 MD5 = hashlib.md5(DATA).hexdigest()
 
@@ -43,17 +39,13 @@ def server(monkeypatch):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(script, capsys, tmp_path):
     def run(*flags):
-        """(exit code, output) of the script with --out=tmp_path/out, in this process."""
-        monkeypatch.setattr(sys, "argv", ["tcga.py", f"--out={tmp_path}/out", *flags])
-        code, message = 0, ""
+        """(exit code, output) of the script with --out=tmp_path/out."""
         try:
-            runpy.run_path(str(ROOT / "prepare/tcga.py"), run_name="__main__")
+            return 0, script("prepare/tcga.py", f"--out={tmp_path}/out", *flags)
         except SystemExit as e:
-            code, message = 1, e.code
-        return code, capsys.readouterr().out + message
-
+            return 1, capsys.readouterr().out + e.code
     return run
 
 

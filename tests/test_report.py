@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_wsi import GLASS, PINK, pyramid, texture, toy_slide, write_slide
+from test_wsi import GLASS, PINK, SLIDES, mottled, pyramid, real_slides, texture, toy_slide, write_slide
 
 import wsi
 from configurator import configure
 from prepare import report, slides
 
-SLIDES = Path(__file__).parents[1] / "../shared/data/slides"
 APERIO = "Aperio Image Library v12|AppMag = {}|MPP = {}|ScanScope ID = SS1234"
 BLUE, GREEN, BLACK = report.BLUE[:3], report.GREEN, (0, 0, 0)  # of a picture: tiles, tissue, scale bar
 
@@ -33,15 +32,9 @@ def rows_in(file):
         return list(csv.DictReader(f))
 
 
-def tissue(w, h):
-    return np.where(np.random.default_rng(0).random((h, w, 1)) < 0.3, PINK, (130, 80, 160)).astype(np.uint8)
-
-
-# report
-
 def test_the_report_has_a_row_per_slide_in_order_with_the_slides_own_numbers(tmp_path, capsys):
     (tmp_path / "in").mkdir()
-    image = tissue(1024, 900)
+    image = mottled(1024, 900)
     for name, power in (("TCGA-AB-1234-01Z.svs", 20), ("b.svs", 40)):
         write_slide(tmp_path / "in" / name, pyramid(image, 3.3), description=APERIO.format(power, 0.5))
     (tmp_path / "in" / "a.svs").write_bytes(b"no slide")
@@ -91,7 +84,7 @@ def test_what_goes_wrong_is_an_error_with_the_rest_of_the_row(tmp_path, monkeypa
     os.truncate(whole, os.path.getsize(whole) // 2)
     row = row_of(whole)
     assert "damaged" in row["defects"] and row["width"] == 1500 and row["mpp_x"] == 0.5
-    image = tissue(2048, 2048)
+    image = mottled(2048, 2048)
     lie = write_slide(tmp_path / "lie.tif", [image, np.ascontiguousarray(image[:512, :512][::-1])], (0.5, 0.5))
     row = row_of(lie)
     assert "level 1 does not show" in row["error"] and row["level_factors"] == "1 4"
@@ -112,7 +105,7 @@ def test_pen_is_found_with_its_share_and_a_clean_slide_has_no_defects(tmp_path):
 
 def test_black_is_told_from_pen(tmp_path):
     image = np.full((1024, 2048, 3), GLASS, np.uint8)
-    image[300:700, 600:1600] = tissue(1000, 400)
+    image[300:700, 600:1600] = mottled(1000, 400)
     image[:, :256] = 5
     row = row_of(write_slide(tmp_path / "border.tif", [image], (0.5, 0.5)))
     assert row["defects"].startswith("black 12.5 %") and "pen" not in row["defects"]
@@ -121,7 +114,7 @@ def test_black_is_told_from_pen(tmp_path):
 
 
 def test_a_slide_out_of_focus_is_called_blurred(tmp_path):
-    sharp = np.repeat(tissue(256, 256), 8, 0).repeat(8, 1)
+    sharp = np.repeat(mottled(256, 256), 8, 0).repeat(8, 1)
     soft = np.full((2048, 2048, 3), PINK, np.uint8)
     rows = [row_of(write_slide(tmp_path / f"{i}.tif", [image], (0.5, 0.5))) for i, image in enumerate((sharp, soft))]
     assert "blurred" not in rows[0]["defects"] and rows[1]["defects"] == "blurred"
@@ -143,7 +136,7 @@ def near(picture, colour, reach=90):
 @pytest.mark.parametrize("mpp", [(0.5, 0.5), (1.0, 0.5)])
 def test_a_picture_shows_tiles_tissue_and_a_scale_bar_where_they_are(tmp_path, mpp):
     image = np.full((2600, 4000, 3), GLASS, np.uint8)
-    image[640:1664, 1024:2048] = tissue(1024, 1024)
+    image[640:1664, 1024:2048] = mottled(1024, 1024)
     slide, picture = picture_of(tmp_path, image, mpp, mpps=(0.25, 1.0), tile_px=128)
     px = round(4000 * mpp[0] / report.PICTURE_PX / np.mean(mpp)) or 1  # level-0 px of a pixel
     height = -(-2600 // px)
@@ -170,12 +163,12 @@ def test_a_picture_shows_tiles_tissue_and_a_scale_bar_where_they_are(tmp_path, m
 
 
 def test_a_small_slide_is_not_enlarged_and_its_caption_is_not_cut(tmp_path):
-    _, picture = picture_of(tmp_path, tissue(200, 300), (0.5, 0.5), mpps=(0.5,))
+    _, picture = picture_of(tmp_path, mottled(200, 300), (0.5, 0.5), mpps=(0.5,))
     assert picture.shape[1] > 300 and near(picture[:300, 200:], (255, 255, 255), 1).all()
     assert near(picture[300:, -10:], (255, 255, 255), 1).all()
 
 
-@pytest.mark.skipif(not SLIDES.is_dir(), reason="the real slides are not in ../shared/data/slides")
+@real_slides
 def test_the_real_slides_are_told_apart(tmp_path):
     rows = {row["name"]: row for row in report.main(keys(SLIDES / "*", tmp_path))}
     assert rows["cmu1-4x-pyramid"]["level_factors"] == "1 4.002 16.06"

@@ -1,18 +1,20 @@
 """Activation checkpointing, sharding, first values, resharding, and the memory that a save needs."""
-import os
-import re
-import subprocess
-import sys
+import gc
+import math
+import time
+import weakref
 from collections import Counter
 
 import pytest
-import reshard
 import torch
 import torch.distributed as dist
-from test_train import ROOT, bit_equal, flags, rows, tiles, train, weights  # noqa: F401 (tiles is a fixture)
+from test_train import bit_equal, flags, rows, train, weights
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import checkpoint
 import model
 import sharding
 
@@ -65,7 +67,7 @@ def test_activation_checkpointing_recomputes_what_it_says_and_gives_the_same_bit
     assert forward[0] - last <= backward[2] - backward[0] <= forward[0], (forward, backward)
 
 
-def test_a_run_is_the_same_to_the_bit_whatever_it_keeps_and_prefetches(tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_is_the_same_to_the_bit_whatever_it_keeps_and_prefetches(tiles, tmp_path, monkeypatch):
     runs = [{}, dict(activation_checkpointing="selective"), dict(activation_checkpointing="full", prefetch=0)]
     first, *others = (weights(train(monkeypatch, flags(tiles=tiles, max_steps=2, out_dir=tmp_path / str(i), **keys)))
                       for i, keys in enumerate(runs))
@@ -73,16 +75,13 @@ def test_a_run_is_the_same_to_the_bit_whatever_it_keeps_and_prefetches(tiles, tm
         bit_equal(first, other)
 
 
-def test_the_teacher_starts_as_the_student(tiles, tmp_path, monkeypatch):  # noqa: F811
-    run = train(monkeypatch, flags(tiles=tiles, max_steps=0, out_dir=tmp_path / "run"))
-    student, teacher = ({k: sharding.local(v) for k, v in run[net].state_dict().items()}
+def test_the_teacher_starts_as_the_student_and_an_infinite_gradient_changes_nothing(tiles, tmp_path, monkeypatch):
+    """Also where the loss is finite."""
+    start = weights(train(monkeypatch, flags(tiles=tiles, max_steps=0, out_dir=tmp_path / "start")))
+    student, teacher = ({k.removeprefix(net): v for k, v in start.items() if k.startswith(net)}
                         for net in ("student", "teacher"))
     bit_equal(student, teacher)
-    assert any(k.startswith("dino_head.") for k in student)
-
-
-def test_an_infinite_gradient_under_a_finite_loss_changes_nothing(tiles, tmp_path, monkeypatch):  # noqa: F811
-    start = weights(train(monkeypatch, flags(tiles=tiles, max_steps=0, out_dir=tmp_path / "start")))
+    assert any(k.startswith(".dino_head.") for k in student)
     clip = sharding.clip_gradients
 
     def spoil(student, max_norm):
@@ -145,68 +144,139 @@ def test_first_values_have_their_spread_and_a_seed_a_name(mesh):
     assert not torch.equal(a["backbone.pos_embed"], net["backbone"].pos_embed.full_tensor())
 
 
-def run(ranks, what, folder):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone",
-               "tests/reshard.py", what, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+SMALL = model.ViTConfig(14, 96, 3, 3, "swiglu", 160, 4, pos_grid=5, layerscale=1.0)
+
+
+class Peak(TorchDispatchMode):
+    """
+    The most bytes of new storages that live at once. Gloo's threads drop a collective's tensors a moment after they
+    have reported it, later on a busy machine: where more than `allowed` live, they get ten seconds for it.
+    """
+
+    def __init__(self, allowed):
+        super().__init__()
+        self.allowed, self.live, self.most, self.count = allowed, {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if type(t) is torch.Tensor}
+        for t in (t for t in tree_leaves(out) if type(t) is torch.Tensor):
+            storage = t.untyped_storage()
+            if storage._cdata not in known:
+                known.add(storage._cdata)
+                self.count += 1
+                self.live[self.count] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, self.count)
+        deadline = time.monotonic() + 10
+        while self.now() > self.allowed and time.monotonic() < deadline:
+            gc.collect()
+            time.sleep(0.01)
+        self.most = max(self.most, self.now())
+        return out
+
+    def now(self):
+        return sum(list(self.live.values()))
+
+
+def drawn(seed):
+    """(student and teacher, optimizer with random moments)."""
+    with torch.device("meta"):
+        parts = [dict(backbone=model.ViT(SMALL), dino_head=model.DINOHead(96, 33, 24, 8)) for _ in range(2)]
+        nets = torch.nn.ModuleDict(zip(("student", "teacher"), map(torch.nn.ModuleDict, parts)))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for i, (name, net) in enumerate(nets.items()):
+        sharding.shard(net, mesh, bf16=False, trained=name == "student")
+        sharding.materialize(net, "cpu", seed + 10 * i)
+    optimizer = torch.optim.AdamW(model.param_groups(nets["student"]), lr=1e-3, fused=True)
+    for (name, p), part in ((item, key) for key, m in nets["student"].items() for item in m.named_parameters()):
+        moments = [torch.zeros_like(p), torch.zeros_like(p)]
+        for j, moment in enumerate(moments):
+            sharding.copy_rows(moment, sharding.draw(nets["student"][part], f"{part}.{name}", p.shape, "cpu", seed + j))
+        optimizer.state[p] = {"step": torch.tensor(float(seed)), "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+    return nets, optimizer
+
+
+def tensors(nets, optimizer):
+    yield from ((k, sharding.local(v)) for k, v in nets.state_dict().items())
+    for name, p in nets["student"].named_parameters():
+        yield from ((f"{name} {k}", sharding.local(v)) for k, v in optimizer.state[p].items())
+
+
+def save_checkpoint(folder):
+    nets, optimizer = drawn(1)
+    shards = sum(t.nbytes for _, t in tensors(nets, optimizer))
+    largest = max(p.numel() * 4 for p in nets["teacher"]["backbone"].parameters())
+    receives = dist.get_rank() == 0  # and so holds the whole export
+    with Peak(math.inf if receives else 1.01 * largest) as exporting:
+        whole = dict(sharding.gathered(nets["teacher"]["backbone"]))
+    saver = checkpoint.Saver(folder, 2, 0)
+    with Peak(1.01 * shards) as saving:
+        saver.save(1, dict(zip(("model", "optimizer"), get_state_dict(nets, optimizer))))
+    saver.finish()
+    assert dist.get_rank() == 0 or all(v is None for v in whole.values())
+    return largest, exporting.most, shards, saving.most
+
+
+def load_checkpoint(folder):
+    (nets, optimizer), wanted = drawn(2), drawn(1)
+    state = dict(zip(("model", "optimizer"), get_state_dict(nets, optimizer)))
+    assert checkpoint.load(folder, state, print) == 1
+    set_state_dict(nets, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for (name, a), (_, b) in zip(tensors(nets, optimizer), tensors(*wanted), strict=True):
+        assert torch.equal(a, b) and not torch.isnan(a).any(), name
+
+
+def on_rank(function, folder):
+    dist.init_process_group("gloo")
+    returned = function(folder)
+    dist.destroy_process_group()
+    return returned
 
 
 @pytest.mark.parametrize("before, after", [
     (2, 1), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)])
-def test_checkpoints_are_exact_on_any_number_of_ranks_and_nothing_whole_is_built(before, after, tmp_path, mesh):
+def test_checkpoints_are_exact_on_any_number_of_ranks_and_nothing_whole_is_built(before, after, on_ranks, tmp_path):
     """A rank that receives no export needs one whole tensor for it, and for a save a host copy of its own shards."""
-    said = run(before, "save", tmp_path)
-    largest, exporting, shards, saving = map(int, re.findall(r"\d+", said))
+    largest, exporting, shards, saving = on_ranks(before, on_rank, save_checkpoint, str(tmp_path))[-1]
     if before == 2:
-        assert exporting <= 1.01 * largest, said
-        assert saving <= 1.01 * shards, said
-    if after == 1:
-        reshard.load(str(tmp_path))
-    else:
-        assert run(after, "load", tmp_path).count("equal") == after
+        assert exporting <= 1.01 * largest and saving <= 1.01 * shards, (exporting, largest, saving, shards)
+    on_ranks(after, on_rank, load_checkpoint, str(tmp_path))
 
 
-PROGRAM = """
-import sys
-sys.path[:0] = ["tests", "."]
-import torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-import model, sharding
+LARGE = model.ViTConfig(14, 512, 8, 8, "mlp", 2048, 4, pos_grid=8)
+
+
 def anonymous():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-arch = model.ViTConfig(14, 512, 8, 8, "mlp", 2048, 4, pos_grid=8)
-with torch.device("meta"):
-    net = torch.nn.ModuleDict({"backbone": model.ViT(arch)})
-sharding.shard(net, init_device_mesh("cpu", (1,)), bf16=False, trained=True)
-sharding.materialize(net, "cpu", 0)
-before = anonymous()
-given = model.first_weights(sys.argv[1], arch)
-opened = anonymous()
-sharding.materialize(net, "cpu", 0, given)
-print(opened - before, anonymous() - before, sum(p.numel() * 4 for p in net.parameters()))
-whole = torch.load(sys.argv[1], weights_only=True)
-for name, p in net["backbone"].named_parameters():
-    assert torch.equal(p.full_tensor(), whole[name]), name
-"""
+    """Bytes of this process that belong to no file."""
+    with open("/proc/self/status") as lines:
+        return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
-def test_weights_stay_in_their_file_until_a_rank_takes_its_rows(tmp_path):
+def load_weights(path):
+    """Bytes that opening a weight file costs, that first values from it cost, and of the parameters."""
+    net = sharded(LARGE, init_device_mesh("cpu", (1,)))
+    sharding.materialize(net, "cpu", 0)
+    before = anonymous()
+    given = model.first_weights(path, LARGE)
+    opened = anonymous()
+    sharding.materialize(net, "cpu", 0, given)
+    loaded, whole = anonymous(), torch.load(path, weights_only=True)
+    for name, p in net["backbone"].named_parameters():
+        assert torch.equal(p.full_tensor(), whole[name]), name
+    return opened - before, loaded - before, sum(p.numel() * 4 for p in net.parameters())
+
+
+def test_weights_stay_in_their_file_until_a_rank_takes_its_rows(on_ranks, tmp_path):
     """The bug: each of 8 ranks reads the whole of a 7B's file into memory of its own."""
     torch.manual_seed(0)
     path = tmp_path / "weights.pth"
-    torch.save(model.ViT(model.ViTConfig(14, 512, 8, 8, "mlp", 2048, 4, pos_grid=8)).state_dict(), path)
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(path)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    opened, loaded, size = map(int, done.stdout.split())
-    assert opened < 0.1 * size and loaded < 1.15 * size, done.stdout
+    torch.save(model.ViT(LARGE).state_dict(), path)
+    (opened, loaded, size), = on_ranks(1, on_rank, load_weights, path)
+    assert opened < 0.1 * size and loaded < 1.15 * size, (opened, loaded, size)
 
 
 @pytest.mark.slow
-def test_compiled_blocks_do_not_recompile_after_the_first_step(tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_compiled_blocks_do_not_recompile_after_the_first_step(tiles, tmp_path, monkeypatch):
     """All blocks of the student share one graph, and those of the teacher. Later steps add none."""
     import torch._dynamo.utils as dynamo
     keys = dict(tiles=tiles, schedule_steps=5, activation_checkpointing="selective")

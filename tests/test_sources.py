@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import one_line
 from PIL import Image
 
 import data
@@ -23,11 +24,7 @@ import wsi
 from prepare.stats import train_keys
 
 GOLDEN = Path(__file__).parent / "golden"
-CONFIG = dict(
-    seed=0, slides="", sample_list="", shards="", parquet="", tiles="", mix=(), holdout=0.0,
-    patient=r"TCGA-\w\w-\w{4}", mpps=(0.5, 1.0), mpp_range=(), eval_mpp=0.5, eval_share=0.5, tile_px=64, slide_mpp=0.0,
-    wide_field=(), mpp_from_objective=False, exact_reads=True, mask_dir="", tiles_per_visit=2, tissue_share=0.6,
-    open_slides=3)
+CONFIG = train_keys() | dict(mpps=(0.5, 1.0), tile_px=64, tiles_per_visit=2, open_slides=3)
 FORK = multiprocessing.get_context("fork")
 
 
@@ -346,21 +343,17 @@ def test_nothing_of_a_held_out_patient_is_read(kind, slides, tmp_path):
 
 
 def test_a_holdout_that_leaves_nothing_or_lacks_patients_is_refused(slides):
-    _, held = patients()
-    (slides / f"{held[0]}.svs").touch()
-    with pytest.raises(ValueError, match="slides: holdout = 0.5 leaves none of 1 files"):
-        open_source(slides=f"{slides}/{held[0]}*", holdout=0.5)
-    with pytest.raises(ValueError, match="sample_list: no tile to train on"):
-        open_source(sample_list=write_list(slides, [f"{held[0]}.svs 0 0 0"]), holdout=0.5)
-    with pytest.raises(ValueError, match="sample_list: no tile to train on"):
-        open_source(sample_list=write_list(slides, []))
-    with pytest.raises(ValueError, match="holdout needs patients, but the name of .*nobody.png has none: rename"):
-        open_source(tiles=write_folder(slides, ["nobody.png"]), holdout=0.5)  # each tile would be a patient
-    with pytest.raises(ValueError, match="patient = '.*' is no regular expression"):
-        open_source(slides=f"{slides}/a.svs", patient="(")
-
-
-# ---- sample lists and their table -----------------------------------------------------------------------------------
+    held = patients()[1][0]
+    (slides / f"{held}.svs").touch()
+    of_held, none = write_list(slides, [f"{held}.svs 0 0 0"]), write_list(slides, [], "none.txt")
+    nobody = write_folder(slides, ["nobody.png"])  # each tile would be a patient
+    for keys, message in ((dict(slides=f"{slides}/{held}*"), "slides: holdout = 0.5 leaves none of 1 files"),
+                          (dict(sample_list=of_held), "sample_list: no tile to train on"),
+                          (dict(sample_list=none, holdout=0.0), "sample_list: no tile to train on"),
+                          (dict(tiles=nobody), "holdout needs patients, but the name of .*nobody.png has none: rename"),
+                          (dict(slides=f"{slides}/a.svs", patient="("), "patient = '.*' is no regular expression")):
+        with pytest.raises(ValueError, match=message):
+            open_source(**{"holdout": 0.5, **keys})
 
 
 def write_list(folder, lines, name="list.txt"):
@@ -386,9 +379,9 @@ def test_openmidnight_sample_lists(mpp, exact, slides):
                                   f"a.svs {2**31} 2 0", "a.svs 1 2 0.25 0.25"])
 def test_a_bad_line_is_named_with_its_number(line, slides, tables):
     file = write_list(slides, ["a.svs 1 2 0", line])
-    with pytest.raises(ValueError, match="list.txt, line 2: not 'path x y level'") as e:
+    with one_line("list.txt, line 2: not 'path x y level'"):
         open_source(sample_list=file)
-    assert "\n" not in str(e.value) and not tables.exists()
+    assert not tables.exists()
 
 
 def test_a_list_is_a_memory_map_of_13_bytes_per_line_that_is_parsed_again_only_if_file_or_holdout_change(
@@ -416,25 +409,18 @@ def table_of(file, build):
     return rows.tolist(), names
 
 
-def one_rank(folder, rank, results):
+def one_rank(folder):
     def build():
-        assert rank == 0
+        assert dist.get_rank() == 0
         return np.arange(5), ["a"]
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
-    results.put(table_of(folder / "input", build))
-    dist.destroy_process_group()
+    tempfile.tempdir = str(folder)
+    dist.init_process_group("gloo")
+    return table_of(folder / "input", build)
 
 
-def test_the_first_rank_of_a_node_builds_the_table_and_the_others_wait(tmp_path):
+def test_the_first_rank_of_a_node_builds_the_table_and_the_others_wait(on_ranks, tmp_path):
     (tmp_path / "input").touch()
-    results = FORK.Queue()
-    ranks = [FORK.Process(target=one_rank, args=(tmp_path, rank, results)) for rank in range(3)]
-    for rank in reversed(ranks):
-        rank.start()
-    assert [results.get(timeout=30) for _ in ranks] == [([0, 1, 2, 3, 4], ["a"])] * 3
-    for rank in ranks:
-        rank.join()
+    assert on_ranks(3, one_rank, tmp_path) == [([0, 1, 2, 3, 4], ["a"])] * 3
 
 
 def test_a_killed_or_failed_builder_leaves_no_table_that_is_used(tmp_path, tables, monkeypatch):
@@ -686,7 +672,7 @@ class Thin:
 
 
 def test_a_slide_without_a_fitting_tile_is_unsuitable_not_unreadable():
-    keys = {**train_keys(), "batch_size": 2, "local_crops": 2, "global_px": 56, "local_px": 28}
+    keys = CONFIG | {"batch_size": 2, "local_crops": 2, "global_px": 56, "local_px": 28}
     batch = data.Batches(Thin(3), keys, 4)[0]
     assert batch["bad"] == [] and len(batch["global_crops"]) == 4
     assert data.Batches(Thin(1000), keys, 4)[0]["bad"] == ["thin.svs: no tile of 60% tissue"] * 2

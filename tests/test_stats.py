@@ -1,8 +1,5 @@
-"""prepare/stats.py: colours to paste as norm, with their intervals, and what else a preprocessing changes."""
+"""prepare/stats.py: colours to paste as norm, their intervals, what else preprocessing changes; bench/data.py runs."""
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +8,6 @@ from test_wsi import PINK, flat
 
 from prepare import stats
 
-ROOT = Path(__file__).parents[1]
 KEYS = {"seed": 0, "patient": r"TCGA-\w\w-\w{4}"}
 
 
@@ -90,16 +86,24 @@ def test_train_keys_are_the_keys_of_train_py():
     assert not {"rank", "config", "data", "__builtins__"} & set(keys)
 
 
-def test_the_script_takes_train_pys_keys_and_configs_and_says_what_is_missing(tmp_path):
+def test_the_script_takes_train_pys_keys_and_configs_and_says_what_is_missing(script, tmp_path):
     for k in range(6):
         Image.fromarray(np.full((40, 40, 3), (200, 100 + 10 * k, 150), np.uint8)).save(tmp_path / f"{k}.png")
     config = tmp_path / "a.py"
     config.write_text(f"tiles = {str(tmp_path)!r}\nseed = 3\n")
-    for arguments, message in (([config, "--samples=6"], ""), (["--samples=1"], "set exactly one of slides"),
-                               (["--tile=x"], "did you mean 'tiles'")):
-        done = subprocess.run([sys.executable, ROOT / "prepare/stats.py", *arguments], capture_output=True, text=True)
-        if message:
-            assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
-        else:
-            found = json.loads(done.stdout.splitlines()[-1])
-            assert found["mean"] == pytest.approx([200 / 255, 125 / 255, 150 / 255])
+    found = json.loads(script("prepare/stats.py", config, "--samples=6").splitlines()[-1])
+    assert found["mean"] == pytest.approx([200 / 255, 125 / 255, 150 / 255])
+    for flag, message in (("--samples=1", "set exactly one of slides"), ("--tile=x", "did you mean 'tiles'")):
+        with pytest.raises(SystemExit, match=message):
+            script("prepare/stats.py", flag)
+
+
+def test_the_data_benchmark_prints_its_table_and_names_what_it_cannot_read(script, tmp_path):
+    command = ["bench/data.py", f"--tiles={tmp_path}", "--batch_size=1", "--repeats=1"]
+    Image.effect_noise((256, 256), 60).save(tmp_path / "0.png")
+    text = script(*command)
+    assert text.startswith("config: ") and "1 of 1 tiles in a folder" in text
+    assert [line.split()[0] for line in text.splitlines()[-3:]] == ["tile", "batch", "everything"]
+    (tmp_path / "0.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match=r"^bench/data.py: .*0\.png"):
+        script(*command)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from test_train import ROOT, flags, tiles, train  # noqa: F401 (tiles is a fixture)
+from test_train import ROOT, flags, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -63,13 +63,13 @@ ON_THE_HOST = {"data.py:change"}  # indices from the colour parameters, constant
 
 
 @pytest.mark.parametrize("keys", RUNS.values(), ids=RUNS)
-def test_a_step_waits_for_no_result(keys, tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_a_step_waits_for_no_result(keys, tiles, tmp_path, monkeypatch):
     seen = waits(monkeypatch, flags(tiles=tiles, out_dir=tmp_path / "a", max_steps=5, log_interval=100, **keys))
     assert seen and {at for at, _ in seen} <= ON_THE_HOST, seen
 
 
 @pytest.mark.parametrize("name", ["clip_gradients", "sinkhorn", "update_ema"])
-def test_one_look_at_a_result_is_found(name, tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_one_look_at_a_result_is_found(name, tiles, tmp_path, monkeypatch):
     module = model if name == "sinkhorn" else sharding
     function = getattr(module, name)
 
@@ -83,6 +83,6 @@ def test_one_look_at_a_result_is_found(name, tiles, tmp_path, monkeypatch):  # n
     assert {at for at, _ in seen} - ON_THE_HOST, seen
 
 
-def test_and_at_log_points_they_are(tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_and_at_log_points_they_are(tiles, tmp_path, monkeypatch):
     seen = waits(monkeypatch, flags(tiles=tiles, out_dir=tmp_path / "a", max_steps=5, log_interval=1))
     assert any(at.startswith("train.py") for at, _ in seen), seen

@@ -1,27 +1,19 @@
 """The toy world: slides as OpenSlide sees them, equal pixels from equal seeds, and colour that tells nothing."""
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import openslide
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "prepare"))
-import toy  # noqa: E402
-
-import eval_bach  # noqa: E402
-import sources  # noqa: E402
-import wsi  # noqa: E402
-from prepare.stats import train_config  # noqa: E402
+import eval_bach
+import sources
+import wsi
+from prepare import toy
+from prepare.stats import train_config
 
 SLIDES = [  # format, um/px, level factors, mm
     ("svs", 0.5, (1, 4), 0.9, 0.7),
     ("tif", 0.25, (1, 2, 4), 0.6, 0.5),
-    ("svs", 0.364, (1, 2.97, 7.9), 0.8, 0.9),
-]
+    ("svs", 0.364, (1, 2.97, 7.9), 0.8, 0.9)]
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +111,14 @@ def test_loads_do_not_depend_on_the_kind():
         assert np.std(maps, (2, 3)).mean(0) == pytest.approx([1.65, 0.425], rel=0.15), kind
 
 
-def test_a_list_by_levels_has_each_level_of_each_slide_and_trains(world, tmp_path):
+def test_a_list_by_levels_has_each_level_of_each_slide_and_trains(script, world, tmp_path):
     """OpenMidnight's sampling: an equal share for every level, tissue by its rule, corners anywhere in the slide."""
     def make(out, *flags):
-        command = [sys.executable, ROOT / "prepare/levels.py", f"--slides={world}/slides/*", f"--out={tmp_path / out}"]
-        return subprocess.run([*command, "--tile_px=64", "--passes=5", *flags], capture_output=True, text=True)
+        command = ["prepare/levels.py", f"--slides={world}/slides/*", f"--out={tmp_path / out}", "--tile_px=64"]
+        script(*command, "--passes=5", *flags)
+        return (tmp_path / out).read_text()
 
-    assert make("a").returncode == make("b").returncode == make("c", "--seed=1").returncode == 0
-    a, b, c = ((tmp_path / name).read_text() for name in "abc")
+    a, b, c = make("a"), make("b"), make("c", "--seed=1")
     assert a == b != c, "a function of the seed"
     rows = [line.rsplit(" ", 3) for line in a.splitlines()]
     for path in sorted((world / "slides").iterdir()):
@@ -139,9 +131,9 @@ def test_a_list_by_levels_has_each_level_of_each_slide_and_trains(world, tmp_pat
             assert wsi.tissue_share(slide.read_level(x, y, 64, level)) > 0.6
     source = sources.open_source(train_config([f"--sample_list={tmp_path}/a", "--tile_px=64"]))
     assert source.read(3)[0].shape == (64, 64, 3)
-    again = make("a")
-    assert again.returncode == 1 and again.stderr.startswith("levels: give --slides=")
+    with pytest.raises(SystemExit, match="^levels: give --slides="):
+        make("a")
     assert (tmp_path / "a").read_text() == a
-    none = make("d", "--tissue_share=1.0", "--draws=3")
-    assert none.returncode == 1 and "\nlevels: no tile with tissue in 3 slides" in none.stderr
+    with pytest.raises(SystemExit, match="^levels: no tile with tissue in 3 slides"):
+        make("d", "--tissue_share=1.0", "--draws=3")
     assert sorted(path.name for path in tmp_path.glob("[a-z]*")) == ["a", "b", "c"]  # nothing unfinished

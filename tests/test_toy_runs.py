@@ -4,15 +4,14 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import curves
 from bench import configs, toy_ablations
 from prepare.stats import train_config
 
-ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs/toy_runs"
 RUNS = toy_ablations.commands() | {toy_ablations.PRETRAIN: ["config/toy_pretrain.py", "--seed=0"]}
 STEPS = 10  # until the first row of metrics.jsonl

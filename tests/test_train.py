@@ -4,39 +4,27 @@ import math
 import os
 import runpy
 import shutil
-import socket
-import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
+from conftest import ROOT
 
 import data
 import eval_bach
 import model
 import sharding
 
-ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-TINY = dict(arch="toy", batch_size=4, global_px=56, local_px=28, local_crops=2, dino_hidden=32, ibot_hidden=32,
+model.ARCHS["tiny"] = model.replace(model.ARCHS["toy"], embed_dim=32, depth=2, num_heads=1, ffn_hidden=128)
+TINY = dict(arch="tiny", batch_size=4, global_px=56, local_px=28, local_crops=2, dino_hidden=32, ibot_hidden=32,
             dino_prototypes=64, ibot_prototypes=64, dino_bottleneck=16, ibot_bottleneck=16, workers=0, warmup_steps=2,
             freeze_last_layer=1, teacher_temp_warmup=4, log_interval=1, save_interval=1000, base_lr=1e-2,
             drop_path=0.25, device="cpu", max_steps=4)
-
-
-@pytest.fixture(scope="module")
-def tiles(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("tiles"), np.random.default_rng(0)
-    for i in range(24):
-        image = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((72, 72), Image.BICUBIC)
-        image.save(folder / f"{i:02d}.png")
-    return str(folder)
 
 
 def flags(**keys):
@@ -64,6 +52,11 @@ def rows(folder, file="metrics.jsonl"):
     return [json.loads(line) for line in open(f"{folder}/{file}")]
 
 
+def timeless(folder, *more):
+    """The rows of metrics.jsonl without what depends on the clock, and without other keys that are named."""
+    return [{k: v for k, v in row.items() if k not in ("images_per_s", "data_wait", *more)} for row in rows(folder)]
+
+
 def weights(run):
     """Every number that the next step depends on: student, teacher, moments."""
     tensors = {f"{net}.{k}": v for net in ("student", "teacher") for k, v in run[net].state_dict().items()}
@@ -79,28 +72,9 @@ def bit_equal(a, b):
     assert not different, f"{len(different)} of {len(a)} tensors differ, first {different[:3]}"
 
 
-def train_in_turn(argvs, ports, between=lambda patch: None):
-    for argv, port in zip(argvs, ports):
-        os.environ["MASTER_PORT"], sys.argv = port, ["train.py", *argv]
-        runpy.run_path("train.py", run_name="__main__")
-        between(setattr)
-
-
-def on_two_ranks(function, argvs):
-    """Call a function of this file on two ranks. torchrun would import torch in a third process, for each run anew."""
-    sockets = [socket.create_server(("localhost", 0)) for _ in argvs]
-    ports = [str(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    code = f"import test_train; test_train.{function}({argvs}, {ports})"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_ADDR": "localhost", "WORLD_SIZE": "2"}
-    ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**env, "RANK": str(r)}) for r in range(2)]
-    while None in (ended := [p.poll() for p in ranks]) and not any(ended):  # one that fails leaves the other waiting
-        time.sleep(0.1)
-    for p in ranks:
-        p.kill()
-    assert ended == [0, 0]
+def train_rank(argv):
+    sys.argv = ["train.py", *argv]
+    runpy.run_path("train.py", run_name="__main__")
 
 
 JOINT = dict(drop_path=0.0, clip_grad=0.05, freeze_last_layer=0, warmup_steps=0, max_steps=5)
@@ -109,11 +83,11 @@ ON_TWO_RANKS = {"sinkhorn": JOINT, "softmax": JOINT | dict(centering="softmax"),
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tiles, tmp_path_factory):
+def two_ranks(on_ranks, tiles, tmp_path_factory):
     """A folder with the runs of ON_TWO_RANKS."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    argvs = [flags(tiles=tiles, out_dir=folder / name, **keys) for name, keys in ON_TWO_RANKS.items()]
-    on_two_ranks("train_in_turn", argvs)
+    for name, keys in ON_TWO_RANKS.items():
+        on_ranks(2, train_rank, flags(tiles=tiles, out_dir=folder / name, **keys))
     return folder
 
 
@@ -125,8 +99,7 @@ def test_twenty_steps_equal_ten_resume_ten_bit_for_bit(tiles, tmp_path, monkeypa
     os.rename(tmp_path / "b/ckpt/12", tmp_path / "b/ckpt/unfinished")
     resumed = train(monkeypatch, flags(**keys, max_steps=20, out_dir=tmp_path / "b", resume="true"))
     bit_equal(weights(straight), weights(resumed))
-    drop = ("images_per_s", "data_wait")
-    a, b = ([{k: v for k, v in r.items() if k not in drop} for r in rows(tmp_path / x)] for x in "ab")
+    a, b = (timeless(tmp_path / x) for x in "ab")
     assert a == b and [r["step"] for r in a] == list(range(21))
     assert all(c.abs().max() > 0 for c in straight["centers"].values())
     assert straight["progress"]["step"] == 20 and sorted(os.listdir(tmp_path / "b/ckpt")) == ["10", "20"]
@@ -183,19 +156,24 @@ def test_two_ranks_equal_one_process_on_the_same_global_batch(centering, tiles, 
         torch.testing.assert_close(saved[0][k], saved[1][k], atol=1e-4, rtol=1e-3)
 
 
+def poison_steps(monkeypatch, wanted):
+    """NaN in the steps whose number is `wanted`. Returns the calls, two per step; to be cleared before a new run."""
+    augment, calls = data.augment, []
+
+    def poisoned(crops, *rest):
+        calls.append(0)
+        return augment(crops, *rest) * (math.nan if wanted((len(calls) - 1) // 2) else 1)
+
+    monkeypatch.setattr(data, "augment", poisoned)
+    return calls
+
+
 @pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
 def test_a_poisoned_batch_leaves_the_weights_bit_equal_and_is_counted(centering, tiles, tmp_path, monkeypatch):
     """The bug: a NaN loss that still steps the optimizer."""
     keys = dict(tiles=tiles, schedule_steps=5, centering=centering)
     clean = train(monkeypatch, flags(**keys, max_steps=3, out_dir=tmp_path / "clean"))
-    augment, calls = data.augment, []
-
-    def poison(crops, *rest):
-        calls.append(0)
-        x = augment(crops, *rest)
-        return x * float("nan") if len(calls) > 2 * 3 else x  # two calls a step: the fourth step and later
-
-    monkeypatch.setattr(data, "augment", poison)
+    calls = poison_steps(monkeypatch, lambda step: step >= 3)
     poisoned = train(monkeypatch, flags(**keys, max_steps=5, out_dir=tmp_path / "poisoned"))
     bit_equal(weights(clean), weights(poisoned))
     assert poisoned["progress"] == {"step": 5, "bad_steps": 2, "samples": 20, "images": 4}
@@ -209,23 +187,16 @@ def test_a_poisoned_batch_leaves_the_weights_bit_equal_and_is_counted(centering,
 
 def test_saving_before_the_first_good_step_changes_nothing(tiles, tmp_path, monkeypatch):
     """The bug: asking for the optimizer's state makes it take an empty step when it has none."""
-    augment = data.augment
-    runs = []
+    calls, runs = poison_steps(monkeypatch, lambda step: step == 0), []
     for save in (1, 100):
-        calls = []
-
-        def poison(crops, *rest, calls=calls):
-            calls.append(0)
-            return augment(crops, *rest) * (float("nan") if len(calls) <= 2 else 1)
-
-        monkeypatch.setattr(data, "augment", poison)
         keys = dict(tiles=tiles, max_steps=3, save_interval=save)
         runs.append(train(monkeypatch, flags(**keys, out_dir=tmp_path / str(save))))
+        calls.clear()
     bit_equal(*map(weights, runs))
 
 
 def test_parameters_without_a_gradient_are_in_the_checkpoint(tiles, tmp_path, monkeypatch):
-    monkeypatch.setitem(model.ARCHS, "toy", model.replace(model.ARCHS["toy"], local_cls_norm=True))
+    monkeypatch.setitem(model.ARCHS, "tiny", model.replace(model.ARCHS["tiny"], local_cls_norm=True))
     keys = dict(tiles=tiles, local_crops=0, out_dir=tmp_path / "a")
     train(monkeypatch, flags(**keys, max_steps=1))
     assert train(monkeypatch, flags(**keys, max_steps=2, resume="true"))["progress"]["step"] == 2
@@ -304,15 +275,15 @@ def test_the_rows_of_a_run(tiles, tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_starts_from_the_weights_that_it_is_given(tiles, tmp_path, monkeypatch):
-    vit = model.ViT(model.ARCHS["toy"])  # a table for 224 px, resampled to the crops' 4 x 4
-    torch.save({"teacher": vit.state_dict(), "arch": "toy", "step": 1, "config": {}}, tmp_path / "w.pth")
+    vit = model.ViT(model.ARCHS["tiny"])  # a table for 224 px, resampled to the crops' 4 x 4
+    torch.save({"teacher": vit.state_dict(), "arch": "tiny", "step": 1, "config": {}}, tmp_path / "w.pth")
     keys = dict(tiles=tiles, max_steps=0, weights=tmp_path / "w.pth")
     for init in ("resample", "random"):
         run = train(monkeypatch, flags(**keys, pos_embed_init=init, out_dir=tmp_path / init))
         for net in (run["student"], run["teacher"]):
             state = {k: v.full_tensor() for k, v in net["backbone"].state_dict().items()}
             table = model.resample_pos_embed(vit.pos_embed.detach(), 4)
-            assert torch.equal(state["blocks.2.attn.qkv.weight"], vit.blocks[2].attn.qkv.weight)
+            assert torch.equal(state["blocks.1.attn.qkv.weight"], vit.blocks[1].attn.qkv.weight)
             assert torch.equal(state["pos_embed"], table) == (init == "resample")
     assert "another architecture" in refused(monkeypatch, flags(**keys, arch="dinov2_vits14", out_dir=tmp_path / "c"))
     assert "changes nothing" in refused(monkeypatch, flags(**{**keys, "weights": ""}, pos_embed_init="random"))
@@ -327,21 +298,26 @@ def test_a_run_starts_from_the_weights_that_it_is_given(tiles, tmp_path, monkeyp
 
 def test_the_teacher_is_the_average_of_the_student(tiles, tmp_path, monkeypatch):
     """The bug: an average written to a gathered copy of the teacher, and lost."""
-    vit = model.ViT(model.replace(model.ARCHS["toy"], pos_grid=4))
-    torch.save({"teacher": vit.state_dict(), "arch": "toy", "step": 1, "config": {}}, tmp_path / "w.pth")
+    vit = model.ViT(model.replace(model.ARCHS["tiny"], pos_grid=4))
+    torch.save({"teacher": vit.state_dict(), "arch": "tiny", "step": 1, "config": {}}, tmp_path / "w.pth")
     keys = dict(tiles=tiles, weights=tmp_path / "w.pth", momentum=0.75, momentum_end=0.75, warmup_steps=0,
-                save_interval=1, schedule_steps=10)
-    want = dict(vit.state_dict())
-    for steps in (1, 2, 3):
-        run = train(monkeypatch, flags(**keys, max_steps=steps, out_dir=tmp_path / str(steps)))
-        saved = torch.load(tmp_path / f"{steps}/teacher/{steps}.pth", weights_only=True)["teacher"]
-        for k, v in run["student"]["backbone"].state_dict().items():
-            want[k] = 0.75 * want[k] + 0.25 * v.full_tensor()
+                save_interval=1, schedule_steps=10, max_steps=3, out_dir=tmp_path / "a")
+    want, students, average = dict(vit.state_dict()), [], sharding.update_ema
+
+    def after_a_step(teacher, student, *rest):
+        students.append({k: v.full_tensor().clone() for k, v in student["backbone"].state_dict().items()})
+        average(teacher, student, *rest)
+    monkeypatch.setattr(sharding, "update_ema", after_a_step)
+    train(monkeypatch, flags(**keys))
+    for step, student in enumerate(students, 1):
+        saved = torch.load(tmp_path / f"a/teacher/{step}.pth", weights_only=True)["teacher"]
+        for k, v in student.items():
+            want[k] = 0.75 * want[k] + 0.25 * v
             torch.testing.assert_close(saved[k], want[k], atol=1e-6, rtol=1e-5)
             assert not torch.equal(saved[k], vit.state_dict()[k]) or k == "mask_token", k
 
 
-DINOV3 = dict(arch="dinov3_vits16", global_px=64, local_px=32, rope_rescale=2.0, layer_decay=0.9,
+DINOV3 = dict(arch="dinov3_vits16", depth=2, global_px=64, local_px=32, rope_rescale=2.0, layer_decay=0.9,
               head_weight_norm="false", batch_size=2)
 
 
@@ -363,7 +339,7 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
                        (dict(weights="none.pth"), "no file or folder none.pth"), (dict(bach_dir=tmp_path), "Photos"),
                        (dict(arch="vit"), "unknown arch 'vit'; known: 'dinov2_vits14'"),
                        (dict(kde="on"), "unknown kde 'on'; known"),
-                       (dict(global_px=60), "multiple of toy's patch of 14"), (dict(centering="x"), "sinkhorn"),
+                       (dict(global_px=60), "multiple of tiny's patch of 14"), (dict(centering="x"), "sinkhorn"),
                        (dict(batch_size=1), "at least 2"),
                        (dict(blur_prob="(0.1,0.5)"), "blur_prob = (0.1, 0.5): give 3"),
                        (dict(device="cuda"), "no GPU"),
@@ -380,10 +356,8 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
         message = refused(monkeypatch, flags(**{"tiles": tiles, "out_dir": out, **keys}))
         assert part in message and "\n" not in message, message
     assert not out.exists()
-
-
-def test_nothing_to_resume_is_said(tiles, tmp_path, monkeypatch):
-    assert "nothing to resume" in refused(monkeypatch, flags(tiles=tiles, out_dir=tmp_path / "none", resume="true"))
+    monkeypatch.undo()
+    assert "nothing to resume" in refused(monkeypatch, flags(tiles=tiles, out_dir=out, resume="true"))
 
 
 def test_too_many_unreadable_tiles_stop_the_run_with_their_list(tiles, tmp_path, monkeypatch):
@@ -400,15 +374,9 @@ def test_too_many_unreadable_tiles_stop_the_run_with_their_list(tiles, tmp_path,
     assert rows(tmp_path / "a")[-1]["bad_tiles"] == 3, "a resumed run remembers them"
 
 
-def test_the_bach_curve_starts_at_step_0(tiles, tmp_path, monkeypatch):
-    rng, photos = np.random.default_rng(0), tmp_path / "bach/ICIAR2018_BACH_Challenge/Photos"
-    for c, (name, prefix) in enumerate(zip(("Benign", "InSitu", "Invasive", "Normal"), ("b", "is", "iv", "n"))):
-        (photos / name).mkdir(parents=True)
-        for i in range(1, 101):
-            image = np.uint8(60 * c) + rng.integers(0, 40, (24, 32, 3), dtype=np.uint8)
-            Image.fromarray(image).save(photos / name / f"{prefix}{i:03d}.tif")
+def test_the_bach_curve_starts_at_step_0(tiles, bach_template, tmp_path, monkeypatch):
     quick_bach(monkeypatch.setattr, gray=False)
-    keys = dict(tiles=tiles, max_steps=3, eval_interval=2, bach_dir=tmp_path / "bach")
+    keys = dict(tiles=tiles, max_steps=3, eval_interval=2, bach_dir=bach_template)
     train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
     curve, metrics = rows(tmp_path / "a", "bach.jsonl"), rows(tmp_path / "a")
     assert [r["step"] for r in curve] == [0, 2, 3] and [r["step"] for r in metrics] == [0, 1, 2, 3]
@@ -507,30 +475,33 @@ def test_the_curve_is_the_teachers_and_what_its_export_scores(tiles, tmp_path, m
 @pytest.mark.parametrize("stated, want", [("half", [[0.5] * 3] * 2), (None, None), ("imagenet", None)])
 def test_pixels_are_normalised_as_the_weights_state(stated, want, tiles, tmp_path, monkeypatch):
     """The bug: weights trained at 0.5 that go on at ImageNet's, in silence."""
-    vit = model.ViT(model.ARCHS["toy"])
-    torch.save({"teacher": vit.state_dict(), "arch": "toy", "config": {"norm": stated}}, tmp_path / "w.pth")
+    vit = model.ViT(model.ARCHS["tiny"])
+    torch.save({"teacher": vit.state_dict(), "arch": "tiny", "config": {"norm": stated}}, tmp_path / "w.pth")
     seen, augment = [], data.augment
     monkeypatch.setattr(data, "augment", lambda x, rows, c, *a: seen.append(c["norm"]) or augment(x, rows, c, *a))
     keys = dict(tiles=tiles, max_steps=1, weights=tmp_path / "w.pth")
     train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
     assert json.loads(json.dumps(seen[0])) == json.load(open(tmp_path / "a/config.json"))["norm"] == want
     assert model.stored_norm(tmp_path / "a/teacher/1.pth") == model.stored_norm(tmp_path / "w.pth")
-    run = train(monkeypatch, flags(**keys, norm="imagenet", out_dir=tmp_path / "b"))
+    run = train(monkeypatch, flags(**keys | {"max_steps": 0}, norm="imagenet", out_dir=tmp_path / "b"))
     assert run["config"]["norm"] == "imagenet"
 
 
-def one_of_two_ranks(argvs, ports):
-    """A good run and a poisoned one; wandb is there on rank 0 only."""
+def evaluating_rank(argv, poisoned):
+    """wandb is there on rank 0 only."""
     run = SimpleNamespace(init=lambda **k: SimpleNamespace(id="1"), define_metric=lambda *a, **k: 0, log=lambda row: 0)
     sys.modules["wandb"] = run if os.environ["RANK"] == "0" else None
     quick_bach(setattr)
-    train_in_turn(argvs, ports, between=poison)
+    if poisoned:
+        poison(setattr)
+    train_rank(argv)
 
 
 @pytest.mark.slow
-def test_two_ranks_stay_in_step_when_an_evaluation_fails_on_one(tiles, tmp_path):
+def test_two_ranks_stay_in_step_when_an_evaluation_fails_on_one(on_ranks, tiles, tmp_path):
     keys = dict(tiles=tiles, max_steps=3, eval_interval=2, bach_dir="x", wandb_project="x")
-    on_two_ranks("one_of_two_ranks", [flags(**keys, out_dir=tmp_path / name) for name in ("good", "bad")])
+    for name in ("good", "bad"):
+        on_ranks(2, evaluating_rank, flags(**keys, out_dir=tmp_path / name), name == "bad")
     same_but_for_bach(rows(tmp_path / "good"), rows(tmp_path / "bad"))
     bit_equal(*(torch.load(tmp_path / x / "teacher/3.pth", weights_only=True)["teacher"] for x in ("good", "bad")))
 

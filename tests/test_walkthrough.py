@@ -4,11 +4,10 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
 SLIDES = ROOT.parent / "shared/data/slides"
 pytestmark = pytest.mark.slow  # make test-slow
 

@@ -1,13 +1,13 @@
 """Tiny weight files in every layout that load_backbone reads. For Hugging Face's, transformers is the reference."""
 import json
 import re
-import runpy
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from test_train import ROOT, bit_equal
+from conftest import one_line
+from test_train import bit_equal
 
 import model
 from model import ARCHS, ViT, ViTConfig
@@ -20,8 +20,7 @@ RELEASED = {
     "dinov2_s_reg": replace(V2, registers=4, pos_antialias=True, pos_offset=0.0),
     "dinov2_g_reg": replace(V2, ffn="swiglu", registers=4, pos_antialias=True, pos_offset=0.0),
     "dinov3_s": V3, "dinov3_hplus": replace(V3, ffn="swiglu"),
-    "dinov3_7b": replace(V3, ffn="swiglu", num_heads=1, qkv_bias=False, local_cls_norm=True),
-}
+    "dinov3_7b": replace(V3, ffn="swiglu", num_heads=1, qkv_bias=False, local_cls_norm=True)}
 SMALL = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, mlp_ratio=2, image_size=56, patch_size=14)
 SMALL3 = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=80, image_size=64,
               num_register_tokens=4)
@@ -31,8 +30,7 @@ HUGGING_FACE = {
     "dinov2_reg": ("Dinov2WithRegisters", {**SMALL, "layer_norm_eps": 1e-2}),  # far from the default, so that it shows
     "dinov2_reg_g": ("Dinov2WithRegisters", {**SMALL, "use_swiglu_ffn": True}), "dinov3_s": ("DINOv3ViT", SMALL3),
     "dinov3_hplus": ("DINOv3ViT", {**SMALL3, **GATED, "rope_theta": 50.0, "layer_norm_eps": 1e-2}),
-    "dinov3_7b": ("DINOv3ViT", {**SMALL3, **GATED, "num_attention_heads": 1, "query_bias": False, "value_bias": False}),
-}
+    "dinov3_7b": ("DINOv3ViT", {**SMALL3, **GATED, "num_attention_heads": 1, "query_bias": False, "value_bias": False})}
 
 
 @torch.no_grad()
@@ -67,7 +65,6 @@ def same(a, b, px=(70, 56), atol=1e-6):
 
 # ---- .pth -----------------------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("name", RELEASED)
 def test_metas_files_load_without_being_told_the_architecture(name, tmp_path):
     vit = released(RELEASED[name])
@@ -85,9 +82,8 @@ def test_a_released_file_that_lacks_a_tensor_is_refused_by_its_name(key, tmp_pat
         state = released(config).state_dict()
         if key in state:
             path = save(tmp_path / "w.pth", {k: v for k, v in state.items() if k != key})
-            with pytest.raises(ValueError, match=rf"w\.pth: .*{re.escape(key)}") as e:
+            with one_line(rf"w\.pth: .*{re.escape(key)}"):
                 model.load_backbone(path)
-            assert "\n" not in str(e.value)
 
 
 def test_a_teacher_of_this_project_brings_its_architecture_and_normalisation(tmp_path):
@@ -121,7 +117,6 @@ def test_openmidnights_teacher_loads_with_chunked_blocks_and_16x16_positions(tmp
 
 
 # ---- Hugging Face, with transformers --------------------------------------------------------------------------------
-
 
 def theirs(name, folder, shard="50GB"):
     """A random model of transformers, saved in `folder`, under the names that the hub's files have."""
@@ -252,11 +247,10 @@ def test_a_model_without_mask_token_or_registers_loads(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dinov2_g", "dinov3_7b"])
-def test_a_converted_file_is_the_folder(name, tmp_path, monkeypatch):
+def test_a_converted_file_is_the_folder(name, tmp_path, script):
     stated = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     folder, out = write(tmp_path, released(RELEASED[name]), preprocessor_config=stated), tmp_path / "w.pth"
-    monkeypatch.setattr(sys, "argv", ["convert.py", f"--weights={folder}", f"--out={out}"])
-    runpy.run_path(str(ROOT / "prepare/convert.py"), run_name="__main__")
+    script("prepare/convert.py", f"--weights={folder}", f"--out={out}")
     one, other = model.load_backbone(folder), model.load_backbone(out)
     assert one.arch == other.arch and model.stored_norm(out) == model.NORMS["half"]
     bit_equal(one.state_dict(), other.state_dict())
@@ -301,9 +295,8 @@ def test_normalisation_is_the_models_own_or_is_asked_for(tmp_path):
                        (json.dumps({**stated, "image_mean": [123.7, 116.3, 103.5]}), "pixels from 0 to 1")):
         file = tmp_path / "preprocessor_config.json"
         file.write_text(text) if text else file.unlink()
-        with pytest.raises(ValueError, match=part) as e:
+        with one_line(f"{tmp_path}.*{part}"):
             model.stored_norm(tmp_path)
-        assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
 
 def test_hugging_face_files_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch):
@@ -323,9 +316,8 @@ def test_hugging_face_files_that_do_not_fit_are_refused_in_one_line(tmp_path, mo
         write(tmp_path, vit)
         (tmp_path / "config.json").unlink()
         st.save_file(tensors, file)
-        with pytest.raises(ValueError, match=part) as e:
+        with one_line(f"{tmp_path}.*{part}"):
             model.load_backbone(tmp_path)
-        assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
     for key, value in (("hidden_size", 96), ("hidden_act", "relu")):
         config = json.loads((write(tmp_path, vit) / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))

@@ -84,8 +84,7 @@ JUNK = {"tiff.XResolution": "72", "tiff.YResolution": "72", "tiff.ResolutionUnit
     (JUNK, 0.5, (0.5, 0.5, "stated")),
     (OPENSLIDE | {"openslide.objective-power": "40.000000"}, None, (0.25, 0.26, "openslide.mpp-x")),
     (OPENSLIDE | {"openslide.objective-power": "0"}, None, (0.25, 0.26, "openslide.mpp-x")),
-    (OPENSLIDE | {"openslide.objective-power": "20"}, 0.25, (0.25, 0.25, "stated")),
-])
+    (OPENSLIDE | {"openslide.objective-power": "20"}, 0.25, (0.25, 0.25, "stated"))])
 def test_mpp_comes_from_the_first_source_that_is_believable(properties, override, expected):
     *mpp, source = find_mpp(properties, override)
     assert source == expected[2] and mpp == pytest.approx(expected[:2])
@@ -330,7 +329,7 @@ def test_the_grid_covers_the_tissue_without_gap_or_drift_and_regions_hold_each_t
 
 
 def test_a_grid_tile_is_kept_if_half_of_it_lies_inside_and_bounds_are_respected(tmp_path):
-    tissue = np.where(np.random.default_rng(0).random((700, 1000, 1)) < 0.3, PURPLE, PINK).astype(np.uint8)
+    tissue = mottled(1000, 700)
     slide = Slide(write_slide(tmp_path / "full.tif", [tissue], (0.5, 0.5)))
     xy, share = slide.grid(256, 0.5, 0.01)
     assert np.unique(xy[:, 0]).tolist() == [0, 256, 512, 768] and np.unique(xy[:, 1]).tolist() == [0, 256, 512]
@@ -452,6 +451,11 @@ def test_another_process_reads_with_a_handle_of_its_own(tmp_path):
 PINK, PURPLE, WHITE, GLASS = (230, 150, 190), (130, 80, 160), (255, 255, 255), (243, 241, 244)
 
 
+def mottled(w, h):
+    """Tissue: pink pixels, and purple ones."""
+    return np.where(np.random.default_rng(0).random((h, w, 1)) < 0.3, PURPLE, PINK).astype(np.uint8)
+
+
 def flat(colour, size=64):
     return np.full((size, size, 3), colour, np.uint8)
 
@@ -505,8 +509,7 @@ def test_a_slide_of_glass_or_in_the_dark_has_no_tissue_and_one_of_tissue_has_no_
             slide.random_tissue(np.random.default_rng(0), 224, 0.5)
     tinted = flat((243, 243, 243), 512)
     tinted[:256] = (243, 238, 243)  # Otsu's threshold alone would call this half tissue
-    tissue = np.where(np.random.default_rng(0).random((1024, 1024, 1)) < 0.3, PURPLE, PINK).astype(np.uint8)
-    for name, image in {"tinted": tinted, "night": flat((0, 0, 6), 512), "full": tissue}.items():
+    for name, image in {"tinted": tinted, "night": flat((0, 0, 6), 512), "full": mottled(1024, 1024)}.items():
         mask, _ = Slide(write_slide(tmp_path / f"{name}.tif", [image], (0.5, 0.5))).tissue_mask()
         assert mask.mean() == (name == "full"), name
 

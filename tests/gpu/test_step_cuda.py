@@ -1,13 +1,8 @@
 """train.py's step on a GPU: bf16 near the CPU's fp32, no wait for a result, what it holds. Skipped without one."""
-import sys
-from pathlib import Path
-
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import test_sharding
-from test_train import bit_equal, flags, rows, tiles, train, weights  # noqa: F401 (tiles is a fixture)
+import torch
+from test_train import flags, rows, train, weights
 
 import data
 import model
@@ -17,8 +12,8 @@ from bench import budget
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def test_losses_are_near_those_of_the_cpu(tiles, tmp_path, monkeypatch):  # noqa: F811
-    keys = dict(tiles=tiles, drop_path=0.0, max_steps=4)  # crops are drawn on the CPU; drop path is not
+def test_losses_are_near_those_of_the_cpu(tiles, tmp_path, monkeypatch):
+    keys = dict(arch="toy", tiles=tiles, drop_path=0.0, max_steps=4)  # crops are drawn on the CPU; drop path is not
     losses = []
     for device in ("cpu", "cuda"):
         train(monkeypatch, flags(**keys, device=device, out_dir=tmp_path / device))
@@ -29,7 +24,7 @@ def test_losses_are_near_those_of_the_cpu(tiles, tmp_path, monkeypatch):  # noqa
 
 @pytest.mark.parametrize("keys", [{}, dict(centering="softmax", kde="koleo", hed="openmidnight", clip_grad=0),
                                   dict(activation_checkpointing="selective", fp8="force", compile="true")])
-def test_a_step_waits_for_no_result(keys, tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_a_step_waits_for_no_result(keys, tiles, tmp_path, monkeypatch):
     """CUDA's alarm is on from the batch of step 3 to its average. Compiling, which waits, is over by then."""
     batch, average = data.Batches.__getitem__, sharding.update_ema
 
@@ -44,7 +39,7 @@ def test_a_step_waits_for_no_result(keys, tiles, tmp_path, monkeypatch):  # noqa
     monkeypatch.setattr(data.Batches, "__getitem__", made)
     monkeypatch.setattr(sharding, "update_ema", averaged)
     try:
-        keys = dict(keys, tiles=tiles, device="cuda", max_steps=5, log_interval=100, out_dir=tmp_path / "a")
+        keys = dict(keys, arch="toy", tiles=tiles, device="cuda", max_steps=5, log_interval=100, out_dir=tmp_path / "a")
         train(monkeypatch, flags(**keys))
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -66,8 +61,8 @@ def test_activation_checkpointing_gives_the_same_bits(arch, monkeypatch):
             torch.testing.assert_close(other[k], v, rtol=1e-5, atol=1e-6)  # atomics sum in any order
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tiles, tmp_path, monkeypatch):  # noqa: F811
-    keys = dict(tiles=tiles, device="cuda", schedule_steps=6, save_interval=3)
+def test_a_resumed_run_equals_an_uninterrupted_one(tiles, tmp_path, monkeypatch):
+    keys = dict(arch="toy", tiles=tiles, device="cuda", schedule_steps=6, save_interval=3)
     straight = train(monkeypatch, flags(**keys, max_steps=6, out_dir=tmp_path / "a"))
     train(monkeypatch, flags(**keys, max_steps=3, out_dir=tmp_path / "b"))
     resumed = train(monkeypatch, flags(**keys, max_steps=6, out_dir=tmp_path / "b", resume="true"))
@@ -75,7 +70,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiles, tmp_path, monkeypatch)
         torch.testing.assert_close(weights(resumed)[k], v, rtol=1e-3, atol=1e-5)
 
 
-def test_an_export_holds_one_whole_tensor_more(tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_an_export_holds_one_whole_tensor_more(tiles, tmp_path, monkeypatch):
     gathered, extra = sharding.gathered, []
 
     def watched(module):
@@ -84,12 +79,12 @@ def test_an_export_holds_one_whole_tensor_more(tiles, tmp_path, monkeypatch):  #
         yield from gathered(module)
         extra.append(torch.cuda.max_memory_allocated() - before)
     monkeypatch.setattr(sharding, "gathered", watched)
-    run = train(monkeypatch, flags(tiles=tiles, device="cuda", out_dir=tmp_path / "a"))
+    run = train(monkeypatch, flags(arch="toy", tiles=tiles, device="cuda", out_dir=tmp_path / "a"))
     largest = max(p.numel() * 4 for p in run["teacher"]["backbone"].parameters())
     assert extra and max(extra) <= 1.01 * largest
 
 
-def test_the_dry_run_predicts_the_peak(tiles, tmp_path, monkeypatch):  # noqa: F811
+def test_the_dry_run_predicts_the_peak(tiles, tmp_path, monkeypatch):
     keys = dict(arch="dinov2_vitl14_reg", depth=6, tiles=tiles, device="cuda", global_px=224, local_px=98,
                 local_crops=8, batch_size=8, max_steps=3)
     for mode in sharding.CHECKPOINTING:
