@@ -78,7 +78,7 @@ def draw(thumbnail, extent, panels, chosen, label, side, out):
     from matplotlib.patches import Rectangle
     width, height = extent
     count = len(panels) + 1
-    figure, axes = plt.subplots(1, count, figsize=(4.5 * count, 4.5 * height / width + 0.9), layout="constrained")
+    figure, axes = plt.subplots(1, count, figsize=(4.5 * count, 4.5 * height / width + 0.5), layout="constrained")
     low, high = (0, 1) if label == "score" else (-1, 1)
     for axis, title in zip(axes, ("slide", *panels)):
         axis.imshow(thumbnail, extent=(0, width, height, 0), alpha=1.0 if title == "slide" else 0.5)

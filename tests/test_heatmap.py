@@ -1,0 +1,61 @@
+"""prepare/heatmap.py: similarity of places, scores of a probe, and a picture of either."""
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prepare import heatmap
+from prepare.toy import write_tiff
+
+CONFIG = dict(slide="", features="", context="", x=0, y=0, scores="", column="", out="", slide_mpp=0.0)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A slide of 3 x 4 places whose left column has one feature and whose others have another, and its context."""
+    write_tiff(tmp_path / "a.svs", Image.new("RGB", (120, 160), (220, 150, 190)), 0.5)
+    x, y = np.meshgrid(np.arange(3), np.arange(4))
+    coords = np.stack([x, y], -1).reshape(-1, 2) * 40
+    features = np.where(coords[:, :1] == 0, [1.0, 0.0], [0.0, 1.0]).astype(np.float16)
+    about = dict(mpp=0.5, tile_px=40, patch_size_level0=40, level0_mpp=0.5)
+    np.savez(tmp_path / "a.npz", features=features, coords=coords, **about)
+    np.savez(tmp_path / "c.npz", features=features, coords=coords, context=features[:, ::-1].copy(), **about)
+    with open(tmp_path / "scores.csv", "w", newline="") as f:
+        csv.writer(f).writerows([("slide", "x", "y", "tumor"), ("a", 20, 20, 0.9), ("b", 20, 20, 0.1)])
+    keys = dict(slide=tmp_path / "a.svs", features=tmp_path / "a.npz", out=tmp_path / "out.png")
+    return CONFIG | {key: str(value) for key, value in keys.items()}, tmp_path
+
+
+def test_similarity_is_the_cosine_of_centred_features():
+    features = np.array([[3, 1], [1, 1], [2, 5], [2, 1]], np.float16)  # their mean is (2, 2)
+    z = features - np.float32(2)
+    expected = z @ z[0] / np.linalg.norm(z, axis=1) / np.linalg.norm(z[0])
+    assert np.allclose(heatmap.similarity(features, 0), expected, atol=1e-4)
+
+
+def test_a_picture_of_similarity_and_one_of_scores(world, capsys):
+    pytest.importorskip("matplotlib")
+    config, folder = world
+    heatmap.main(config | {"context": str(folder / "c.npz"), "x": 100, "y": 60})
+    assert "raw features, features in context of 12 places" in capsys.readouterr().out
+    with Image.open(folder / "out.png") as image:
+        assert image.width > 1000
+    heatmap.main(config | {"scores": str(folder / "scores.csv"), "column": "tumor"})
+    assert "tumor of 12 places" in capsys.readouterr().out
+
+
+def test_the_chosen_place_is_the_nearest_and_scores_are_this_slides(world):
+    config, folder = world
+    _, centres, about = heatmap.open_features(config["features"])
+    panels, chosen, _ = heatmap.panels_of(config | {"x": 100, "y": 60}, centres, about["level0_mpp"])
+    assert chosen.tolist() == [50, 30]
+    places, values = panels["raw features"]
+    assert (np.sign(values) == np.where(places[:, 0] == 10, -1, 1)).all()
+    scores = config | {"scores": str(folder / "scores.csv"), "column": "tumor"}
+    panels, chosen, label = heatmap.panels_of(scores, centres, about["level0_mpp"])
+    assert chosen is None and label == "score" and panels["tumor"][1].tolist() == [0.9]
+    with pytest.raises(ValueError, match="no column lung"):
+        heatmap.panels_of(scores | {"column": "lung"}, centres, 0.5)
+    with pytest.raises(ValueError, match="give --slide"):
+        heatmap.main(CONFIG)
