@@ -1,7 +1,7 @@
 # question: does learnt context tell the layers of human cortex, beyond what an untrained network gives?
 # parent:   context.py
 # run:      python bench/cortex.py --data=data/dlpfc
-# result:   not run yet
+# result:   no: an untrained network, close to a mean over the window, tells more (docs/context.md)
 window = 128
 mask_block = (4, 16)
 width, depth, heads = 64, 3, 4
