@@ -30,7 +30,7 @@ def numbered(folder):
 
 
 def complete(folder):
-    """Those of them that are checkpoints, since .metadata is written last. Their files may still be damaged."""
+    """The steps in `folder` whose checkpoint is complete: .metadata is written last. Files may still be damaged."""
     return [step for step in numbered(folder) if os.path.isfile(f"{folder}/{step}/.metadata")]
 
 
@@ -126,6 +126,15 @@ def write_text(path, text):
     os.replace(f"{path}.new", path)
 
 
+def parse(path, text):
+    """The JSON object in a text of the file `path`. ValueError, naming the file, if it is damaged."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged or missing, at {text[:40]!r}: mend it, or move the file away and put {{}} "
+                         "in its place") from None
+
+
 def append_row(path, row):
     """Append a line to a .jsonl; returns the row as written: a number that is not finite is null there."""
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
@@ -153,9 +162,10 @@ def begin_folder(out_dir, config, step, say):
             lines = (read_text(f"{out_dir}/{file}") or "").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]  # a crash may cut the last line short
             if lines:
-                write_text(f"{out_dir}/{file}", "".join(line for line in whole if json.loads(line)["step"] <= step))
-        text = read_text(f"{out_dir}/config.json")
-        before, now = json.loads(text), json.loads(json.dumps(config))
+                kept = [line for line in whole if parse(f"{out_dir}/{file}", line)["step"] <= step]
+                write_text(f"{out_dir}/{file}", "".join(kept))
+        text = read_text(f"{out_dir}/config.json") or ""
+        before, now = parse(f"{out_dir}/config.json", text), json.loads(json.dumps(config))
         for key in (k for k in now if k != "resume" and before.get(k) != now[k]):
             say(f"resume: {key} was {before.get(key)!r}, is now {now[key]!r}")
         write_text(f"{out_dir}/config.before-{step}.json", text)

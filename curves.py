@@ -55,9 +55,11 @@ def read_rows(path):
     try:
         with open(path) as f:
             rows = [json.loads(line) for line in f if line.endswith("\n")]
-        return {int(row["step"]): row for row in sorted(rows, key=lambda row: row["step"])}
+        points = {int(row["step"]): row for row in rows if float(row["bach"]) >= 0}
+        return dict(sorted(points.items()))
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: each line must be a JSON object with a step ({type(e).__name__}: {e})") from e
+        reason = f"{type(e).__name__}: {e}"
+        raise ValueError(f"{path}: each line must be a JSON object with a step and a bach ({reason})") from e
 
 
 def read_code(path):
@@ -78,7 +80,10 @@ def load_run(folder):
         return None
     if os.path.isfile(path):
         with open(path) as f:
-            config = json.load(f)
+            try:
+                config = dict(json.load(f))
+            except (ValueError, TypeError) as e:
+                raise ValueError(f"{path}: not the JSON object that a run writes ({e})") from e
     if config:  # keys that are younger than the run have their defaults
         config = {**config, **{k: v for k, v in json.loads(json.dumps(train_keys())).items() if k not in config}}
     setting = {k: v for k, v in config.items() if k not in REPEAT}

@@ -27,7 +27,10 @@ import sources
 ATTEMPTS = 100  # tiles to draw for one sample before the run stops
 
 # keys that are shares of 1, as all that end in _prob: a percentage would train something else in silence
-SHARES = ("global_scale", "local_scale", "mask_ratio", "drop_path", "tissue_share", "eval_share", "holdout")
+SHARES = ("global_scale", "local_scale", "mask_ratio", "drop_path", "tissue_share", "eval_share", "holdout", "betas",
+          "momentum", "momentum_end")
+COUNTS = ("batch_size", "log_interval", "tile_px", "tiles_per_visit", "open_slides", "dino_hidden", "dino_bottleneck",
+          "dino_prototypes", "ibot_hidden", "ibot_bottleneck", "ibot_prototypes")  # 1 or more
 
 
 def check(config):
@@ -38,6 +41,10 @@ def check(config):
     for key in ("global_scale", "local_scale", "mask_ratio", "mpp_range", "wide_field"):
         if config[key] and (len(config[key]) != 2 or config[key][0] > config[key][1]):
             raise ValueError(f"{key} = {config[key]}: give two numbers, the smaller one first")
+    for key, value in config.items():
+        least = 1 if key in COUNTS else 0  # a negative clip_grad would climb the loss
+        if isinstance(value, (int, float)) and value < least:
+            raise ValueError(f"{key} = {value}: give {least} or more")
     for key in (*SHARES, *(key for key in config if key.endswith("_prob"))):
         values = config[key] if isinstance(config[key], tuple) else (config[key],)
         if not all(0 <= value <= 1 for value in values):

@@ -372,7 +372,7 @@ def fit_heads(features, labels, train_index, val_index, runs, seed, max_steps):
             optimizer.step()
         trained = heads.detach()
         balanced[epoch] = balanced_accuracy((trained @ x_val.T).argmax(1), y_val)
-        stopped = epoch - best_epoch > PATIENCE  # trains on with the others, but what it gains does not count
+        stopped = epoch - best_epoch > PATIENCE  # keeps training with the others; later gains are ignored
         better = (balanced[epoch] > best) & ~stopped
         if better.any():
             best[better] = balanced[epoch, better]

@@ -5,7 +5,7 @@ to_fp8(backbone), after the network is built and before activation checkpointing
 What it replaces: the bf16 products of qkv, proj and the MLP or SwiGLU. A layer has three products; two of them, the
 forward (x W^T) and the input's gradient (g W), run in e4m3, 4 exponent and 3 mantissa bits. NVIDIA's data sheets call
 tensor cores twice as fast in it (H100: 1,979 instead of 989 TFLOP/s).
-The insight: one scale per row instead of one per tensor. A tensor's single scale is set by its loudest token, and
+The insight: one scale per row instead of one per tensor. A tensor's single scale is set by its largest token, and
 tokens here differ by orders of magnitude (class token, registers). The quietest tokens then drown, while the mean error
 looks fine. With a scale for each row of both factors, every token and every channel uses the whole range of e4m3. Rows
 are the dimensions that a product keeps, so their scales can be applied to its result. The product itself has no scales:
@@ -13,7 +13,7 @@ that is cuBLAS's fast kernel, and the only form that CPU and CUDA take in both t
 How it differs: each product has 3-4 % of noise (28-30 dB; the worst token 27), fresh in every layer. After six blocks
 it is 20-23 dB (pytest -s tests/test_fp8.py -k gates). The weight's gradient stays in bf16, because it sums over tokens,
 whose scales could not be applied to the result, and because it is what AdamW sees.
-What it costs: no memory for long, since weights, saved activations and all-gathers stay in bf16. But each factor is
+What it costs: no lasting memory, since weights, saved activations and all-gathers stay in bf16. But each factor is
 read twice, to find its scales and to cast it. torch.compile fuses these passes into their neighbours. Without it they
 eat the gain, as they do in narrow layers, and an fp32 (M, N) is held twice for a moment.
 Measured: no GPU has run bench/step.py. torchao's traffic model, at an H100's 78 % of peak, expects that products and

@@ -754,7 +754,7 @@ def read_pth(path):
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such weight file") from None
-    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, OSError) as e:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, AttributeError, OSError) as e:
         raise ValueError(f"{path}: not a file of plain tensors, and weights_only=True refuses any other "
                          f"({type(e).__name__}); fetch it again, or save its state dict alone") from None
     return stored if isinstance(stored, dict) else {}

@@ -199,7 +199,7 @@ def clip_gradients(student, max_norm):
     """
     Clip the gradient of each part of a ModuleDict to the norm max_norm, in place, as DINOv2 does; 0 leaves them.
 
-    Norms are over the shards of all ranks. Returns the norms before clipping, (parts,), the same on every rank.
+    Norms are global, summed over ranks. Returns (parts,) norms before clipping, the same on every rank.
     """
     grads = []
     for part in student.values():

@@ -150,6 +150,8 @@ config = configure(globals())
 # ---- what the configuration needs, checked before anything is built -------------------------------------------------
 
 world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+if dry_run and world_size:
+    world = world_size
 
 
 def say(message):
@@ -187,7 +189,7 @@ has_gpu = torch.cuda.is_available()
 gpu_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if has_gpu else 80.0
 if dry_run:
     if rank == 0:
-        print(budget.report(config, world_size or world, gpu_memory_gb or gpu_gb)[0])
+        print(budget.report(config, world, gpu_memory_gb or gpu_gb)[0])
     sys.exit()
 if device == "cuda" and not has_gpu:
     stop("device = 'cuda', but torch sees no GPU; --device=cpu runs without")
@@ -370,7 +372,10 @@ if resume:
 if wandb_project and rank == 0:  # before any file changes: what wandb refuses can be tried again
     checkpoint.begin_wandb(wandb, wandb_project, out_dir, config)
 if rank == 0:
-    checkpoint.begin_folder(out_dir, config, progress["step"] if resume else None, say)
+    try:
+        checkpoint.begin_folder(out_dir, config, progress["step"] if resume else None, say)
+    except ValueError as e:
+        stop(e)
 if bach_dir:
     pixels = pixels.to(dev)
     dist.broadcast(pixels, 0)

@@ -187,4 +187,4 @@ def report(config, world, limit_gb):
         warning = (f"does not fit: about {held:.1f} of {limit_gb:.3g} GB per GPU; try "
                    "--activation_checkpointing=selective or full, a smaller --batch_size, or more ranks")
         return text + warning, warning
-    return text + f"fits: about {held:.3g} GB per GPU", ""
+    return text + (f"fits: about {held:.3g} GB per GPU" if limit_gb else ""), ""

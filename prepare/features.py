@@ -106,6 +106,8 @@ def main(config):
         raise ValueError("weights: give the tile encoder's file, --weights=FILE")
     if config["coords"]:
         places.need_h5py()
+    if model.is_hugging_face(config["weights"]):
+        raise ValueError(f"weights={config['weights']}: make one file of it first, with prepare/convert.py")
     vit = model.load_backbone(config["weights"], config["arch"] or None).eval()
     patch = vit.arch.patch_size
     if config["tile_px"] % patch:

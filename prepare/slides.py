@@ -1,9 +1,10 @@
 """
 Many slides, one output folder: what report.py, tiles.py, coords.py and features.py have in common.
 
-Each slide has a process of its own. If a slide kills it (out of memory, a fault in a codec), that slide is named and
-the others get done. A result is written under another name and renamed, and a rerun skips what is there. Several nodes
-share a folder by parts: --part=3/16 takes every 16th slide of the sorted list, from the third on. Start each part once.
+Each slide has a process of its own, except in features.py. If a slide kills it (out of memory, a fault in a codec),
+that slide is named and the others get done. A result is written under another name and renamed, and a rerun skips what
+is there. Several nodes share a folder by parts: --part=3/16 takes every 16th slide of the sorted list, from the third
+on. Start each part once.
 
     keys.json     the keys that the folder was begun with: a rerun with others is refused
     failed.csv    the slides that failed, and why; failed.3of16.csv for a part
@@ -11,6 +12,7 @@ share a folder by parts: --part=3/16 takes every 16th slide of the sorted list, 
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -41,7 +43,12 @@ def run(script, function, namespace):
     """A script: set its keys and those of this file, and call function(config). Errors of the user's are one line."""
     config = configure({**globals(), **namespace})
     try:
+        if config["workers"] < 0:
+            raise ValueError(f"workers={config['workers']}: give 0 or more")
+        re.compile(config.get("patient", ""))
         function(config)
+    except re.error as error:
+        raise SystemExit(f"{script}: patient={config['patient']} is no regular expression: {error}") from None
     except (ValueError, OSError) as error:
         raise SystemExit(f"{script}: {error}") from None
     except KeyboardInterrupt:

@@ -479,7 +479,7 @@ if __name__ == "__main__":
     configure(globals())
     try:
         new = build(out, seed, workers)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         raise SystemExit(f"toy: {e}")
     print(f"{out}: {len(SLIDES)} slides and 400 images {'written' if new else 'are there already'}; "
           "next: python train.py config/toy.py")

@@ -92,6 +92,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(damage, fin
     assert ("ckpt/3 is no checkpoint" if damage == "no_metadata" else "ckpt/3 does not load: ") in said
     assert (tmp_path / "a/ckpt/notes/mine.txt").exists() and (tmp_path / "a/ckpt/7/mine.txt").exists()
     assert checkpoint.complete(tmp_path / "a/ckpt") == [1, 2, 3]  # 3 was written again
+    assert (tmp_path / "a/ckpt/3.damaged").exists() == (damage != "no_metadata")
 
 
 def test_checkpoints_of_another_architecture_are_named_and_left_alone(finished, monkeypatch):

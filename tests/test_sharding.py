@@ -34,6 +34,18 @@ class Count(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+def test_each_part_is_clipped_to_its_own_norm():
+    """Norms are those before clipping; a part below the limit stays as it is, and 0 clips none."""
+    student = torch.nn.ModuleDict({name: torch.nn.Linear(4, 3) for name in ("backbone", "dino_head", "ibot_head")})
+    for part, scale in zip(student.values(), (10.0, 5.0, 0.01)):
+        for p in part.parameters():
+            p.grad = scale * torch.ones_like(p)
+    before = torch.tensor([10.0, 5.0, 0.01]) * 15**0.5
+    torch.testing.assert_close(sharding.clip_gradients(student, 0), before)
+    torch.testing.assert_close(sharding.clip_gradients(student, 3.0), before)
+    torch.testing.assert_close(sharding.clip_gradients(student, 0), before.clamp(max=3.0))
+
+
 def gradients(net, arch):
     """(gradients, products in forward, in backward, repeated norms) of a multi-crop pass with drop path."""
     torch.manual_seed(0)
