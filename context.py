@@ -276,7 +276,7 @@ if __name__ == "__main__":
         predicted = predicted.view(batch["features"].shape)
         parts = centred if subtract_mean else parts
         pieces = [x.split(counts, 1) for x in (predicted, batch["places"], batch["hidden"], batch["wanted"])]
-        terms = torch.stack([model.window_losses(*scale, rare) for scale in zip(parts, *pieces)])  # (scales, 4)
+        terms = torch.stack([places.window_losses(*scale, rare) for scale in zip(parts, *pieces)])  # (scales, 4)
         means = model.all_reduce(terms.detach() / world)
         loss = terms[0, 0] if len(about) == 1 else (terms[:, 0] / means[:, 3]).mean()  # no scale outweighs another
         loss.backward()

@@ -92,7 +92,8 @@ def find_images(image_dir):
         entries = [e for e in os.scandir(folder) if e.name[0] != "."]
         if nested := [e.path for e in entries if e.is_dir()]:
             raise ValueError(f"{nested[0]}: a folder in a class folder would be left out; move its images up")
-        found = sorted(f"{name}/{e.name}" for e in entries if e.name.lower().endswith(TYPES))
+        images = [e.name for e in entries if e.name.lower().endswith(TYPES)]
+        found = sorted(f"{name}/{image}" for image in images)
         if not found:
             raise ValueError(f"{folder}: no {' '.join(TYPES)} in this class folder; fill it or move it away")
         files += found
@@ -111,7 +112,10 @@ def read_csv(path, needed):
     head = ",".join(needed)
     if not set(needed) <= set(columns):
         raise ValueError(f"{path}: its columns are {columns}; the first line must be {head} or {head},fold")
-    return columns, [(line, {key: (row[key] or "").strip() for key in columns}) for line, row in lines]
+    stripped = []
+    for line, row in lines:
+        stripped.append((line, {key: (row[key] or "").strip() for key in columns}))
+    return columns, stripped
 
 
 def read_groups(path, files):
@@ -208,7 +212,8 @@ def standard_error(predicted, labels, groups):
     onehot = F.one_hot(labels).double()  # (n, C)
     share = (predicted == labels).double().mean(0)  # of the heads that are right
     counts = torch.stack([share[:, None] * onehot, onehot])  # hits and images
-    of_group = counts.new_zeros(2, int(groups.max()) + 1, onehot.shape[1]).index_add_(1, groups, counts)
+    G, C = int(groups.max()) + 1, onehot.shape[1]
+    of_group = counts.new_zeros(2, G, C).index_add_(1, groups, counts)
     hits, images = of_group.sum(1, keepdim=True) - of_group  # (G, C) without group g
     s = (hits / images).mean(1)
     squares = (s - s.mean()).square().sum()
@@ -226,8 +231,10 @@ def simple_shot(x, support, query):
     centre = images.mean((1, 2))  # (S, D)
     means = F.normalize(images - centre[:, None, None], dim=-1).mean(2)  # (S, C, D)
     # with z = (q - centre) / |q - centre| the nearest mean m has the largest z.m - |m|^2 / 2, so that products suffice
-    dots = means @ query.T - (means * centre[:, None]).sum(-1, keepdim=True)
-    norms = query.square().sum(1) - 2 * centre @ query.T + centre.square().sum(1, keepdim=True)  # (S, n)
+    offsets = (means * centre[:, None]).sum(-1, keepdim=True)
+    dots = means @ query.T - offsets
+    squares = centre.square().sum(1, keepdim=True)
+    norms = query.square().sum(1) - 2 * centre @ query.T + squares  # (S, n)
     z_m = dots / norms.clamp(min=torch.finfo(x.dtype).tiny).sqrt()[:, None]
     return (z_m - means.square().sum(-1, keepdim=True) / 2).argmax(1)
 
@@ -239,7 +246,8 @@ def few_shot(features, labels, folds, shots):
     generator = torch.Generator().manual_seed(SEED)
     for train, selection, test in splits(folds):
         outside = torch.cat([train, selection])
-        pools = [outside[labels[outside] == label] for label in range(int(labels.max()) + 1)]
+        classes = int(labels.max()) + 1
+        pools = [outside[labels[outside] == label] for label in range(classes)]
         for rows in predicted.split(CHUNK):
             support = []
             for pool in pools:
@@ -355,7 +363,8 @@ def find_labels(config, files):
     labels = torch.tensor([classes.index(row[column]) for row in rows])
     groups = torch.tensor([patients.index(row["patient"]) for row in rows])
     if "fold" in columns:
-        given = check_folds(path, [row["patient"] for row in rows], [int(row["fold"]) for row in rows], least=2)
+        stated = [int(row["fold"]) for row in rows]
+        given = check_folds(path, [row["patient"] for row in rows], stated, least=2)
         folds = torch.tensor([given])
     else:
         fewest = min(len(groups[labels == label].unique()) for label in range(len(classes)))
@@ -630,7 +639,8 @@ def resampled(predicted, found, weights):
     hits = (predicted.argmax(2) == found.labels).double().mean(0)
     onehot = F.one_hot(found.labels).double()
     counts = torch.stack([hits[:, None] * onehot, onehot])  # (2, n, C)
-    of_patient = counts.new_zeros(2, len(found.patients), onehot.shape[1]).index_add_(1, found.groups, counts)
+    of_patient = counts.new_zeros(2, len(found.patients), onehot.shape[1])
+    of_patient.index_add_(1, found.groups, counts)
     right, all_of = weights @ of_patient  # (B, C)
     return (right / all_of).nanmean(1)  # a draw may be without a class
 
@@ -724,7 +734,8 @@ def show(row, is_mean=False):
         text += f"{row[key]:9.3f}" if key in row else " " * 9
     if not is_mean:
         low, high = row["low"], row["high"]
-        text += f"   {row['difference']:+8.3f}  [{low:+.3f}, {high:+.3f}]"
+        text += f"   {row['difference']:+8.3f}"
+        text += f"  [{low:+.3f}, {high:+.3f}]"
         text += "" if low > 0 or high < 0 else "  none"
     print(text, flush=True)
     return row

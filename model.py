@@ -200,7 +200,8 @@ def draw_kept(shapes, drop, device):
     for B, N in shapes:
         keep = max(int(B * (1 - drop)), 1)
         crops = torch.randperm(B, device=device)[:keep]
-        rows.append((start + crops[:, None] * N + torch.arange(N, device=device)).flatten())
+        rows_of_crops = start + crops[:, None] * N + torch.arange(N, device=device)
+        rows.append(rows_of_crops.flatten())
         kept_shapes.append((keep, N))
         start += B * N
     return torch.cat(rows), kept_shapes
@@ -378,7 +379,8 @@ def resample_pos_embed(pos_embed, grid, antialias=True, offset=0.0):
     size = {"scale_factor": ((h + offset) / g, (w + offset) / g)} if offset else {"size": (h, w)}
     table = F.interpolate(table, mode="bicubic", antialias=antialias, **size)
     assert table.shape[2:] == (h, w), (table.shape, h, w)
-    return torch.cat([cls, table.permute(0, 2, 3, 1).flatten(1, 2)], dim=1).to(pos_embed.dtype)
+    table = table.permute(0, 2, 3, 1).flatten(1, 2)
+    return torch.cat([cls, table], dim=1).to(pos_embed.dtype)
 
 
 class WeightNormLinear(nn.Module):
@@ -606,7 +608,8 @@ def kde_loss(x, kappa=5.0):
         everyone, first = _AllGather.apply(z), dist.get_rank() * len(z)
     own = torch.eye(len(z), len(everyone), dtype=torch.bool, device=z.device).roll(first, 1)
     assert len(everyone) > 1, "a density needs at least two images in the global batch"
-    return (kappa * z @ everyone.T).masked_fill(own, -math.inf).logsumexp(1).mean() - math.log(len(everyone) - 1)
+    densities = (kappa * z @ everyone.T).masked_fill(own, -math.inf).logsumexp(1)
+    return densities.mean() - math.log(len(everyone) - 1)
 
 
 def kde_loss_openmidnight(x, kappa=5.0):
@@ -616,31 +619,6 @@ def kde_loss_openmidnight(x, kappa=5.0):
     """
     z = F.normalize(x.float(), dim=-1)
     return -((kappa * z @ z.T).exp().sum(1) + 1e-9).log().mean()
-
-
-def feature_loss(predicted, target):
-    """Of features (..., C): smooth-L1 + 0.5 (1 - cosine), (...)."""
-    smooth = F.smooth_l1_loss(predicted, target, reduction="none").mean(-1)
-    return smooth + 0.5 * (1 - F.cosine_similarity(predicted, target, dim=-1))
-
-
-def window_losses(target, predicted, nm, hidden, wanted, rare=0.0):
-    """
-    context.py's objective (4,): feature_loss of predicted (B, N, C), and of three guesses that need no network: zero,
-    the mean of the window's visible places, their mean weighted by 1 / distance^2. nm (B, N, 2) are positions; hidden
-    and wanted (B, N) are bool. Means over a window's wanted places, then over windows. A place weighs (squared distance
-    of its target to the mean of the window's targets)^rare: places like the rest would otherwise carry the loss.
-    """
-    seen = (~hidden[:, None]).float()  # (B, 1, N)
-    mean = seen @ target / seen.sum(2, keepdim=True).clamp(min=1)
-    um = nm.float() / 1000
-    near = seen / (torch.cdist(um, um).square() + 1)
-    neighbours = near @ target / near.sum(2, keepdim=True).clamp(min=1e-20)
-    guesses = predicted.float(), torch.zeros_like(target), mean.expand_as(target), neighbours
-    each = torch.stack([feature_loss(guess, target) for guess in guesses])  # (4, B, N)
-    away = (target - target.mean(1, keepdim=True)).square().mean(-1)
-    weights = wanted * away**rare
-    return ((each * weights).sum(2) / weights.sum(1).clamp(min=1e-20)).mean(1)
 
 
 # ---- optimisation: parameter groups, schedules ----------------------------------------------------------------------

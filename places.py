@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import default_collate
 
 import data
@@ -179,7 +180,8 @@ def training_set(folders, names_file, window, dev, say):
     for i in range(rank, len(slides), world):
         for scale, where in enumerate(slides[i].maps):
             x = torch.from_numpy(np.memmap(*where).astype(np.float32))
-            found[i, :, scale] = torch.stack([x.mean(0), x.square().mean(0)])
+            found[i, 0, scale] = x.mean(0)
+            found[i, 1, scale] = x.square().mean(0)
     found = model.all_reduce(found.to(dev))
     sound = found.isfinite().flatten(1).all(1).tolist()
     for slide, good in zip(slides, sound):
@@ -261,7 +263,8 @@ def draw_blocks(rng, points, count, block):
 def touches(points, side, others, other_side):
     """bool (N,): which tiles around points (N, 2) overlap one around `others` by a tenth of a side or more."""
     reach = (side + other_side) / 2 - 0.1 * min(side, other_side)
-    x, y = np.abs(points.T[:, :, None] - others.T[:, None]) < reach  # each (N, M)
+    apart = np.abs(points.T[:, :, None] - others.T[:, None])  # (2, N, M)
+    x, y = apart < reach
     return (x & y).any(1)
 
 
@@ -306,7 +309,8 @@ def turn(rng, points, free):
     quarters = rng.random() * 4
     angle = np.pi / 2 * (quarters if free else int(quarters))
     c, s = np.cos(angle), np.sin(angle)
-    return points @ np.array([[c, s], [-s, c]]) * [rng.choice([-1, 1]), 1]
+    turned = points @ np.array([[c, s], [-s, c]])
+    return turned * [rng.choice([-1, 1]), 1]
 
 
 def to_nm(points):
@@ -355,3 +359,34 @@ class Windows(torch.utils.data.Dataset):
             points = turn(rng, points, config["free_rotation"])
         features = torch.from_numpy(np.concatenate(features))
         return {"features": features, "places": to_nm(points), "hidden": hidden, "wanted": wanted, "slide": number}
+
+
+# ---- objective ------------------------------------------------------------------------------------------------------
+
+
+def feature_loss(predicted, target):
+    """Of features (..., C): smooth-L1 + 0.5 (1 - cosine), (...)."""
+    smooth = F.smooth_l1_loss(predicted, target, reduction="none").mean(-1)
+    return smooth + 0.5 * (1 - F.cosine_similarity(predicted, target, dim=-1))
+
+
+def window_losses(target, predicted, nm, hidden, wanted, rare=0.0):
+    """
+    the objective (4,): feature_loss of predicted (B, N, C), and of three guesses that need no network: zero,
+    the mean of the window's visible places, their mean weighted by 1 / distance^2. nm (B, N, 2) are positions; hidden
+    and wanted (B, N) are bool. Means over a window's wanted places, then over windows. A place weighs (squared distance
+    of its target to the mean of the window's targets)^rare: places like the rest would otherwise carry the loss.
+    """
+    seen = (~hidden[:, None]).float()  # (B, 1, N)
+    mean = seen @ target / seen.sum(2, keepdim=True).clamp(min=1)
+    um = nm.float() / 1000
+    squared = torch.cdist(um, um).square()
+    near = seen / (squared + 1)
+    neighbours = near @ target / near.sum(2, keepdim=True).clamp(min=1e-20)
+    guesses = predicted.float(), torch.zeros_like(target), mean.expand_as(target), neighbours
+    each = torch.stack([feature_loss(guess, target) for guess in guesses])  # (4, B, N)
+    centre = target.mean(1, keepdim=True)
+    away = (target - centre).square().mean(-1)
+    weights = wanted * away**rare
+    total = weights.sum(1).clamp(min=1e-20)
+    return ((each * weights).sum(2) / total).mean(1)

@@ -122,9 +122,9 @@ def test_losses_of_guesses():
     target = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [0.0, 2.0], [4.0, 4.0]]])
     nm = places.to_nm(grid(1, 4) * 100.0)[None]
     hidden = torch.tensor([[False, True, False, False]])
-    losses = context.model.window_losses(target, target.clone(), nm, hidden, hidden)
+    losses = places.window_losses(target, target.clone(), nm, hidden, hidden)
     guesses = torch.tensor([[3.0, 4.0], [0, 0], [5 / 3, 2], [(1 + 4 / 4) / 2.25, (2 + 4 / 4) / 2.25]])
-    expected = context.model.feature_loss(guesses, target[0, 1].expand(4, 2))
+    expected = places.feature_loss(guesses, target[0, 1].expand(4, 2))
     torch.testing.assert_close(losses, expected, atol=1e-3, rtol=1e-3)
     assert losses[1].item() == pytest.approx((2.5 + 3.5) / 2 + 0.5)
 
@@ -133,8 +133,8 @@ def test_rare_places_weigh_more():
     target = torch.tensor([[[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [4.0, 0.0]]])  # away from their mean: 1, 1, 1 and 3
     nm, hidden = torch.zeros(1, 4, 2, dtype=torch.int32), torch.tensor([[False, True, True, True]])
     guess = torch.tensor([[[0.0, 0.0], [0.0, 0.0], [2.0, 0.0], [3.0, 0.0]]])
-    each = context.model.feature_loss(guess, target)[0]
-    equal, rare = (context.model.window_losses(target, guess, nm, hidden, hidden, rare)[0] for rare in (0.0, 1.0))
+    each = places.feature_loss(guess, target)[0]
+    equal, rare = (places.window_losses(target, guess, nm, hidden, hidden, rare)[0] for rare in (0.0, 1.0))
     assert equal == pytest.approx(each[1:].mean().item())
     assert rare == pytest.approx(((each[1] + each[2] + 9 * each[3]) / 11).item())
 
