@@ -218,7 +218,7 @@ def mean_tile(of_tiles, image):
 
 
 @torch.no_grad()
-def embed(backbone, pixels, mean, std, device, view=View(), batch_size=64, pool=mean_tile):
+def embed(backbone, pixels, mean, std, device, view=View(), pool=mean_tile, batch_size=64):
     """
     Features of n uint8 images, a tensor (n, 3, h, w) or a list, as float32 (n, D) on the CPU; (n, 2D) with the mean
     patch. An image larger than the view's px gets pool(features of its tiles, image), their mean. mean and std (3
@@ -518,7 +518,7 @@ def score_file(file, norm, config, pixels, score=bach_row):
         raise ValueError(f"{file}: input_px = {view.px} is no multiple of its patch, {backbone.arch.patch_size} px")
     mean, std = model.stored_norm(file) if norm is None else model.norm_values(norm)
     pool = context_pool(view, file) if view.context else mean_tile
-    row = score(embed(backbone, pixels, mean, std, config["device"], view, pool=pool), view)
+    row = score(embed(backbone, pixels, mean, std, config["device"], view, pool), view)
     stored = model.read_header(file)
     return {**row, "norm": (mean, std), "weights": file, "arch": config["arch"] or stored.get("arch"),
             "step": stored.get("step"), "seconds": round(time.time() - start, 1)}

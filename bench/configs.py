@@ -61,7 +61,7 @@ def against(folder, name):
 def run_table():
     """A row for each config except the toy's: question, memory, hours, and what the toy's runs say of an ablation."""
     lines = ["| config | question | GB per GPU | hours | toy, from scratch | toy, continued |", "|---" * 6 + "|"]
-    files = [path for path in (ROOT / "config").rglob("*.py") if not path.stem.startswith("toy")]
+    files = [path for path in (ROOT / "config").rglob("*.py") if not path.stem.startswith(("toy", "context"))]
     for path in sorted(files, key=lambda path: (path.parent, path.stem)):
         name, ablation = str(path.relative_to(ROOT / "config")), path.parent.name == "ablate"
         cost = "- | -"

@@ -2,7 +2,7 @@
 What context adds on the toy slides: readouts of raw features, of a slide encoder, and controls, by patient.
 
     python prepare/toy_slides.py                      # and prepare/features.py, see there
-    python bench/toy_context.py                       # a quarter of an hour on two cores; the last lines are the table
+    python bench/toy_context.py                       # about ten minutes on two cores; the last lines are the table
 
 Patients are in 5 folds. Seed s trains an encoder on the slides outside fold s, without labels, and tests on fold s, so
 that each patient is tested once. Balanced accuracy, mean and deviation over the seeds. `hidden` is the context of each
@@ -206,7 +206,7 @@ def table(found):
 
 
 def line(name, middles, spreads):
-    cells = [f"{middle:.3f} +- {spread:.3f}" for middle, spread in zip(middles, spreads)]
+    cells = ["-" if np.isnan(middle) else f"{middle:.3f} +- {spread:.3f}" for middle, spread in zip(middles, spreads)]
     return f"| {name} | {' | '.join(cells)} |"
 
 

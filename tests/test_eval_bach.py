@@ -485,7 +485,7 @@ def test_weights_command(bach_template, tmp_path, script):
     ({"norm": "half"}, ((0.3,) * 3, (0.1,) * 3), (0.3, 0.1))])
 def test_images_are_normalised_as_the_teacher_was_trained(config, stated, want, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(eval_bach, "embed", lambda vit, pixels, mean, std, *_, pool: seen.extend((mean, std)))
+    monkeypatch.setattr(eval_bach, "embed", lambda vit, pixels, mean, std, *_: seen.extend((mean, std)))
     save_teacher(tmp_path / "7.pth", config)
     row = eval_bach.score_file(str(tmp_path / "7.pth"), stated, KEYS, [], lambda *_: {})
     for got, stored, value in zip(seen, row["norm"], want):
