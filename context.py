@@ -51,6 +51,7 @@ max_bad_steps = 10       # skipped steps (loss or gradient not finite) before th
 workers = 4              # data processes per rank
 # ---- windows --------------------------------------------------------------------------------------------------------
 window = 256             # places of the first scale; of another, as many as cover that area
+shuffle = False          # a control: places of each slide change places before windows are made, also in embed
 mask_share = 0.5         # of the places that are hidden; with several scales, of the coarsest's
 mask_block = (4, 25)     # places per block, drawn evenly: 2 x 2 to 5 x 5
 turns = True             # windows are turned and flipped; False where directions mean something
@@ -161,6 +162,8 @@ def embed_slide(net, header, features, centres_um, device="cpu", layer=0, hide=0
     """
     if isinstance(centres_um, np.ndarray):
         features, centres_um = [features], [centres_um]
+    if header["config"].get("shuffle"):
+        centres_um = places.shuffled(centres_um)
     net = net.to(device)
     means = [torch.from_numpy(own.mean(0, np.float32)) for own in features]
     slide_means = [places.standardise(*scale) for scale in zip(means, header["mean"], header["std"])]
@@ -208,6 +211,8 @@ if __name__ == "__main__":
             stop(f"{out_dir} is not empty: continue with --resume=true, delete it, or choose another --out_dir")
         mesh = sharding.begin(dev)
         slides, about, found = places.training_set(features.split(","), train_slides, window, dev, say)
+        if shuffle:
+            slides = [slide._replace(centres=places.shuffled(slide.centres)) for slide in slides]
     except (ValueError, OSError) as e:
         stop(e)
     config["slides"] = len(slides)  # a resumed run says if there are others

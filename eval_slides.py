@@ -692,7 +692,8 @@ def score_features(config):
         rows[SHUFFLED] = rows[CONTEXT]  # the probe is trained on places in their true order
     mean = linear_probe(found, rows[first], rows[first], 0.5)
     done = []
-    print(f"{'':28}balanced   auroc  C tuned   difference to {first} and its 95 % interval")
+    metric = "c-index" if found.time.any() else "balanced"
+    print(f"{'':28}{metric:>8}   auroc  C tuned   difference to {first} and its 95 % interval")
     for name, x in {first: rows[first], **rows}.items():
         predicted = linear_probe(found, x, at_test[name], 0.5)
         row = compare(name, predicted, mean, found)
@@ -713,7 +714,7 @@ def score_features(config):
     listed = str([found.slides, found.folds.tolist()])
     checksum = hashlib.sha256(listed.encode()).hexdigest()[:8]
     protocol = (f"{kind}: {len(found.slides)} of {len(found.patients)} patients, {repeats} x {k} folds {checksum}, "
-                "logistic regression C 0.5 balanced")
+                + ("Cox, elastic net" if found.time.any() else "logistic regression C 0.5 balanced"))
     return {"rows": done, "classes": found.classes, "seen": text, "protocol": protocol}
 
 

@@ -304,6 +304,11 @@ def in_turn(points, sides, passes):
         yield read, np.concatenate([read & (passes > 0), *rest])
 
 
+def shuffled(centres):
+    """The centres of each scale, permuted: a slide without its arrangement, the same at every call."""
+    return [np.random.default_rng(0).permutation(own) for own in centres]
+
+
 def turn(rng, points, free):
     """points (N, 2) turned by any angle, or by quarters, and flipped in half of the cases."""
     quarters = rng.random() * 4

@@ -254,6 +254,17 @@ def test_context_of_slides_of_any_size(count):
         assert np.allclose(whole[0].detach(), out, atol=1e-3)
 
 
+def test_a_shuffled_encoder_sees_no_arrangement():
+    net, cells = context.random_encoder(HEADER, 0), grid(6, 6)
+    x, centres = waves(0, cells), (cells * 224.0).astype(np.float32)
+    control = {**HEADER, "config": {**HEADER["config"], "shuffle": True}}
+    (order,) = places.shuffled([np.arange(36)])
+    assert sorted(order) == list(range(36)) and (order != np.arange(36)).any()
+    out = context.embed_slide(net, control, x, centres)
+    assert np.array_equal(out, context.embed_slide(net, HEADER, x, centres[order]))
+    assert not np.allclose(out, context.embed_slide(net, HEADER, x, centres))
+
+
 def test_a_place_read_while_hidden_is_not_told_by_its_own_feature():
     net, cells = context.random_encoder(HEADER, 0), grid(6, 6)
     x, centres = waves(0, cells), (cells * 224.0).astype(np.float32)

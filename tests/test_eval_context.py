@@ -211,6 +211,17 @@ def test_context_of_other_features_is_refused(world):
         score(world, labels=world / "labels.csv")
 
 
+def test_survival_is_scored_by_the_c_index(world):
+    pytest.importorskip("sksurv")
+    rng = np.random.default_rng(0)
+    with open(world / "labels.csv") as f:
+        rows = [(row["slide"], row["patient"], rng.exponential(2 if row["label"] == "b" else 20), int(i > 7))
+                for i, row in enumerate(csv.DictReader(f))]
+    table(world / "survival.csv", ("slide", "patient", "time", "event"), rows)
+    rows, found = score(world, labels=world / "survival.csv")
+    assert rows["mean"]["balanced"] > 0.6 and "auroc" not in rows["mean"] and "Cox" in found["protocol"]
+
+
 def test_the_command_ends_with_one_json_object(world, capsys, monkeypatch):
     config = {**CONFIG, "features": str(world / "features"), "labels": str(world / "labels.csv"), "repeats": 1}
     eval_slides.main(config)
