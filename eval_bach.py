@@ -246,8 +246,7 @@ def embed(backbone, pixels, mean, std, device, view=View(), pool=mean_tile, batc
     try:
         for batch in mine.split(max(batch_size // most, 1)):
             cut = [tiles(pixels[i], view.px) for i in batch]
-            parts = torch.cat(cut).split(batch_size)
-            of_tiles = torch.cat([forward(part) for part in parts])
+            of_tiles = torch.cat([forward(part) for part in torch.cat(cut).split(batch_size)])
             by_image = of_tiles.split([len(c) for c in cut])
             features += [pool(own, pixels[i]) for own, i in zip(by_image, batch)]
     finally:

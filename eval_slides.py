@@ -235,7 +235,8 @@ def simple_shot(x, support, query):
     dots = means @ query.T - offsets
     squares = centre.square().sum(1, keepdim=True)
     norms = query.square().sum(1) - 2 * centre @ query.T + squares  # (S, n)
-    z_m = dots / norms.clamp(min=torch.finfo(x.dtype).tiny).sqrt()[:, None]
+    tiny = torch.finfo(x.dtype).tiny
+    z_m = dots / norms.clamp(min=tiny).sqrt()[:, None]
     return (z_m - means.square().sum(-1, keepdim=True) / 2).argmax(1)
 
 
@@ -353,7 +354,8 @@ def find_labels(config, files):
         print(f"{path}: {len(unlabelled)} slides with features have no label, such as {unlabelled[0]}: left out")
     for line, row in lines:
         if not row["patient"] or not row[column]:
-            raise ValueError(f"{path}, line {line}: patient '{row['patient']}', {column} '{row[column]}'; give both")
+            patient, label = row["patient"], row[column]
+            raise ValueError(f"{path}, line {line}: patient '{patient}', {column} '{label}'; give both")
         if not kept and slides.count(row["slide"]) > 1:
             raise ValueError(f"{path}, line {line}: slide {row['slide']} is listed twice; delete one of the lines")
     classes = sorted({row[column] for row in rows})
@@ -364,18 +366,23 @@ def find_labels(config, files):
     groups = torch.tensor([patients.index(row["patient"]) for row in rows])
     if "fold" in columns:
         stated = [int(row["fold"]) for row in rows]
-        given = check_folds(path, [row["patient"] for row in rows], stated, least=2)
-        folds = torch.tensor([given])
+        folds = torch.tensor([check_folds(path, [row["patient"] for row in rows], stated, least=2)])
     else:
-        fewest = min(len(groups[labels == label].unique()) for label in range(len(classes)))
-        if fewest < 2:
-            raise ValueError(f"{path}: a class of {column} has one patient only; train and test need one each")
-        seeds = range(SEED, SEED + config["repeats"])
-        folds = torch.stack([make_folds(labels, groups, min(fewest, FOLDS), seed) for seed in seeds])
+        folds = draw_folds(path, labels, groups, config["repeats"])
     check_classes(path, labels, classes, folds)
     where = np.array([[row[key] for key in kept] for row in rows], float)
     time = np.array([row["time"] if survival else 0 for row in rows], float)
     return Labels(slides, where, labels, classes, groups, patients, folds, time)
+
+
+def draw_folds(path, labels, groups, repeats):
+    """Folds (repeats, n) of whole patients. ValueError if a class has one patient only."""
+    by_class = [groups[labels == label].unique() for label in labels.unique()]
+    fewest = min(map(len, by_class))
+    if fewest < 2:
+        raise ValueError(f"{path}: a class has one patient only; train and test need one each")
+    k = min(fewest, FOLDS)
+    return torch.stack([make_folds(labels, groups, k, SEED + repeat) for repeat in range(repeats)])
 
 
 def check_classes(path, labels, classes, folds):
@@ -725,7 +732,8 @@ def write_scores(path, found, predicted):
         writer.writerow(["slide", "x", "y", "label", *found.classes])
         for i, scores in enumerate(predicted.mean(0).tolist()):
             where = found.where[i].tolist() or ["", ""]
-            writer.writerow([found.slides[i], *where, found.classes[found.labels[i]], *scores])
+            label = found.classes[found.labels[i]]
+            writer.writerow([found.slides[i], *where, label, *scores])
 
 
 def show(row, is_mean=False):

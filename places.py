@@ -33,7 +33,8 @@ CLIP = 5.0  # standard deviations
 
 def files_of(folder):
     """{slide: path} of the features in a folder. Raises ValueError if there are none."""
-    paths = sorted(glob.glob(f"{folder}/*.h5") + glob.glob(f"{folder}/*.npz"))
+    paths = glob.glob(f"{folder}/*.h5") + glob.glob(f"{folder}/*.npz")
+    paths.sort()
     if not paths:
         raise ValueError(f"features: no .h5 or .npz in '{folder}'; prepare/features.py writes them")
     return {Path(path).stem: path for path in paths}
@@ -300,7 +301,8 @@ def in_turn(points, sides, passes):
     for number in range(max(passes, 1)):
         read = numbers == number
         region = points[0][read & (passes > 0)]
-        rest = [touches(own, side, region, sides[0]) for own, side in zip(points[1:], sides[1:])]
+        others = zip(points[1:], sides[1:])
+        rest = [touches(own, side, region, sides[0]) for own, side in others]
         yield read, np.concatenate([read & (passes > 0), *rest])
 
 
