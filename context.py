@@ -202,6 +202,10 @@ if __name__ == "__main__":
 
     if task not in ("train", "embed") or device not in ("", "cpu", "cuda") or not 0 < mask_share < 1:
         stop("task is train or embed, device is cpu or cuda, mask_share lies between 0 and 1")
+    if width % (4 * heads) or depth < 1:
+        stop(f"width = {width}, heads = {heads}, depth = {depth}: give 1 block or more, and a multiple of 4 x heads")
+    if task == "embed" and not (weights and out):
+        stop("embed needs --weights=FILE, of training, and --out=FOLDER")
     try:  # what users state, and the files that it names
         if task == "embed":
             net, header = load_encoder(weights)

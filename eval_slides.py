@@ -338,6 +338,8 @@ class Labels(NamedTuple):
 def find_labels(config, files):
     """The Labels of the csv in config; `files` are the slides that have features. Raises ValueError."""
     path, column = config["places"] or config["labels"], config["label"]
+    if not path:
+        raise ValueError("features need labels: give --labels=FILE (slides) or --places=FILE")
     columns, lines = read_csv(path, ("slide", "patient"))
     survival = {"time", "event"} <= set(columns)
     column = "event" if survival else column

@@ -366,7 +366,7 @@ def test_what_users_state_wrongly_ends_in_one_line(folder, tmp_path, monkeypatch
     assert [slide.name for slide in found["slides"]] == ["S1"]
     torch.save({"teacher": {}}, tmp_path / "tile.pth")
     for text, keys in {"no .h5 or .npz in ''": dict(features=""), "task is": dict(task="test"),
-                       "no slide encoder": dict(task="embed", weights=tmp_path / "tile.pth"),
+                       "no slide encoder": dict(task="embed", weights=tmp_path / "tile.pth", out="x"),
                        "mask_share": dict(mask_share=1.0), "no slide is left": dict(window=300),
                        "No such file": dict(train_slides="x.txt")}.items():
         with pytest.raises(SystemExit, match=text):
