@@ -162,8 +162,10 @@ def embed_slide(net, header, features, centres_um, device="cpu", layer=0, hide=0
     """
     if isinstance(centres_um, np.ndarray):
         features, centres_um = [features], [centres_um]
+    if len(features) != len(header["about"]):
+        raise ValueError(f"features of {len(features)} scales; the encoder reads {len(header['about'])}")
     if header["config"].get("shuffle"):
-        centres_um = places.shuffled(centres_um)
+        centres_um = places.shuffled(centres_um, features)
     net = net.to(device)
     means = [torch.from_numpy(own.mean(0, np.float32)) for own in features]
     slide_means = [places.standardise(*scale) for scale in zip(means, header["mean"], header["std"])]
@@ -216,7 +218,8 @@ if __name__ == "__main__":
         mesh = sharding.begin(dev)
         slides, about, found = places.training_set(features.split(","), train_slides, window, dev, say)
         if shuffle:
-            slides = [slide._replace(centres=places.shuffled(slide.centres)) for slide in slides]
+            maps = [[np.memmap(*slide.maps[0])] for slide in slides]
+            slides = [slide._replace(centres=places.shuffled(slide.centres, own)) for slide, own in zip(slides, maps)]
     except (ValueError, OSError) as e:
         stop(e)
     config["slides"] = len(slides)  # a resumed run says if there are others

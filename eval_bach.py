@@ -201,7 +201,9 @@ def context_pool(view, weights):
     about = header["about"][0]
     with open(weights, "rb") as f:
         same = about.get("weights_sha256") in (None, hashlib.file_digest(f, "sha256").hexdigest())
-    if not same or len(header["about"]) > 1 or not math.isclose(about["side"], view.px * view.mpp, rel_tol=0.02):
+    pairs = (about["mpp"], view.mpp), (about["side"], view.px * view.mpp)
+    alike = [math.isclose(a, b, rel_tol=0.02) for a, b in pairs]
+    if not same or len(header["about"]) > 1 or not all(alike):
         raise ValueError(f"{view.context}: trained on tiles of {about['side']:g} um of the encoder in "
                          f"{about.get('weights', 'another file')}; give those --weights, and --mpp times --input_px")
 

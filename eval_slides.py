@@ -28,6 +28,7 @@ import hashlib
 import json
 import os
 import statistics
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -364,6 +365,8 @@ def find_labels(config, files):
     patients = sorted({row["patient"] for row in rows})
     if len(classes) < 2:
         raise ValueError(f"{path}: {' '.join(classes) or 'no class'} in column {column}; 2 or more are needed")
+    if survival and classes != ["0", "1"]:
+        raise ValueError(f"{path}: event must be 0 (not seen) or 1, and is {' '.join(classes)}")
     labels = torch.tensor([classes.index(row[column]) for row in rows])
     groups = torch.tensor([patients.index(row["patient"]) for row in rows])
     if "fold" in columns:
@@ -396,14 +399,14 @@ def check_classes(path, labels, classes, folds):
                                  "left to train on; give other folds")
 
 
-def check_unseen(found, header, allowed, pattern):
+def check_unseen(found, slides, allowed, pattern):
     """A text if the encoder was trained on a slide of these patients, each of whom is tested in some fold; else "".
     ValueError unless that is allowed."""
     tested = {wsi.patient_of(name, pattern) for name in found.slides}
-    trained = {wsi.patient_of(name, pattern) for name in header["slides"]}
+    trained = {wsi.patient_of(name, pattern) for name in slides}
     seen = sorted(tested & trained)
     for slide, group in zip(found.slides, found.groups):
-        if slide in header["slides"]:
+        if slide in slides:
             seen.append(found.patients[group])
     if not seen:
         return ""
@@ -440,12 +443,22 @@ def contexts_of(slide, stored, encoder, raw, centres, hide):
     found = {} if stored is None else {CONTEXT: np.asarray(stored, np.float32)}
     if encoder:
         trained, untrained, header, device = encoder
-        if stored is None or stored.shape[1] != header["config"]["width"]:
-            raise ValueError(f"{slide}: --encoder needs the --context that it has made")
-        order = np.random.default_rng(SEED).permutation(len(raw))
+        order = np.random.default_rng(zlib.crc32(slide.encode())).permutation(len(raw))
         found[RANDOM] = embed_slide(untrained, header, raw, centres, device, hide=hide)
         found[SHUFFLED] = embed_slide(trained, header, raw, centres[order], device, hide=hide)
     return found
+
+
+def context_keys(folder):
+    """{"encoder": sha256, "trained_on": slides} of a folder of context.py --task=embed. Raises ValueError."""
+    path = os.path.join(folder, "keys.json")
+    try:
+        with open(path) as f:
+            keys = json.load(f)
+        return {"encoder": keys["encoder"], "trained_on": keys["trained_on"]}
+    except (OSError, ValueError, KeyError) as e:
+        raise ValueError(f"{path}: does not say which slides the encoder was trained on ({type(e).__name__}); make "
+                         "the folder with context.py --task=embed") from None
 
 
 def read_slides(config, found):
@@ -454,9 +467,15 @@ def read_slides(config, found):
     from disk; [] for places. A place is given to the nearest tile.
     """
     encoder, text = None, ""
+    if config["context"]:
+        made = context_keys(config["context"])
+        text = check_unseen(found, made["trained_on"], config["allow_seen"], config["patient"])
     if config["encoder"]:
         net, header = load_encoder(config["encoder"])
-        text = check_unseen(found, header, config["allow_seen"], config["patient"])
+        with open(config["encoder"], "rb") as f:
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        if not config["context"] or made["encoder"] != sha256:
+            raise ValueError("--encoder is for controls: give the file with which --context was made, and that folder")
         encoder = net, random_encoder(header, SEED), header, config["device"]
     files = files_of(config["features"])
     stored = files_of(config["context"]) if config["context"] else {}
@@ -468,7 +487,8 @@ def read_slides(config, found):
         vectors = readouts(np.asarray(features, np.float32), contexts, centres, is_places)
         if is_places:
             mine = [i for i, name in enumerate(found.slides) if name == slide]
-            nearest = nearest_tiles(slide, found.where[mine] * about["level0_mpp"], centres, about["pitch"])
+            um = about.get("level0_mpp", about["side"] / about["patch_size_level0"])
+            nearest = nearest_tiles(slide, found.where[mine] * um, centres, about["pitch"])
             vectors = {name: own[nearest] for name, own in vectors.items()}
         else:
             mine = [found.slides.index(slide)]
@@ -657,12 +677,13 @@ def resampled(predicted, found, weights):
 def concordance(predicted, found, weights):
     """The same for survival: the c-index, mean over repeats."""
     from sksurv.metrics import concordance_index_censored
-    scores = torch.zeros(len(predicted), len(weights), dtype=torch.float64)
+    scores = torch.full((len(predicted), len(weights)), 0.5, dtype=torch.float64)
     for b, drawn in enumerate(weights.long()):
         i = torch.arange(len(found.groups)).repeat_interleave(drawn[found.groups])
         event, time = found.labels[i].numpy() == 1, found.time[i]
         for repeat, risk in enumerate(predicted[:, i, 1].numpy()):
-            scores[repeat, b], *_ = concordance_index_censored(event, time, risk)
+            if event.any():  # a draw may be without one
+                scores[repeat, b], *_ = concordance_index_censored(event, time, risk)
     return scores.mean(0)
 
 

@@ -13,6 +13,7 @@ import hashlib
 import os
 import struct
 import zipfile
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -130,7 +131,8 @@ def embed_files(config, header, embed):
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     others = [files_of(folder) for folder in others]
     job = functools.partial(embed_file, header=header, embed=embed, others=others)
-    slides.walk("context", keys, job, ".h5" if coords.h5py else ".npz", 0, {"encoder": sha256})
+    keys_too = {"encoder": sha256, "trained_on": header["slides"]}
+    slides.walk("context", keys, job, ".h5" if coords.h5py else ".npz", 0, keys_too)
 
 
 def embed_file(path, name, file, part, config, header, embed, others):
@@ -142,12 +144,13 @@ def embed_file(path, name, file, part, config, header, embed, others):
     for scale in zip(centres, about, header["about"], strict=True):
         check(*scale)
     context = embed(features, centres)
-    if not np.isfinite(context).all():
+    means = [own.mean(0, np.float32) for own in features]
+    if not (np.isfinite(context).all() and np.isfinite(means).all()):
         raise ValueError("features that are not finite")
     _, coords, _ = stored(path, "features")
     arrays = {"features": features[0], "coords": coords}
     arrays["context"] = context.astype(np.float16)
-    arrays["mean_raw"] = features[0].mean(0, np.float32)
+    arrays["mean_raw"] = means[0]
     arrays["mean_context"] = context.mean(0)
     stated = about[0] | {"hide": config["hide"]}
     if file.endswith(".h5"):
@@ -306,9 +309,13 @@ def in_turn(points, sides, passes):
         yield read, np.concatenate([read & (passes > 0), *rest])
 
 
-def shuffled(centres):
-    """The centres of each scale, permuted: a slide without its arrangement, the same at every call."""
-    return [np.random.default_rng(0).permutation(own) for own in centres]
+def shuffled(centres, features):
+    """
+    The centres of each scale, permuted: a slide without its arrangement. The same for a slide at every call, by its
+    first feature; another for each slide, or a common permutation would be an arrangement, too.
+    """
+    seed = zlib.crc32(np.ascontiguousarray(features[0][0]).tobytes())
+    return [np.random.default_rng(seed).permutation(own) for own in centres]
 
 
 def turn(rng, points, free):

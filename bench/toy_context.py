@@ -170,7 +170,7 @@ def score(seed, config):
     fresh = context.random_encoder(header, seed)
     raw, visible = x.astype(np.float32), read(net, header, x, centres)
     hidden, random = read(net, header, x, centres, hide), read(fresh, header, x, centres, hide)
-    shuffled = read(net, header, x, np.random.default_rng(seed).permutation(centres), hide)
+    shuffled = read(net, {**header, "config": {**header["config"], "shuffle": True}}, x, centres, hide)
     vectors = {
         "mean": raw.mean(1), "max": raw.max(1), "moments": moments(x),
         "mean of [raw, visible]": np.concatenate([raw, visible], 2).mean(1),

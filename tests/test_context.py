@@ -258,7 +258,9 @@ def test_a_shuffled_encoder_sees_no_arrangement():
     net, cells = context.random_encoder(HEADER, 0), grid(6, 6)
     x, centres = waves(0, cells), (cells * 224.0).astype(np.float32)
     control = {**HEADER, "config": {**HEADER["config"], "shuffle": True}}
-    (order,) = places.shuffled([np.arange(36)])
+    (order,) = places.shuffled([np.arange(36)], [x])
+    (other,) = places.shuffled([np.arange(36)], [waves(1, cells)])
+    assert (order != other).any(), "a permutation for each slide"
     assert sorted(order) == list(range(36)) and (order != np.arange(36)).any()
     out = context.embed_slide(net, control, x, centres)
     assert np.array_equal(out, context.embed_slide(net, HEADER, x, centres[order]))

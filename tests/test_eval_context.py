@@ -1,5 +1,6 @@
 """eval_slides.py on features: labelled slides and labelled places, by patient."""
 import csv
+import hashlib
 import json
 import re
 import sys
@@ -60,6 +61,7 @@ def world(tmp_path):
         write(tmp_path / f"context/{name}.npz", features, coords, context=own.astype(np.float16))
         rows.append((name, patient, label))
         places += [(name, patient, x + 50, y + 50, "top" if y < 300 else "bottom") for x, y in coords.tolist()]
+    (tmp_path / "context/keys.json").write_text(json.dumps({"encoder": "x", "trained_on": []}))
     table(tmp_path / "labels.csv", ("slide", "patient", "label"), rows)
     table(tmp_path / "places.csv", ("slide", "patient", "x", "y", "label"), places)
     return tmp_path
@@ -143,13 +145,15 @@ def test_attention_reads_keys_and_pools_values():
     assert not torch.allclose(net(keys, values), net(keys, values[order]))
 
 
-def encoder(world, slides):
+def encoder(world, slides, mpp=1.0):
     config = dict(width=8, heads=1, depth=1, registers=1, layerscale=1.0, periods=(2.0, 16.0), scale_embedding=False,
                   window=16, centre=False)
-    about = dict(mpp=1.0, tile_px=100, side=100.0, pitch=100.0, width=8, count=16)
+    about = dict(mpp=mpp, tile_px=100, side=100.0, pitch=100.0, width=8, count=16)
     header = {"config": config, "about": [about], "slides": slides, "mean": torch.zeros(1, 8), "std": torch.ones(1, 8)}
     net = context.random_encoder(header, 1)
     torch.save({"teacher": net.state_dict(), **header, "step": 1}, world / "encoder.pth")
+    sha256 = hashlib.sha256((world / "encoder.pth").read_bytes()).hexdigest()
+    (world / "context/keys.json").write_text(json.dumps({"encoder": sha256, "trained_on": slides}))
     return str(world / "encoder.pth")
 
 
@@ -160,8 +164,16 @@ def test_controls_are_rows_and_a_seen_patient_is_refused(world):
     leak = encoder(world, ["P03-99"])  # another slide of a patient that is tested
     with pytest.raises(ValueError, match="trained on slides of 1 of these patients, such as P03.*--allow_seen"):
         score(world, **keys, encoder=leak)
+    with pytest.raises(ValueError, match="trained on slides of 1"):
+        score(world, **keys)  # without --encoder, too
     _, found = score(world, **keys, encoder=leak, allow_seen=True)
     assert "P03" in found["seen"]
+    (world / "context/keys.json").write_text(json.dumps({"encoder": "another", "trained_on": []}))
+    with pytest.raises(ValueError, match="with which --context was made"):
+        score(world, **keys, encoder=leak)
+    (world / "context/keys.json").unlink()
+    with pytest.raises(ValueError, match="does not say which slides"):
+        score(world, **keys)
 
 
 def test_bad_tables_are_one_line(world):
@@ -241,7 +253,7 @@ class Mean(torch.nn.Module):
 
 def test_a_bach_image_is_a_small_slide(world):
     """Its feature is the mean of [tile, context] over its tiles, and neighbours matter: not the tiles' mean alone."""
-    path = encoder(world, [])
+    path = encoder(world, [], mpp=10.0)
     view = eval_bach.View(px=10, mpp=10.0, context=path)
     image = (torch.rand(3, 20, 30) * 255).to(torch.uint8)
     swapped = torch.cat([image[:, :, 20:], image[:, :, 10:20], image[:, :, :10]], 2)  # tiles change places
