@@ -30,7 +30,6 @@ import model
 import places
 import sharding
 from configurator import configure
-from places import open_features  # noqa: F401  for eval_slides.py
 
 # ---- run ------------------------------------------------------------------------------------------------------------
 task = "train"           # or "embed": one file per slide with its places' context

@@ -18,7 +18,6 @@ standard error is about 0.025 at 0.92, so a difference below 0.02 is no evidence
 data: {bach_dir}/ICIAR2018_BACH_Challenge/Photos/{Benign,InSitu,Invasive,Normal}/{b,is,iv,n}001..100.tif
 from zenodo.org/records/3632035. The licence, CC BY-NC-ND 4.0, forbids passing on resized copies.
 """
-import hashlib
 import importlib
 import json
 import math
@@ -199,8 +198,7 @@ def context_pool(view, weights):
     slide_encoder = importlib.import_module("context")  # by name: training reads this file, and never that one
     net, header = slide_encoder.load_encoder(view.context)
     about = header["about"][0]
-    with open(weights, "rb") as f:
-        same = about.get("weights_sha256") in (None, hashlib.file_digest(f, "sha256").hexdigest())
+    same = about.get("weights_sha256") in (None, model.sha256_of(weights))
     pairs = (about["mpp"], view.mpp), (about["side"], view.px * view.mpp)
     alike = [math.isclose(a, b, rel_tol=0.02) for a, b in pairs]
     if not same or len(header["about"]) > 1 or not all(alike):

@@ -29,6 +29,7 @@ import json
 import os
 import statistics
 import zlib
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ import torch
 import torch.nn.functional as F
 
 import eval_bach
+import model
 import wsi
 from configurator import configure
 from context import embed_slide, load_encoder, random_encoder
@@ -353,13 +355,14 @@ def find_labels(config, files):
     lines = [(line, row) for line, row in lines if row["slide"] in files]
     rows = [row for _, row in lines]
     slides = [row["slide"] for row in rows]
-    if unlabelled := sorted(set(files) - set(slides)):
+    times = Counter(slides)
+    if unlabelled := sorted(set(files) - set(times)):
         print(f"{path}: {len(unlabelled)} slides with features have no label, such as {unlabelled[0]}: left out")
     for line, row in lines:
         if not row["patient"] or not row[column]:
             patient, label = row["patient"], row[column]
             raise ValueError(f"{path}, line {line}: patient '{patient}', {column} '{label}'; give both")
-        if not kept and slides.count(row["slide"]) > 1:
+        if not kept and times[row["slide"]] > 1:
             raise ValueError(f"{path}, line {line}: slide {row['slide']} is listed twice; delete one of the lines")
     classes = sorted({row[column] for row in rows})
     patients = sorted({row["patient"] for row in rows})
@@ -367,8 +370,8 @@ def find_labels(config, files):
         raise ValueError(f"{path}: {' '.join(classes) or 'no class'} in column {column}; 2 or more are needed")
     if survival and classes != ["0", "1"]:
         raise ValueError(f"{path}: event must be 0 (not seen) or 1, and is {' '.join(classes)}")
-    labels = torch.tensor([classes.index(row[column]) for row in rows])
-    groups = torch.tensor([patients.index(row["patient"]) for row in rows])
+    labels = torch.from_numpy(np.searchsorted(classes, [row[column] for row in rows]))
+    groups = torch.from_numpy(np.searchsorted(patients, [row["patient"] for row in rows]))
     if "fold" in columns:
         stated = [int(row["fold"]) for row in rows]
         folds = torch.tensor([check_folds(path, [row["patient"] for row in rows], stated, least=2)])
@@ -405,9 +408,8 @@ def check_unseen(found, slides, allowed, pattern):
     tested = {wsi.patient_of(name, pattern) for name in found.slides}
     trained = {wsi.patient_of(name, pattern) for name in slides}
     seen = sorted(tested & trained)
-    for slide, group in zip(found.slides, found.groups):
-        if slide in slides:
-            seen.append(found.patients[group])
+    for slide in set(found.slides) & set(slides):
+        seen.append(found.patients[found.groups[found.slides.index(slide)]])
     if not seen:
         return ""
     text = f"the encoder was trained on slides of {len(set(seen))} of these patients, such as {seen[0]}"
@@ -472,9 +474,7 @@ def read_slides(config, found):
         text = check_unseen(found, made["trained_on"], config["allow_seen"], config["patient"])
     if config["encoder"]:
         net, header = load_encoder(config["encoder"])
-        with open(config["encoder"], "rb") as f:
-            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        if not config["context"] or made["encoder"] != sha256:
+        if not config["context"] or made["encoder"] != model.sha256_of(config["encoder"]):
             raise ValueError("--encoder is for controls: give the file with which --context was made, and that folder")
         encoder = net, random_encoder(header, SEED), header, config["device"]
     files = files_of(config["features"])

@@ -9,6 +9,7 @@ people's code:
 Vocabulary: B images or crops, N tokens per crop, T tokens of a whole batch, M masked patches, D width, K prototypes,
 L local crops per image. Batches are crop-major: crop 0 of every image, then crop 1 of every image.
 """
+import hashlib
 import math
 import os
 import pickle
@@ -720,6 +721,11 @@ def read_header(path):
     """What this project's teacher file states about itself: {"arch", "step", "config"}; {} for any other file."""
     stored = {} if is_hugging_face(path) else read_pth(path)
     return {k: stored[k] for k in ("arch", "step", "config") if k in stored and "teacher" in stored}
+
+
+def sha256_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def is_hugging_face(path):

@@ -9,7 +9,6 @@ pure function of (seed, n), so a run resumes exactly, and with data.sample_numbe
 """
 import functools
 import glob
-import hashlib
 import os
 import struct
 import zipfile
@@ -127,8 +126,7 @@ def embed_files(config, header, embed):
     first, *others = config["features"].split(",")
     keys = {key: config[key] for key in ("features", "weights", "out", "part", "hide")}
     keys |= {"slides": first + "/*.[hn][5p]*", "overlap": 0, "tile_px": 1}
-    with open(config["weights"], "rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    sha256 = model.sha256_of(config["weights"])
     others = [files_of(folder) for folder in others]
     job = functools.partial(embed_file, header=header, embed=embed, others=others)
     keys_too = {"encoder": sha256, "trained_on": header["slides"]}

@@ -9,7 +9,6 @@ The tile encoder over whole slides: one file of embeddings per slide, in TRIDENT
 A rerun skips the slides whose file is there. Several GPUs take parts of the list: --part=3/8 (prepare/slides.py).
 """
 import functools
-import hashlib
 import os
 import sys
 from contextlib import closing
@@ -112,8 +111,7 @@ def main(config):
     patch = vit.arch.patch_size
     if config["tile_px"] % patch:
         raise ValueError(f"tile_px={config['tile_px']}: not a multiple of the patch of {patch} px")
-    with open(config["weights"], "rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    sha256 = model.sha256_of(config["weights"])
     norm = config["norm"]
     mean, std = model.stored_norm(config["weights"]) if norm is None else model.norm_values(norm)
     about = {"encoder": config["arch"] or Path(config["weights"]).stem, "patch_size": patch,

@@ -175,7 +175,7 @@ def test_windows_are_the_nearest_places_the_same_for_any_ranks(folder):
         assert torch.equal(value, torch.cat([half[key] for half in halves])), key
     assert whole["features"].shape == (8, 36, 16) and (whole["hidden"].sum(1) == 18).all()
     for x, nm, number in zip(whole["features"], whole["places"], whole["slide"]):
-        stored, centres, _ = context.open_features(files[f"S{number}"])
+        stored, centres, _ = places.open_features(files[f"S{number}"])
         at = np.flatnonzero((stored == x[0].numpy()).all(1))[0]  # the first is the one that the window is around
         distance = np.sort(np.hypot(*(centres - centres[at]).T))
         assert np.allclose(distance[:36], np.hypot(*nm.numpy().T / 1000), atol=0.01)
@@ -189,7 +189,7 @@ def test_features_are_mapped_and_the_same_from_both_kinds_of_file(tmp_path):
         h5["features"], h5["coords"] = values, cells * 448
         h5["features"].attrs.update({**ABOUT, "mpp": 1.0, "patch_size_level0": 448})
     for ending in ("npz", "h5"):
-        features, centres, about = context.open_features(f"{tmp_path}/a.{ending}")
+        features, centres, about = places.open_features(f"{tmp_path}/a.{ending}")
         assert isinstance(features, np.memmap) and np.array_equal(features, values) and features.dtype == np.float16
         assert centres.dtype == np.float32 and np.array_equal(centres, (cells + 0.5) * 224)
         assert about["pitch"] == about["side"] == 224 and np.allclose(about["norm"], ABOUT["norm"])
@@ -311,13 +311,13 @@ def test_embed_writes_each_slide_once_as_embed_slide_has_it(folder, tmp_path, mo
     assert "0 slides done, 6 were done before" in capsys.readouterr().out
     net, header = context.load_encoder(str(tmp_path / "run0/1.pth"))
     assert header["slides"] == [f"S{i}" for i in range(6)]
-    features, centres, _ = zip(*(context.open_features(f"{path}/S3.npz") for path in (folder, folder + "2")))
+    features, centres, _ = zip(*(places.open_features(f"{path}/S3.npz") for path in (folder, folder + "2")))
     expected = context.embed_slide(net, header, features, centres)
     with np.load(tmp_path / "out/S3.npz") as found:
         assert np.abs(found["context"] - expected).max() < 2e-3 and np.array_equal(found["features"], features[0])
         assert np.allclose(found["mean_raw"], features[0].astype(np.float32).mean(0), atol=1e-3)
         assert np.allclose(found["mean_context"], expected.mean(0), atol=1e-5)
-    assert np.array_equal(context.open_features(str(tmp_path / "out/S3.npz"))[1], centres[0])
+    assert np.array_equal(places.open_features(str(tmp_path / "out/S3.npz"))[1], centres[0])
     with pytest.raises(SystemExit, match="encoder was"):
         run(monkeypatch, **keys | {"weights": tmp_path / "run1/1.pth"})
 
