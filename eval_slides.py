@@ -675,26 +675,41 @@ def resampled(predicted, found, weights):
 
 
 def concordance(predicted, found, weights):
-    """The same for survival: the c-index, mean over repeats."""
-    from sksurv.metrics import concordance_index_censored
-    scores = torch.full((len(predicted), len(weights)), 0.5, dtype=torch.float64)
-    for b, drawn in enumerate(weights.long()):
-        i = torch.arange(len(found.groups)).repeat_interleave(drawn[found.groups])
-        event, time = found.labels[i].numpy() == 1, found.time[i]
-        for repeat, risk in enumerate(predicted[:, i, 1].numpy()):
-            if event.any():  # a draw may be without one
-                scores[repeat, b], *_ = concordance_index_censored(event, time, risk)
-    return scores.mean(0)
+    """The same for survival: the c-index of pairs of one fold, since the risks of two folds are of two fits."""
+    time, event = torch.from_numpy(found.time), found.labels == 1
+    outlived = (time[:, None] < time) | ((time[:, None] == time) & ~event)
+    drawn = weights[:, found.groups]  # (B, n): how often each sample was drawn
+    scores = []
+    for folds, risk in zip(found.folds, predicted[..., 1]):
+        pairs = (event[:, None] & outlived & (folds[:, None] == folds)).double()
+        higher = risk[:, None] > risk
+        right = pairs * (higher.double() + 0.5 * (risk[:, None] == risk))
+        both = [((drawn @ counted) * drawn).sum(1) for counted in (right, pairs)]
+        scores.append(both[0] / both[1].clamp(min=1))
+    return torch.stack(scores).mean(0)
+
+
+def area_under_curve(predicted, found):
+    """Macro AUROC, one class against the rest: mean over folds, and a class counts in a fold that has it and others."""
+    from sklearn.metrics import roc_auc_score
+    onehot = F.one_hot(found.labels).numpy()
+    areas = []
+    for folds, own in zip(found.folds, predicted.numpy()):
+        for test in (folds.numpy() == f for f in folds.unique()):
+            share = onehot[test].mean(0)
+            told = (share > 0) & (share < 1)
+            if told.any():
+                areas.append(roc_auc_score(onehot[test][:, told], own[test][:, told], average="macro"))
+    return statistics.mean(areas)
 
 
 def compare(name, predicted, mean, found):
     """
     A row of the table from out-of-fold predictions (repeats, n, C) and those of the mean of raw features.
 
-    balanced: balanced accuracy, or the c-index of survival; auroc: macro, one class against the rest; difference to the
-    mean, and low and high, its 95 % interval by a bootstrap over patients (paired: both rows see the same draws).
+    balanced: balanced accuracy, or the c-index of survival; auroc: of area_under_curve; difference to the mean,
+    and low and high, its 95 % interval by a bootstrap over patients (paired: both rows see the same draws).
     """
-    from sklearn.metrics import roc_auc_score
     score = concordance if found.time.any() else resampled
     G = len(found.patients)
     drawn = torch.randint(G, (DRAWS, G), generator=torch.Generator().manual_seed(SEED))
@@ -706,8 +721,7 @@ def compare(name, predicted, mean, found):
     row = {"row": name, "balanced": balanced, "difference": balanced - score(mean, found, once).item(),
            "low": low, "high": high}
     if not found.time.any():
-        onehot = F.one_hot(found.labels).numpy()
-        row["auroc"] = statistics.mean(roc_auc_score(onehot, own, average="macro") for own in predicted.numpy())
+        row["auroc"] = area_under_curve(predicted, found)
     return row
 
 

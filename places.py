@@ -13,7 +13,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +98,8 @@ def check(centres, about, trained):
     """
     if about["width"] != trained["width"]:
         raise ValueError(f"features of another encoder: {about['width']} wide, not {trained['width']}")
+    if about.get("overlap"):
+        raise ValueError("its tiles overlap, so one shows what another hides: write features with --overlap=0")
     for key in STATED:
         value, expected = about.get(key), trained.get(key)
         if None in (value, expected) or value == expected:
@@ -196,29 +198,38 @@ def training_set(folders, names_file, window, dev, say):
 
 def open_slides(files, names, window, say):
     """
-    ([Slide], [about per scale]), of the named slides that can be trained on. A scale's `about`, that of the first
-    slide, gets `count`, its places per window: as many as cover the area of the first scale's `window`. Files do not
-    stay open, because there are 11,000.
+    ([Slide], [about per scale]), of the named slides that can be trained on: those that state what most state. A
+    scale's `about` gets `count`, its places per window: as many as cover the area of the first scale's `window`.
     """
-    slides, trained = [], []
+    opened, slides = [], []
     for name in names:
         try:
             if not all(name in paths for paths in files):
                 raise ValueError("not in every folder of features")
-            opened = [open_features(paths[name]) for paths in files]
-            trained = trained or [about for _, _, about in opened]
-            for (_, centres, about), scale in zip(opened, trained):
-                ratio = trained[0]["side"] / scale["side"]
-                scale["count"] = max(round(window * ratio**2), 4)
-                check(centres, about, scale)
-                if len(centres) < scale["count"]:
-                    raise ValueError(f"{len(centres)} places, and a window has {scale['count']}")
+            features, centres, about = zip(*(open_features(paths[name]) for paths in files))
         except ValueError as e:
             say(f"left out: {name}: {e}")
         else:
-            features, centres, _ = zip(*opened)
-            maps = [(x.filename, x.dtype, "r", x.offset, x.shape) for x in features]
-            slides.append(Slide(name, maps, centres))
+            maps = [(x.filename, x.dtype, "r", x.offset, x.shape) for x in features]  # 11,000 files do not stay open
+            opened.append((Slide(name, maps, centres), about))
+    keys = "width", *STATED
+    stated = [str([[scale.get(key) for key in keys] for scale in about]) for _, about in opened]
+    kinds = Counter(stated)
+    most = max(kinds, key=kinds.get, default="")
+    trained = next((list(about) for (_, about), own in zip(opened, stated) if own == most), [])
+    for scale in trained:
+        ratio = trained[0]["side"] / scale["side"]
+        scale["count"] = max(round(window * ratio**2), 4)
+    for slide, about in opened:
+        try:
+            for centres, own, scale in zip(slide.centres, about, trained):
+                check(centres, own, scale)
+                if len(centres) < scale["count"]:
+                    raise ValueError(f"{len(centres)} places, and a window has {scale['count']}")
+        except ValueError as e:
+            say(f"left out: {slide.name}: {e}")
+        else:
+            slides.append(slide)
     return slides, trained
 
 

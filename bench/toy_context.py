@@ -2,12 +2,18 @@
 What context adds on the toy slides: readouts of raw features, of a slide encoder, and controls, by patient.
 
     python prepare/toy_slides.py                      # and prepare/features.py, see there
-    python bench/toy_context.py                       # about ten minutes on two cores; the last lines are the table
+    python bench/toy_context.py                       # about HOW LONG on two cores; the last lines are the table
 
-Patients are in 5 folds. Seed s trains an encoder on the slides outside fold s, without labels, and tests on fold s, so
-that each patient is tested once. Balanced accuracy, mean and deviation over the seeds. `hidden` is the context of each
-place while it is hidden (--hide of context.py), which is where an encoder is trained; `visible`, while it is seen.
-After a stop, the same command resumes.
+Patients are in 5 folds. Seed s trains encoders on the slides outside fold s, without labels, and tests on fold s, so
+that each patient is tested once. Balanced accuracy, mean and deviation over the seeds. After a stop, the same command
+resumes. A slide's vector is the mean and the deviation of its places' contexts. The contexts:
+
+    hidden      of each place while it is hidden (--hide of context.py), which is where an encoder is trained
+    visible     the same encoder, while each place is seen
+    untrained   the same encoder before training
+    shuffled    the same encoder, but the places of each slide are permuted
+    retrained   an encoder that was trained on permuted places, too (--shuffle of context.py)
+    two scales  an encoder that sees tiles of twice the size as well
 """
 import csv
 import json
@@ -39,29 +45,35 @@ recipe = "config/context_slides.py"  # of context.py
 seeds = 5
 jobs = 2                             # seeds at a time
 hide = 3                             # each place is hidden once, a third of them at a time
-supervised = "distance"              # tasks with a transformer trained on the labels: 40 s each
-supervised_steps = 120
+supervised = "arrangement,distance"  # tasks with a transformer trained on the labels
+supervised_steps = 400
+ENCODERS = {"hidden": [], "retrained": ["--shuffle=true"], "two scales": ["--features={0}/features,{0}/features_2"]}
 
 
 # ---- features of slides ----------------------------------------------------------------------------------------------
 
 
-def load(folder):
-    """Features (S, N, C), centres (N, 2) in um, labels {task: (S,)}, patients (S,), names."""
+def load_labels(folder):
+    """Labels {task: (S,)}, patients (S,), names (S,)."""
     with open(f"{folder}/labels.csv") as file:
         _, *rows = csv.reader(file)
     names, patients, *columns = np.transpose(rows)
-    labels = dict(zip(TASKS, np.array(columns, int)))
-    files, x = places.files_of(f"{folder}/features"), []
+    return dict(zip(TASKS, np.array(columns, int))), patients, names
+
+
+def load(folder, names):
+    """Features (S, N, C), centres (N, 2) in um: the same of all slides."""
+    files = places.files_of(folder)
+    x = []
     for name in names:
         features, centres, _ = places.open_features(files[name])
         x.append(features)
-    return np.stack(x), centres, labels, patients, names
+    return np.stack(x), centres
 
 
-def read(net, header, x, centres, hide=0):
-    """Context (S, N, D) of slides x (S, N, C)."""
-    return np.stack([context.embed_slide(net, header, features, centres, hide=hide) for features in x])
+def read(net, header, slides, centres, hide=0):
+    """Context (S, N, D) of slides, a list with the features (N, C) of each scale for each; centres per scale."""
+    return np.stack([context.embed_slide(net, header, list(scales), centres, hide=hide) for scales in slides])
 
 
 def moments(x):
@@ -70,6 +82,11 @@ def moments(x):
     grid = torch.from_numpy(x).float().view(len(x), side, side, -1).permute(0, 3, 1, 2)
     near = F.avg_pool2d(grid, 3, 1, 1, count_include_pad=False)
     return torch.cat([grid, near, near.square()], 1).mean((2, 3)).numpy()
+
+
+def statistics(x):
+    """Mean, deviation and maximum over the places of (S, N, C) -> (S, 3 C)."""
+    return np.concatenate([x.mean(1), x.std(1), x.max(1)], 1)
 
 
 def spread(x):
@@ -90,10 +107,26 @@ def scaled(x, train):
     return torch.from_numpy((x - seen.mean((0, 1))) / seen.std((0, 1)))
 
 
-def attention_mil(keys, values, y, train, test, seed, epochs=20):
-    """Attention MIL (Ilse et al. 2018): attention is computed on keys (S, N, K) and applied to values (S, N, C)."""
-    torch.manual_seed(seed)
+def attention_mil(keys, values, y, who, train, test, seed):
+    """
+    Attention MIL (Ilse et al. 2018): attention is computed on keys (S, N, K) and applied to values (S, N, C). The
+    learning rate is chosen on a fifth of the patients who (S,) of the training slides.
+    """
     keys, values, y = scaled(keys, train), scaled(values, train), torch.from_numpy(y).float()
+    held = who[train] % 5 == 0
+    scores = {}
+    for lr in (3e-4, 1e-3, 3e-3):
+        logits = train_mil(keys, values, y, train[~held], seed, lr)
+        guess = logits(train[held]) > 0
+        scores[lr] = balanced_accuracy_score(y[train[held]], guess)
+    logits = train_mil(keys, values, y, train, seed, max(scores, key=scores.get))
+    return (logits(test) > 0).numpy()
+
+
+def train_mil(keys, values, y, train, seed, lr, epochs=60):
+    """A function of rows that gives their logits."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
     score = nn.Sequential(nn.Linear(keys.shape[2], 64), nn.Tanh(), nn.Linear(64, 1))
     head = nn.Linear(values.shape[2], 1)
 
@@ -101,14 +134,13 @@ def attention_mil(keys, values, y, train, test, seed, epochs=20):
         weights = score(keys[rows]).softmax(1)
         return head((weights * values[rows]).sum(1))[:, 0]
 
-    optimizer = torch.optim.AdamW([*score.parameters(), *head.parameters()], 1e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW([*score.parameters(), *head.parameters()], lr, weight_decay=1e-2)
     for _ in range(epochs):
-        for rows in torch.from_numpy(np.random.permutation(train)).split(8):
+        for rows in torch.from_numpy(rng.permutation(train)).split(8):
             F.binary_cross_entropy_with_logits(logits(rows), y[rows]).backward()
             optimizer.step()
             optimizer.zero_grad()
-    with torch.no_grad():
-        return (logits(test) > 0).numpy()
+    return torch.no_grad()(logits)
 
 
 def transformer(x, nm, y, train, test, header, seed):
@@ -142,53 +174,65 @@ def transformer(x, nm, y, train, test, header, seed):
 # ---- a seed, and the table -------------------------------------------------------------------------------------------
 
 
-def encoder(seed, names):
-    """(net, header) of context.py, trained on the slides called `names`."""
-    folder = Path(out, f"{Path(recipe).stem}_{seed}")
+def encoder(name, seed, slide_names):
+    """(net, header) of context.py, trained on these slides; `name` is in ENCODERS."""
+    folder = Path(out, f"{name.replace(' ', '_')}_{seed}")
     if not list(folder.glob("*.pth")):
         folder.mkdir(parents=True, exist_ok=True)
         listed = folder.with_suffix(".txt")
-        listed.write_text("\n".join(names))
+        listed.write_text("\n".join(slide_names))
         flags = [f"--features={slides}/features", f"--train_slides={listed}", f"--out_dir={folder}", f"--seed={seed}"]
+        flags += [flag.format(slides) for flag in ENCODERS[name]]
         subprocess.run([sys.executable, "context.py", recipe, *flags], check=True, stdout=subprocess.DEVNULL)
     return context.load_encoder(str(next(folder.glob("*.pth"))))
+
+
+def contexts(seed, x, coarse, centres, slide_names):
+    """({name: context (S, N, D)}, header) of slides x (S, N, C) from encoders trained on the slides of these names."""
+    one_scale = [[own] for own in x], [centres]
+    two_scales = list(zip(x, coarse[0])), [centres, coarse[1]]
+    net, header = encoder("hidden", seed, slide_names)
+    shuffling = {**header, "config": {**header["config"], "shuffle": True}}
+    untrained = context.random_encoder(header, seed)
+    found = {"hidden": read(net, header, *one_scale, hide), "visible": read(net, header, *one_scale)}
+    found["untrained"] = read(untrained, header, *one_scale, hide)
+    found["shuffled"] = read(net, shuffling, *one_scale, hide)
+    found["retrained"] = read(*encoder("retrained", seed, slide_names), *one_scale, hide)
+    found["two scales"] = read(*encoder("two scales", seed, slide_names), *two_scales, hide)
+    return found, header
 
 
 def score(seed, config):
     """{row: {task: balanced accuracy}} of a seed; from its file, if that is there."""
     globals().update(config)
-    file = Path(out, f"{Path(recipe).stem}_{seed}.json")
+    file = Path(out, f"seed_{seed}.json")
     if file.exists():
         return json.loads(file.read_text())
     torch.set_num_threads(1)
-    x, centres, labels, patients, names = load(slides)
+    labels, patients, names = load_labels(slides)
+    (x, centres), coarse = (load(f"{slides}/{folder}", names) for folder in ("features", "features_2"))
     people, who = np.unique(patients, return_inverse=True)
     folds = np.random.default_rng(0).permutation(len(people)) % 5
     tested = folds[who] == seed % 5
     train, test = np.flatnonzero(~tested), np.flatnonzero(tested)
-    net, header = encoder(seed, names[train])
-    fresh = context.random_encoder(header, seed)
-    raw, visible = x.astype(np.float32), read(net, header, x, centres)
-    hidden, random = read(net, header, x, centres, hide), read(fresh, header, x, centres, hide)
-    shuffled = read(net, {**header, "config": {**header["config"], "shuffle": True}}, x, centres, hide)
-    vectors = {
-        "mean": raw.mean(1), "max": raw.max(1), "moments": moments(x),
-        "mean of [raw, visible]": np.concatenate([raw, visible], 2).mean(1),
-        "mean of [raw, hidden]": np.concatenate([raw, hidden], 2).mean(1),
-        "visible, mean + std": spread(visible), "hidden, mean + std": spread(hidden),
-        "raw and hidden, mean + std": spread(np.concatenate([raw, hidden], 2)),
-        "random init, hidden": spread(random), "shuffled, hidden": spread(shuffled)}
-    found = {}
+    found, header = contexts(seed, x, coarse, centres, names[train])
+    raw = x.astype(np.float32)
+    vectors = {"mean": raw.mean(1), "max": raw.max(1), "moments": moments(x), "raw": statistics(raw)}
+    for name, own in found.items():
+        vectors[name] = spread(own)
+    for name in ("hidden", "untrained"):
+        vectors[f"raw and {name}"] = statistics(np.concatenate([raw, found[name]], 2))
+    rows = {}
     for task, y in labels.items():
         guesses = {name: probe(vector, y, train, test) for name, vector in vectors.items()}
-        guesses["attention MIL"] = attention_mil(raw, raw, y, train, test, seed)
-        guesses["attention of hidden on raw"] = attention_mil(hidden, raw, y, train, test, seed)
+        guesses["attention MIL"] = attention_mil(raw, raw, y, who, train, test, seed)
+        guesses["attention of hidden on raw"] = attention_mil(found["hidden"], raw, y, who, train, test, seed)
         if task in supervised.split(","):
             guesses["supervised"] = transformer(x, places.to_nm(centres), y, train, test, header, seed)
         for name, guess in guesses.items():
-            found.setdefault(name, {})[task] = balanced_accuracy_score(y[test], guess)
-    file.write_text(json.dumps(found))
-    return found
+            rows.setdefault(name, {})[task] = balanced_accuracy_score(y[test], guess)
+    file.write_text(json.dumps(rows))
+    return rows
 
 
 def table(found):
@@ -199,10 +243,10 @@ def table(found):
     values = {name: np.array([[row[name].get(task, np.nan) for task in tasks] for row in found]) for name in found[0]}
     for name, value in values.items():
         yield line(name, value.mean(0), value.std(0, ddof=1))
-    for name in ("mean", "attention MIL", "random init, hidden", "shuffled, hidden"):
-        gain = values["hidden, mean + std"] - values[name]
+    for name in ("mean", "attention MIL", "untrained", "shuffled", "retrained"):
+        gain = values["hidden"] - values[name]
         half = t.ppf(0.975, len(found) - 1) * gain.std(0, ddof=1) / len(found) ** 0.5
-        yield line(f"hidden, mean + std, less {name}", gain.mean(0), half)
+        yield line(f"hidden, less {name}", gain.mean(0), half)
 
 
 def line(name, middles, spreads):

@@ -5,7 +5,7 @@ Labelled toy slides, cells on a grid. The labels differ in what a reader has to 
     python prepare/features.py --slides='data/toy_slides/slides/*' --weights=out/toy/teacher/300.pth \\
         --out=data/toy_slides/features --tile_px=28 --workers=0          # the places are the cells
 
-    data/toy_slides/slides/t000.tif ...   240 slides of 40 patients, 20 x 20 cells of 14 um, at 0.5 um/px
+    data/toy_slides/slides/t000.tif ...   400 slides of 40 patients, 20 x 20 cells of 14 um, at 0.5 um/px
     data/toy_slides/labels.csv            slide,patient,composition,focus,arrangement,distance
 
 Each slide has all four labels, drawn independently; each patient has as many slides of either class. To the left is a
@@ -34,12 +34,12 @@ from prepare import toy
 out = "data/toy_slides"  # folder to write
 seed = 0                 # another seed is another set
 patients = 40
-per_patient = 6          # slides, an even number
+per_patient = 10         # slides, an even number
 workers = 2              # processes; the pixels do not depend on it
 
 TASKS = "composition", "focus", "arrangement", "distance"
 STROMA, A, B, FOCUS, P, Q = range(6)
-SIDE, STRIP, BLOCK = 20, 4, 2   # cells: of the slide, of the epithelium's width, of a square that is permuted
+SIDE, STRIP, BLOCK = 20, 6, 2   # cells: of the slide, of the epithelium's width, of a square that is permuted
 PAIRS = 6                       # of P and Q
 NEAR, FAR = (3, 4), (8, 9, 10)  # cells from each P down to its Q, one of these in all of a slide
 CELL_UM, UM = 14, 0.5           # side of a cell; um/px
@@ -47,7 +47,7 @@ RING_UM = 3.5                   # radius at which the nuclei of a cell stand
 KINDS = {  # in order: nuclei per cell, their long and short half axis in um, their load; load of eosin in the cell
     STROMA: (1, 4.5, 1.6, 1.0, 1.0),
     A: (1, 4.0, 3.5, 1.2, 0.7),
-    B: (4, 2.4, 2.0, 1.4, 0.7),
+    B: (4, 2.4, 2.0, 2.2, 1.8),
     FOCUS: (2, 3.2, 2.8, 2.8, 0.3),
     P: (1, 6.2, 5.5, 2.8, 1.0),
     Q: (1, 2.2, 1.8, 1.6, 0.05),  # a vessel: nearly white
@@ -59,7 +59,7 @@ KINDS = {  # in order: nuclei per cell, their long and short half axis in um, th
 
 def epithelium(rng, composition, focus, arrangement):
     """The strip (SIDE, STRIP): patches of A and B; the same draws whatever the labels are."""
-    field = toy.noise(rng, (SIDE, STRIP), 3)
+    field = toy.noise(rng, (SIDE, STRIP), STRIP)
     share = (0.4, 0.6)[composition] + rng.normal(0, 0.03)
     limit = np.quantile(field, 1 - share)
     strip = np.where(field > limit, B, A)

@@ -330,6 +330,7 @@ BAD = {"none": (CELLS[:0], {}, "no place in it"),
        "width": (CELLS, {"channels": 8}, "8 wide, not 16"),
        "scale": (CELLS, {"mpp": 0.5}, "mpp is 0.5, not 1.0"),
        "norm": (CELLS, {"norm": ((0, 0, 0), (1, 1, 1))}, "norm is"),
+       "overlap": (CELLS, {"overlap": 112}, "its tiles overlap"),
        "level": (CELLS, {"level0_mpp": 2.0}, "another unit than level-0 px? Neighbours are 4 tiles apart"),
        "columns": (CELLS / 448, {}, "another unit"),
        "unknown": (CELLS, {"tile_px": "?"}, "not features as prepare/features.py writes them")}
@@ -345,18 +346,19 @@ def test_bad_slides_are_left_out_one_line_each(tmp_path, monkeypatch, capsys):
         write(tmp_path / f"T_{name}.npz", x, cells, **about)
     (tmp_path / "T_cut.npz").write_bytes((tmp_path / "S0.npz").read_bytes()[:500])
     np.savez_compressed(tmp_path / "T_packed.npz", **np.load(tmp_path / "S0.npz"))
+    write(tmp_path / "A_odd.npz", waves(8, CELLS), CELLS, mpp=2.0)  # the first slide is not what the others must be
     large = grid(250, 400)
     write(tmp_path / "U_large.npz", waves(0, large, 16), large)
     found = run(monkeypatch, features=tmp_path, out_dir=tmp_path / "run", max_steps=1)
     assert [slide.name for slide in found["slides"]] == ["S0", "S1", "U_large"]
     expected = {name: text for name, (_, _, text) in BAD.items()}
-    expected |= {"cut": "not features as prepare", "packed": "chunked or compressed"}
+    expected |= {"cut": "not features as prepare", "packed": "chunked or compressed", "A_odd": "mpp is 2.0, not 1.0"}
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
-    assert len(lines) == len(expected) == 12
+    assert len(lines) == len(expected) == 14
     for line in lines:
-        assert expected[line.split(":")[1].removeprefix(" T_")] in line
+        assert expected[line.split(":")[1].strip().removeprefix("T_")] in line
     (tmp_path / "U_large.npz").unlink()
-    with pytest.raises(SystemExit, match="11 of 14 slides failed"):
+    with pytest.raises(SystemExit, match="13 of 16 slides failed"):
         run(monkeypatch, task="embed", features=tmp_path, weights=tmp_path / "run/1.pth", out=tmp_path / "out")
     assert "T_one.npz: 1 places" in capsys.readouterr().out
 

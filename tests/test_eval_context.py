@@ -234,6 +234,33 @@ def test_survival_is_scored_by_the_c_index(world):
     assert rows["mean"]["balanced"] > 0.6 and "auroc" not in rows["mean"] and "Cox" in found["protocol"]
 
 
+def found_of(labels, time, folds):
+    """Labels of patients with one slide each."""
+    n = len(labels)
+    return eval_slides.Labels([f"s{i}" for i in range(n)], np.zeros((n, 0)), torch.tensor(labels), ["0", "1"],
+                              torch.arange(n), [f"p{i}" for i in range(n)], torch.tensor([folds]), np.array(time))
+
+
+def test_scores_compare_samples_of_one_fold():
+    """A fold's fit may be off by a constant: over all folds together the order would be wrong."""
+    found = found_of([0, 1, 0, 1], [4.0, 1.0, 4.0, 1.0], [0, 0, 1, 1])
+    risk = torch.tensor([0.1, 0.2, 0.7, 0.8])
+    predicted = torch.stack([1 - risk, risk], 1)[None]
+    assert eval_slides.area_under_curve(predicted, found) == 1
+    assert eval_slides.concordance(predicted, found, torch.ones(1, 4).double()).tolist() == [1.0]
+    one_class = found_of([0, 1, 1, 1], [4.0, 1.0, 4.0, 1.0], [0, 0, 1, 1])  # the second fold cannot tell
+    assert eval_slides.area_under_curve(predicted, one_class) == 1
+
+
+def test_the_c_index_by_hand():
+    """Ties in risk count half; of two at one time, the one whose event was seen is the earlier."""
+    found = found_of([1, 1, 0, 0], [1.0, 2.0, 2.0, 3.0], [0, 0, 0, 0])
+    predicted = torch.tensor([[0.0, 0.9], [0.0, 0.3], [0.0, 0.5], [0.0, 0.3]])[None]
+    weights = torch.tensor([[1, 1, 1, 1], [2, 1, 0, 1]]).double()
+    # pairs: 0 before 1, 2, 3, right; 1 before 2, wrong; 1 before 3, a tie. Drawn twice, a pair counts twice.
+    assert np.allclose(eval_slides.concordance(predicted, found, weights), [3.5 / 5, 4.5 / 5])
+
+
 def test_the_command_ends_with_one_json_object(world, capsys, monkeypatch):
     config = {**CONFIG, "features": str(world / "features"), "labels": str(world / "labels.csv"), "repeats": 1}
     eval_slides.main(config)
