@@ -355,15 +355,9 @@ def find_labels(config, files):
     lines = [(line, row) for line, row in lines if row["slide"] in files]
     rows = [row for _, row in lines]
     slides = [row["slide"] for row in rows]
-    times = Counter(slides)
-    if unlabelled := sorted(set(files) - set(times)):
+    if unlabelled := sorted(set(files) - set(slides)):
         print(f"{path}: {len(unlabelled)} slides with features have no label, such as {unlabelled[0]}: left out")
-    for line, row in lines:
-        if not row["patient"] or not row[column]:
-            patient, label = row["patient"], row[column]
-            raise ValueError(f"{path}, line {line}: patient '{patient}', {column} '{label}'; give both")
-        if not kept and times[row["slide"]] > 1:
-            raise ValueError(f"{path}, line {line}: slide {row['slide']} is listed twice; delete one of the lines")
+    check_lines(path, lines, column, not kept)
     classes = sorted({row[column] for row in rows})
     patients = sorted({row["patient"] for row in rows})
     if len(classes) < 2:
@@ -381,6 +375,17 @@ def find_labels(config, files):
     where = np.array([[row[key] for key in kept] for row in rows], float)
     time = np.array([row["time"] if survival else 0 for row in rows], float)
     return Labels(slides, where, labels, classes, groups, patients, folds, time)
+
+
+def check_lines(path, lines, column, one_each):
+    """ValueError if a line (number, row) has no patient or label; or a slide two lines, where it may have one each."""
+    times = Counter(row["slide"] for _, row in lines)
+    for line, row in lines:
+        patient, label, slide = row["patient"], row[column], row["slide"]
+        if not patient or not label:
+            raise ValueError(f"{path}, line {line}: patient '{patient}', {column} '{label}'; give both")
+        if one_each and times[slide] > 1:
+            raise ValueError(f"{path}, line {line}: slide {slide} is listed twice; delete one of the lines")
 
 
 def draw_folds(path, labels, groups, repeats):

@@ -46,7 +46,7 @@ seeds = 5
 jobs = 2                             # seeds at a time
 hide = 3                             # each place is hidden once, a third of them at a time
 supervised = "arrangement,distance"  # tasks with a transformer trained on the labels
-supervised_steps = 400
+supervised_steps = 600
 ENCODERS = {"hidden": [], "retrained": ["--shuffle=true"], "two scales": ["--features={0}/features,{0}/features_2"]}
 
 
