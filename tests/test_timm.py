@@ -1,0 +1,103 @@
+"""
+timm's tile encoders, as tiny files: tests/golden/timm.npz holds what timm computed from them.
+
+    python tests/test_timm.py        # writes that file anew; needs timm, which the tests do not
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden/timm.npz"
+PX = (56, 84)  # the position tables' own size, and another
+SMALL = dict(embed_dim=48, depth=2, num_heads=3, num_classes=0, img_size=56, dynamic_img_size=True, init_values=1e-5)
+PACKED = SMALL | dict(mlp_layer="SwiGLUPacked", act_layer="SiLU", mlp_ratio=16 / 3)
+DINOV3 = {k: v for k, v in SMALL.items() if k != "img_size"} | dict(patch_size=14, qkv_bias=False)
+MODELS = {  # name of timm's model, arguments; patches are smaller than the models' own where 56 px do not divide
+    "uni": ("vit_large_patch16_224", SMALL | dict(patch_size=14)),
+    "uni2_h": ("vit_giant_patch14_224", PACKED | dict(reg_tokens=8, no_embed_class=True)),
+    "virchow": ("vit_huge_patch14_224", PACKED), "virchow2": ("vit_huge_patch14_224", PACKED | dict(reg_tokens=4)),
+    "gigapath": ("vit_giant_patch14_dinov2", PACKED | dict(patch_size=28)),
+    "h_optimus": ("vit_giant_patch14_reg4_dinov2", PACKED), "dinov2_reg": ("vit_small_patch14_reg4_dinov2", SMALL),
+    "kaiko": ("vit_small_patch8_224", {k: v for k, v in SMALL.items() if k != "init_values"} | dict(patch_size=14)),
+    "dinov3": ("vit_small_patch16_dinov3", DINOV3), "dinov3_plus": ("vit_huge_plus_patch16_dinov3", DINOV3),
+    "dinov3_qkvb": ("vit_small_patch16_dinov3_qkvb", DINOV3 | dict(qkv_bias=True))}
+
+
+def values(shapes, seed):
+    """{name: tensor} with which every tensor shows in the outputs: no zeros, layer-scale and norms around 1."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for name, shape in shapes.items():
+        scale = "gamma" in name or ("norm" in name and name.endswith("weight"))
+        t = rng.normal(1.0 if scale else 0.0, 0.2 if scale or len(shape) != 2 else 0.1, shape)
+        tensors[name] = torch.from_numpy(t).float()
+    return tensors
+
+
+def image(px):
+    return values({"x": (1, 3, px, px + 28)}, px)["x"] * 5
+
+
+@pytest.fixture(params=MODELS)
+def recorded(request):
+    """(name, tensors, timm's config.json, {px: tokens that timm computed})"""
+    name, golden = request.param, np.load(GOLDEN)
+    tensors = values(json.loads(str(golden[f"{name}.shapes"])), seed=0)
+    config = {"architecture": MODELS[name][0], "model_args": MODELS[name][1],
+              "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+    return name, tensors, config, {px: torch.from_numpy(golden[f"{name}.{px}"]) for px in PX}
+
+
+def write(folder, tensors, config):
+    folder.mkdir(exist_ok=True)
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def differs(vit, px, tokens):
+    """Largest difference to timm's class token, registers and patches."""
+    with torch.no_grad():
+        out = vit.eval()(image(px))
+    ours = torch.cat([out["cls"][:, None], out["registers"], out["patches"]], 1)
+    assert ours.shape == tokens.shape and tokens.std() > 0.3
+    return (ours - tokens).abs().max().item()
+
+
+def test_features_equal_those_of_timm(recorded, tmp_path):
+    import model
+    name, tensors, config, outputs = recorded
+    folder = write(tmp_path / name, tensors, config)
+    for path in (folder, folder / "pytorch_model.bin"):
+        vit = model.load_backbone(path)
+        assert vit.arch.num_heads == 3 and not vit.mask_token.any()
+        for px, tokens in outputs.items():
+            assert differs(vit, px, tokens) < 2e-5, px
+        assert model.stored_norm(path) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def main():
+    import timm
+    arrays = {}
+    for name, (architecture, arguments) in MODELS.items():
+        arguments = dict(arguments)
+        if "mlp_layer" in arguments:
+            arguments |= dict(mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU)
+        net = timm.create_model(architecture, **arguments).eval()
+        shapes = {k: list(v.shape) for k, v in net.state_dict().items()}
+        net.load_state_dict(values(shapes, seed=0))
+        if hasattr(net, "rope") and net.rope is not None:
+            net.rope.periods.copy_(net.rope.periods.bfloat16())  # as in Meta's files; timm leaves them in fp32
+        arrays[f"{name}.shapes"] = json.dumps(shapes)
+        for px in PX:
+            with torch.no_grad():
+                arrays[f"{name}.{px}"] = net.forward_features(image(px)).numpy()
+    np.savez_compressed(GOLDEN, **arrays)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(GOLDEN.parents[2]))
+    main()
