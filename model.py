@@ -13,7 +13,6 @@ import hashlib
 import math
 import os
 import pickle
-import re
 import zipfile
 from dataclasses import dataclass, replace
 from functools import partial
@@ -69,13 +68,13 @@ _later = {"registers": 4, "pos_antialias": True, "pos_offset": 0.0}  # Meta's se
 ARCHS |= {f"{name}_reg": replace(arch, **_later) for name, arch in ARCHS.items() if name.startswith("dinov2")}
 # tile encoders of pathology with other sizes than Meta's; docs/weights.md lists those that load
 ARCHS |= {
-    "uni": ViTConfig(16, 1024, 24, 16, "mlp", 4096, pos_grid=14),  # and Phikon-v2
-    "uni2_h": ViTConfig(14, 1536, 24, 24, "swiglu", 4096, 8, pos_grid=16),
-    "virchow": ViTConfig(14, 1280, 32, 16, "swiglu", 3416, pos_grid=16),  # heads of 80
-    "virchow2": ViTConfig(14, 1280, 32, 16, "swiglu", 3416, 4, pos_grid=16),
-    "gigapath": ViTConfig(16, 1536, 40, 24, "swiglu", 4096, pos_grid=14),
-    "hibou_b": ViTConfig(14, 768, 12, 12, "swiglu", 2048, 4, pos_grid=16),
-    "hibou_l": ViTConfig(14, 1024, 24, 16, "swiglu", 2736, 4, pos_grid=16),
+    "uni": ViTConfig(16, 1024, 24, 16, "mlp", 4096),  # and Phikon-v2
+    "uni2_h": ViTConfig(14, 1536, 24, 24, "swiglu", 4096, 8),
+    "virchow": ViTConfig(14, 1280, 32, 16, "swiglu", 3416),  # heads of 80
+    "virchow2": ViTConfig(14, 1280, 32, 16, "swiglu", 3416, 4),
+    "gigapath": ViTConfig(16, 1536, 40, 24, "swiglu", 4096),
+    "hibou_b": ViTConfig(14, 768, 12, 12, "swiglu", 2048, 4),
+    "hibou_l": ViTConfig(14, 1024, 24, 16, "swiglu", 2736, 4),
 }
 
 # train.py's key pos_interp: how positions are resampled to local crops; "offset" is OpenMidnight's release
@@ -723,9 +722,9 @@ def stored_norm(path):
     (mean, std) that a weight file states. This project's teachers do; a JSON file beside Hugging Face's or timm's must
     (ValueError). A .pth with Meta's names gets ImageNet's; DINOv3's satellite models and Hibou's differ: pass theirs.
     """
+    from prepare import convert
     config = read_header(path).get("config", {})
-    if not config and (is_hugging_face(path) or not has_released_names(backbone_tensors(path, read_pth(path)))):
-        from prepare import convert
+    if not config and (is_hugging_face(path) or not convert.has_released_names(path, read_pth(path))):
         return norm_values(convert.stored_norm(path), f"{path}: norm")
     former = (config["norm_mean"], config["norm_std"]) if "norm_mean" in config else None  # keys of older teachers
     return norm_values(config.get("norm", former), f"{path}: norm")
@@ -768,46 +767,14 @@ def open_weights(path, arch=None):
     if isinstance(told, str):
         asked, told = asked or known_arch(path, told), {}
     told = told | POS_INTERP.get(header.get("config", {}).get("pos_interp"), {})
-    state = backbone_tensors(path, stored)
-    if not has_released_names(state):
-        state, more = convert.released(path, state, asked)
-        told = told | more
-    return state, fitting_arch(path, state, asked, told)
+    state, more = convert.released(path, convert.backbone_tensors(path, stored), asked)
+    return state, fitting_arch(path, state, asked, told | more)
 
 
 def known_arch(path, arch):
     if isinstance(arch, str) and arch not in ARCHS:
         raise ValueError(f"{path}: unknown arch '{arch}'; known: {', '.join(ARCHS)}")
     return ARCHS.get(arch, arch)
-
-
-WRAPPERS = ("teacher", "state_dict", "model", "model_state_dict")  # keys under which files hold the tensors
-PREFIXES = {"model", "teacher", "backbone", "encoder"}  # parts of names in front of a backbone's
-
-
-def backbone_tensors(path, stored):
-    """
-    {name: tensor} of the backbone in a weight file's dictionary, without the prefixes that training adds; {} if there
-    is none. Heads are left out, and so is a student beside its teacher.
-    """
-    tensors = stored
-    while inner := [tensors[key] for key in WRAPPERS if isinstance(tensors.get(key), dict)]:
-        tensors = inner[0]
-    wrapped = re.compile(r"(?<![^.])(module|_orig_mod)\.")
-    tensors = {wrapped.sub("", str(name)): t for name, t in tensors.items() if torch.is_tensor(t)}
-    found = [name.removesuffix("cls_token") for name in tensors if name.endswith("cls_token")]
-    roots = [root for root in found if PREFIXES.issuperset(root.split(".")[:-1])]
-    root = max(roots, key=lambda root: "teacher" in root, default="")
-    if found and not roots and not found[0].endswith("embeddings."):  # prepare/convert.py knows these
-        raise ValueError(f"{path}: its class token is called {found[0]}cls_token, so it is a part of some other model; "
-                         "save the tensors of its vision transformer alone, without that prefix")
-    tensors = {name.removeprefix(root): t for name, t in tensors.items() if name.startswith(root)}
-    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): t for name, t in tensors.items()}  # chunked names
-
-
-def has_released_names(state):
-    """Whether names are Meta's. timm's are alike, but it has no mask token."""
-    return "mask_token" in state and "reg_token" not in state
 
 
 def fitting_arch(path, state, asked, told):
@@ -844,8 +811,10 @@ def of_sizes(arch, sizes=SIZES):
 
 
 def looks_like(arch):
+    if names := of_sizes(arch):
+        return " or ".join(names)
     sizes = ", ".join(f"{key} {getattr(arch, key)}" for key in SIZES)
-    return " or ".join(of_sizes(arch)) or f"no model in model.ARCHS ({sizes})"
+    return f"no model in model.ARCHS ({sizes})"
 
 
 def infer_arch(path, state):
@@ -865,8 +834,10 @@ def infer_arch(path, state):
     blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
     arch = replace(
         ARCHS[family], patch_size=patches.shape[2], in_channels=patches.shape[1], embed_dim=D,
-        depth=len(blocks), ffn="swiglu" if swiglu else "mlp", ffn_hidden=hidden, registers=registers,
-        qkv_bias=any(name.endswith("qkv.bias") for name in state), local_cls_norm="local_cls_norm.weight" in state)
+        depth=len(blocks), registers=registers,
+        ffn="swiglu" if swiglu else "mlp", ffn_hidden=hidden,
+        qkv_bias=any(name.endswith("qkv.bias") for name in state),
+        local_cls_norm="local_cls_norm.weight" in state)
     heads = known_heads(arch) or max(D // 64, 1)
     if "rope_embed.periods" in state:
         heads = D // len(state["rope_embed.periods"]) // 4

@@ -14,6 +14,7 @@ all ranks of a node share it.
 """
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -30,6 +31,9 @@ norm = None   # as train.py's; None = as preprocessor_config.json or config.json
 
 UNTOLD = ("num_heads", "norm_eps", "rope_base", "pos_antialias", "pos_offset")  # fields that shapes do not tell
 
+WRAPPERS = ("teacher", "state_dict", "model", "model_state_dict")  # keys under which files hold the tensors
+PREFIXES = {"model", "teacher", "backbone", "encoder"}  # parts of names in front of a backbone's
+
 DINOV2 = {  # their part of a name: ours; replaced in this order
     "embeddings.patch_embeddings.projection": "patch_embed.proj", "embeddings.position_embeddings": "pos_embed",
     "embeddings.": "", "encoder.layer.": "blocks.", "layernorm.": "norm.", "layer_scale1.lambda1": "ls1.gamma",
@@ -45,11 +49,42 @@ PLAIN = {"up_proj": "fc1", "down_proj": "fc2"}
 GATED = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"}
 
 
+def backbone_tensors(path, stored):
+    """
+    {name: tensor} of the backbone in a weight file's dictionary, without the prefixes that training adds; {} if there
+    is none. Heads are left out, and so is a student beside its teacher.
+    """
+    tensors = stored
+    while inner := [tensors[key] for key in WRAPPERS if isinstance(tensors.get(key), dict)]:
+        tensors = inner[0]
+    wrapped = re.compile(r"(?<![^.])(module|_orig_mod)\.")
+    tensors = {wrapped.sub("", str(name)): t for name, t in tensors.items() if torch.is_tensor(t)}
+    found = [name.removesuffix("cls_token") for name in tensors if name.endswith("cls_token")]
+    roots = [root for root in found if PREFIXES.issuperset(root.split(".")[:-1])]
+    root = max(roots, key=lambda root: "teacher" in root, default="")
+    if found and not roots and not found[0].endswith("embeddings."):
+        raise ValueError(f"{path}: its class token is called {found[0]}cls_token, so it is a part of some other model; "
+                         "save the tensors of its vision transformer alone, without that prefix")
+    tensors = {name.removeprefix(root): t for name, t in tensors.items() if name.startswith(root)}
+    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): t for name, t in tensors.items()}  # chunked names
+
+
+def released_names(state):
+    """Whether names are Meta's. timm's are alike, but it has no mask token."""
+    return "mask_token" in state and "reg_token" not in state
+
+
+def has_released_names(path, stored):
+    return released_names(backbone_tensors(path, stored))
+
+
 def released(path, state, arch):
     """
-    Tensors as Hugging Face or timm name them -> ({Meta's name: tensor}, {field of ViTConfig that shapes do not tell:
-    value}). `arch` is the ViTConfig that was asked for, or None. Raises ValueError naming the file.
+    Tensors as Meta, Hugging Face or timm name them -> ({Meta's name: tensor}, {field of ViTConfig that shapes do not
+    tell: value}). `arch` is the ViTConfig that was asked for, or None. Raises ValueError naming the file.
     """
+    if released_names(state):
+        return state, {}
     if any(name.endswith("embeddings.cls_token") for name in state):
         state, told, rope = from_hugging_face(path, state)
     elif "cls_token" in state:
@@ -90,37 +125,44 @@ def from_hugging_face(path, tensors):
 
 
 def from_timm(path, tensors):
-    """
-    timm's VisionTransformer (DINOv2) and Eva (DINOv3). Also Meta's files without a mask token: only training needs it.
-    """
+    """timm's VisionTransformer (DINOv2) and Eva (DINOv3). Also Meta's files that lack the mask token."""
     rope = any(key.endswith("gamma_1") for key in tensors)
-    hidden, down = (tensors.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
-    packed = hidden is not None and down is not None and len(hidden) == 2 * down.shape[1]
-    table = {"reg_token": "storage_tokens" if rope else "register_tokens", "gamma_1": "ls1.gamma",
-             "gamma_2": "ls2.gamma", "fc1_g.": "w1.", "fc1_x.": "w2."}
-    if packed:
-        table |= {"mlp.fc1.": "mlp.w12."}
-    if packed or "blocks.0.mlp.fc1_g.weight" in tensors:
-        table |= {"mlp.fc2.": "mlp.w3."}
-    state = {renamed(key, table): t for key, t in tensors.items() if not key.startswith("head.")}  # a classifier
+    state = timm_names(tensors, rope)
     D = state["cls_token"].shape[-1]
-    state.setdefault("mask_token", state["cls_token"].new_zeros(1, D))
+    state.setdefault("mask_token", state["cls_token"].new_zeros(1, D))  # only training needs it
+    without_scale = not any(name.endswith("gamma") for name in state)
     for name in [name for name in state if name.endswith("attn.qkv.weight")]:
         block = name.removesuffix("attn.qkv.weight")
         if f"{block}attn.q_bias" in state:
-            parts = [state.pop(f"{block}attn.{part}_bias") for part in "qv"]
-            set_masked_bias(state, f"{block}attn.", [parts[0], torch.zeros_like(parts[0]), parts[1]])
-        for scale in ("ls1", "ls2"):  # models without layer-scale are those where it is 1
-            state.setdefault(f"{block}{scale}.gamma", state[name].new_ones(D))
+            q, v = (state.pop(f"{block}attn.{part}_bias") for part in "qv")
+            set_masked_bias(state, f"{block}attn.", [q, torch.zeros_like(q), v])
+        for scale in ("ls1", "ls2") if without_scale else ():
+            state[f"{block}{scale}.gamma"] = state[name].new_ones(D)
+    like = model.infer_arch(path, state)
+    if {"register_tokens", "storage_tokens", "blocks.0.mlp.w12.weight"} & tensors.keys():  # Meta's
+        return state, {"num_heads": like.num_heads}, False
     stated = read_json(path, "config.json").get("model_args", {})
-    heads = stated.get("num_heads") or heads_of_sizes(path, state)
+    heads = stated.get("num_heads") or model.known_heads(like)
+    if stated.get("embed_dim", D) != D or D % (heads or 1):
+        raise ValueError(f"{path}: the config.json beside it is another model's, as these weights are {D} wide")
     told = {"num_heads": heads} if heads else {}
-    if "register_tokens" in tensors or "blocks.0.mlp.w12.weight" in tensors or "storage_tokens" in tensors:
-        return state, told, rope  # Meta's
     if "pos_embed" in state:
         join_positions(path, state)
         told |= {"pos_antialias": True, "pos_offset": 0.0}
     return state, told, rope
+
+
+def timm_names(tensors, rope):
+    """The tensors under Meta's names, without a classifier."""
+    up, down = (tensors.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
+    packed = None not in (up, down) and len(up) == 2 * down.shape[1]  # SwiGLUPacked: gate and value in one matrix
+    table = {"reg_token": "storage_tokens" if rope else "register_tokens",
+             "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma", "fc1_g.": "w1.", "fc1_x.": "w2."}
+    if packed:
+        table |= {"mlp.fc1.": "mlp.w12."}
+    if packed or "blocks.0.mlp.fc1_g.weight" in tensors:
+        table |= {"mlp.fc2.": "mlp.w3."}
+    return {renamed(key, table): t for key, t in tensors.items() if not key.startswith("head.")}
 
 
 def renamed(name, table):
@@ -129,28 +171,25 @@ def renamed(name, table):
     return name
 
 
-def heads_of_sizes(path, state):
-    """The heads of the model of these sizes in model.ARCHS, or None."""
-    return model.known_heads(model.infer_arch(path, state))
-
-
 def join_positions(path, state):
     """
     A table with an entry for the class token and none for registers, in place. timm's may also have none at all
     (no_embed_class), or one for each of them: then a register and its position are one sum.
     """
     table, registers = state["pos_embed"], state.get("register_tokens")
-    count = 0 if registers is None else registers.shape[1]
+    count, entries = 0 if registers is None else registers.shape[1], table.shape[1]
     for prefix in (1, 0, 1 + count):
-        if math.isqrt(table.shape[1] - prefix) ** 2 == table.shape[1] - prefix:
+        patches = max(entries - prefix, 2)
+        if math.isqrt(patches) ** 2 == patches:
             break
     else:
-        raise ValueError(f"{path}: a position table of {table.shape[1]} entries is not square, with or without those "
-                         f"of the class token and {count} registers")
-    cls, others, patches = table.split([min(prefix, 1), max(prefix - 1, 0), table.shape[1] - prefix], dim=1)
-    if others.shape[1]:
-        state["register_tokens"] = registers + others
-    state["pos_embed"] = torch.cat([cls if prefix else torch.zeros_like(table[:, :1]), patches], dim=1)
+        raise ValueError(f"{path}: a position table of {entries} entries is not square, with or without those of the "
+                         f"class token and {count} registers")
+    front, patches = table.split([prefix, entries - prefix], dim=1)
+    if prefix > 1:
+        state["register_tokens"] = registers + front[:, 1:]
+    cls = front[:, :1] if prefix else torch.zeros_like(table[:, :1])
+    state["pos_embed"] = torch.cat([cls, patches], dim=1)
 
 
 def read_tensors(path):

@@ -165,6 +165,16 @@ def test_counts_of_keys_and_parameters_are_those_of_the_released_files(arch, key
     assert len(vit.state_dict()) == keys and params in (None, sum(p.numel() for p in vit.parameters()))
 
 
+@pytest.mark.parametrize("arch, keys, params", [
+    # as timm 1.0.31 builds them, and a mask token each, UNI2-h's class position, and not Virchow2's of registers
+    ("uni", 343, 303_350_784 + 1024), ("uni2_h", 344, 681_394_176 + 2 * 1536), ("virchow", 455, 631_229_184 + 1280),
+    ("virchow2", 456, 631_239_424 + 1280 - 4 * 1280), ("gigapath", 567, 1_134_953_984 + 1536)])
+def test_counts_of_tile_encoders_of_pathology_are_those_of_timm_at_224_px(arch, keys, params):
+    with torch.device("meta"):
+        vit = ViT(replace(ARCHS[arch], pos_grid=224 // ARCHS[arch].patch_size))
+    assert len(vit.state_dict()) == keys and sum(p.numel() for p in vit.parameters()) == params
+
+
 def test_step_cost_agrees_with_the_published_accounting():
     config, B = train_keys(), 48
     cost = budget.tflop(config, model.run_arch(config))

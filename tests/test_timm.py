@@ -1,15 +1,18 @@
 """
 timm's tile encoders, as tiny files: tests/golden/timm.npz holds what timm computed from them.
 
-    python tests/test_timm.py        # writes that file anew; needs timm, which the tests do not
+    PYTHONPATH=. python tests/test_timm.py     # writes that file anew; needs timm, which the tests do not
 """
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import one_line
+from test_train import bit_equal
+
+import model
 
 GOLDEN = Path(__file__).parent / "golden/timm.npz"
 PX = (56, 84)  # the position tables' own size, and another
@@ -68,7 +71,6 @@ def differs(vit, px, tokens):
 
 
 def test_features_equal_those_of_timm(recorded, tmp_path):
-    import model
     name, tensors, config, outputs = recorded
     folder = write(tmp_path / name, tensors, config)
     for path in (folder, folder / "pytorch_model.bin"):
@@ -77,6 +79,33 @@ def test_features_equal_those_of_timm(recorded, tmp_path):
         for px, tokens in outputs.items():
             assert differs(vit, px, tokens) < 2e-5, px
         assert model.stored_norm(path) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_a_file_without_its_config_asks_for_heads_and_norm_unless_sizes_tell_the_heads(recorded, tmp_path, monkeypatch):
+    name, tensors, config, outputs = recorded
+    vit = model.load_backbone(write(tmp_path, tensors, config))
+    (tmp_path / "config.json").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    with one_line("pytorch_model.bin: no config.json beside it, .* arch="):
+        model.load_backbone(path)
+    with one_line("pytorch_model.bin: no .*config.json.* --norm=h_optimus"):
+        model.stored_norm(path)
+    assert differs(model.load_backbone(path, vit.arch), 56, outputs[56]) < 2e-5
+    monkeypatch.setitem(model.ARCHS, "small", vit.arch)
+    assert differs(model.load_backbone(path), 56, outputs[56]) < 2e-5
+
+
+def test_a_converted_file_and_the_start_of_training_are_timms(recorded, tmp_path, script):
+    name, tensors, config, outputs = recorded
+    folder, out = write(tmp_path / name, tensors, config), tmp_path / "w.pth"
+    script("prepare/convert.py", f"--weights={folder}", f"--out={out}")
+    vit = model.load_backbone(out)
+    assert vit.arch == model.load_backbone(folder).arch and model.stored_norm(out)[0] == (0.1, 0.2, 0.3)
+    rope = vit.arch.pos == "rope"
+    student = model.ViT(model.replace(vit.arch, drop_path=0.1, qkv_bias=True, mask_k_bias=rope))  # as in ARCHS
+    student.load_state_dict(model.first_weights(folder, student.arch))
+    assert differs(student, 56, outputs[56]) < 2e-5
+    bit_equal(vit.state_dict(), model.load_backbone(folder).state_dict())
 
 
 def main():
@@ -99,5 +128,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(GOLDEN.parents[2]))
     main()

@@ -27,6 +27,7 @@ GATED = dict(use_gated_mlp=True, hidden_act="silu")
 HUGGING_FACE = {
     "dinov2": ("Dinov2", SMALL), "midnight": ("Dinov2", {**SMALL, "use_swiglu_ffn": True, "image_size": 224}),
     "dinov2_reg": ("Dinov2WithRegisters", {**SMALL, "layer_norm_eps": 1e-2}),  # far from the default, so that it shows
+    "dinov2_reg_0": ("Dinov2WithRegisters", {**SMALL, "num_register_tokens": 0}),  # another antialias than Dinov2's
     "dinov2_reg_g": ("Dinov2WithRegisters", {**SMALL, "use_swiglu_ffn": True}), "dinov3_s": ("DINOv3ViT", SMALL3),
     "dinov3_hplus": ("DINOv3ViT", {**SMALL3, **GATED, "rope_theta": 50.0, "layer_norm_eps": 1e-2}),
     "dinov3_7b": ("DINOv3ViT", {**SMALL3, **GATED, "num_attention_heads": 1, "query_bias": False, "value_bias": False})}
@@ -113,6 +114,55 @@ def test_openmidnights_teacher_loads_with_chunked_blocks_and_16x16_positions(tmp
     assert loaded.arch == vit.arch and loaded.pos_embed.shape == (1, 257, 128)
     same(loaded, vit, (224, 224))
     assert model.stored_norm(path) == model.NORMS["imagenet"]
+
+
+WRAPPED = {  # what training leaves around a backbone: where it is, what stands before its names, what is beside it
+    "state_dict": ("state_dict", "module."), "compiled": ("model", "_orig_mod."), "lightning": ("state_dict", "model."),
+    "dinov3": ("", "model.teacher.backbone."), "ddp": ("teacher", "module.backbone._orig_mod.")}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_training_wraps_a_backbone_in_is_taken_off_by_name(name, tmp_path):
+    (key, prefix), vit = WRAPPED[name], released(RELEASED["dinov2_g_reg"])
+    data = {f"{prefix}{re.sub('^blocks.1', 'blocks.1._orig_mod', k)}": v for k, v in vit.state_dict().items()}
+    if "backbone" in prefix:
+        data[f"{prefix.replace('backbone', 'dino_head')}last_layer.weight"] = torch.ones(2)
+    if "teacher" in prefix:
+        data |= {k.replace("teacher", "student"): v * 2 for k, v in data.items()}
+    about = {"arch": "vit_giant", "epoch": 3} if key in ("state_dict", "model") else {}  # not one of our names
+    same(model.load_backbone(save(tmp_path / "w.bin", {key: data} | about if key else data)), vit)
+
+
+def test_a_part_of_some_other_model_and_a_student_alone_are_refused_by_name(tmp_path):
+    state = released(V2).state_dict()
+    for prefix in ("visual.trunk.", "student.backbone."):
+        with one_line(rf"its class token is called {re.escape(prefix)}cls_token"):
+            model.load_backbone(save(tmp_path / "w.pth", {f"{prefix}{k}": v for k, v in state.items()}))
+
+
+@pytest.mark.parametrize("name", ["dinov2_g", "dinov2_s_reg", "dinov3_s"])
+def test_a_mask_token_may_be_missing_as_only_training_needs_it(name, tmp_path):
+    vit = released(RELEASED[name])
+    path = save(tmp_path / "w.pth", {k: v for k, v in vit.state_dict().items() if k != "mask_token"})
+    loaded = model.load_backbone(path)
+    assert replace(loaded.arch, pos_grid=0) == replace(vit.arch, pos_grid=0) and not loaded.mask_token.any()
+    same(loaded, vit)
+
+
+def test_a_bare_dinov3_file_with_a_live_bias_loads_as_its_wrapped_form_does(tmp_path):
+    vit = fill(ViT(V3))
+    assert vit.blocks[0].attn.qkv.bias_mask.any()
+    for data in (vit.state_dict(), {"teacher": vit.state_dict()}):
+        same(model.load_backbone(save(tmp_path / "w.pth", data)), vit)
+
+
+def test_what_does_not_fit_says_what_it_looks_like(tmp_path):
+    state = fill(ViT(ARCHS["toy"])).state_dict()
+    with one_line(r"norm\.bias is missing, not \(128,\); it looks like toy; state another"):
+        model.load_backbone(save(tmp_path / "w.pth", {k: v for k, v in state.items() if k != "norm.bias"}))
+    state = released(V2).state_dict() | {"norm_pre.weight": torch.ones(128)}
+    with one_line(r"norm_pre.weight is .* no model in model.ARCHS \(embed_dim 128, ffn mlp, ffn_hidden 192, depth 2"):
+        model.load_backbone(save(tmp_path / "w.pth", state))
 
 
 # ---- Hugging Face, with transformers --------------------------------------------------------------------------------
