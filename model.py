@@ -690,8 +690,8 @@ def schedules(step, config, peak_lr):
 
 def load_backbone(path, arch=None):
     """
-    Read a tile encoder: a ViT on the CPU in fp32. A .pth may be a released DINOv2 or DINOv3, this project's {"teacher":
-    ...} or OpenMidnight's {"teacher": {"backbone.*"}}; prepare/convert.py reads Hugging Face's. The architecture is
+    Read a tile encoder: a ViT on the CPU in fp32. The file may be a released DINOv2 or DINOv3, this project's
+    {"teacher": ...} or one in Hugging Face's or timm's layout (docs/weights.md lists them). The architecture is
     inferred from the tensors. `arch`, a name in ARCHS or a ViTConfig, is a check, and needed only where tensors do not
     tell it (heads whose width is not 64). Raises ValueError, naming the file, if it is missing or does not fit.
     """

@@ -175,6 +175,13 @@ def test_counts_of_tile_encoders_of_pathology_are_those_of_timm_at_224_px(arch, 
     assert len(vit.state_dict()) == keys and sum(p.numel() for p in vit.parameters()) == params
 
 
+def test_rotary_keys_are_refused_for_learned_positions_and_the_other_way_round():
+    for arch, key, value in (("dinov2_vits14", "rope_rescale", 2.0), ("dinov3_vits16", "pos_interp", "offset")):
+        config = train_keys() | {"arch": arch, "local_px": 112, key: value}
+        with pytest.raises(ValueError, match=f"{key}.* positions; {arch}'s are"):
+            model.run_arch(config)
+
+
 def test_step_cost_agrees_with_the_published_accounting():
     config, B = train_keys(), 48
     cost = budget.tflop(config, model.run_arch(config))

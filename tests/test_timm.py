@@ -95,6 +95,19 @@ def test_a_file_without_its_config_asks_for_heads_and_norm_unless_sizes_tell_the
     assert differs(model.load_backbone(path), 56, outputs[56]) < 2e-5
 
 
+def test_a_config_of_another_model_and_damaged_tensors_are_named(recorded, tmp_path):
+    name, tensors, config, _ = recorded
+    for stated in (dict(embed_dim=1536, num_heads=24), dict(num_heads=7)):
+        with one_line("config.json beside it is another model's, as these weights are 48 wide"):
+            model.load_backbone(write(tmp_path, tensors, config | {"model_args": stated}))
+    lost = "blocks.1.norm2.weight" if name == "kaiko" else [key for key in tensors if "gamma" in key][-1]
+    with one_line(r"weights of another architecture: 1 tensors do not fit: blocks.1.\w+.\w+ is missing"):
+        model.load_backbone(write(tmp_path, {k: v for k, v in tensors.items() if k != lost}, config))
+    if "pos_embed" in tensors:
+        with one_line("position table of 12 entries is not square"):
+            model.load_backbone(write(tmp_path, tensors | {"pos_embed": tensors["pos_embed"][:, :1].repeat(1, 12, 1)}, config))
+
+
 def test_a_converted_file_and_the_start_of_training_are_timms(recorded, tmp_path, script):
     name, tensors, config, outputs = recorded
     folder, out = write(tmp_path / name, tensors, config), tmp_path / "w.pth"
