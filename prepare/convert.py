@@ -187,7 +187,7 @@ def join_positions(path, state):
                          f"class token and {count} registers")
     front, patches = table.split([prefix, entries - prefix], dim=1)
     if prefix > 1:
-        state["register_tokens"] = registers + front[:, 1:]
+        state["register_tokens"] = registers.float() + front[:, 1:].float()
     cls = front[:, :1] if prefix else torch.zeros_like(table[:, :1])
     state["pos_embed"] = torch.cat([cls, patches], dim=1)
 

@@ -357,7 +357,7 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
                        (dict(out_dir=tmp_path / "full/file"), "File exists"),
                        (dict(global_scale="(0.5,0.1)"), "smaller"), (dict(mask_prob=0.05), "masks none"),
                        (dict(local_px=5), "nearest: 14"),
-                       (dict(norm="tcga"), "norm = 'tcga': give 'imagenet', 'half', 'h_optimus', 'hibou', or (mean, std)"),
+                       (dict(norm="tcga"), "norm = 'tcga': give 'imagenet', 'half', 'h_optimus', 'hibou', or (mean,"),
                        (dict(mpp_range="(1,0.5)"), "smaller one first"), (dict(mpp_range="(1,)"), "give two numbers"),
                        (dict(clip_grad=-1), "clip_grad = -1.0: give 0 or more"), (dict(log_interval=0), "1 or more"),
                        (dict(momentum=1.5), "from 0 to 1"), (dict(holdout=1.5), "from 0 to 1"),
