@@ -557,7 +557,7 @@ def score_files(name, config, load):
 
 
 if __name__ == "__main__":
-    weights = ""      # files or Hugging Face folders, with commas between: released, of this project, OpenMidnight's
+    weights = ""      # files or folders, with commas between: of this project, or any that docs/weights.md lists
     bach_dir = ""     # folder that holds ICIAR2018_BACH_Challenge/
     views = "resize"  # to input_px, eva's; "tiles" = a grid of tiles at mpp, averaged: another protocol; "context"
     context = ""      # of views = "context", the same tiles read by this slide encoder (context.py)

@@ -799,7 +799,7 @@ def main(config):
 
 if __name__ == "__main__":
     # ---- labelled tiles
-    weights = ""      # files or Hugging Face folders, with commas between: released, of this project, OpenMidnight's
+    weights = ""      # files or folders, with commas between: of this project, or any that docs/weights.md lists
     image_dir = ""    # folder of labelled tiles, with a subfolder for each class
     groups = ""       # csv of file, patient and perhaps fold; "" = groups.csv in image_dir, if there is one
     views = "resize"  # to input_px; "tiles" = a grid of tiles at mpp, averaged: another protocol

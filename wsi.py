@@ -35,7 +35,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import openslide
 from PIL import Image, ImageFilter
 
 TOLERANCE = 0.03         # a level this close to the target is used as stored: 0.2425-0.2575 um/px serve 0.25
@@ -161,6 +160,11 @@ class Slide:
             return self._slide
         if not os.path.isfile(self.path):
             raise SlideError(f"{self.path}: no such file")
+        try:  # here, because training on tiles needs no OpenSlide
+            import openslide
+        except ImportError:
+            raise SlideError(f"{self.path}: slides need OpenSlide; pip install openslide-python "
+                             "openslide-bin") from None
         try:
             self._slide = openslide.OpenSlide(self.path)
         except openslide.OpenSlideUnsupportedFormatError:
@@ -325,6 +329,7 @@ class Slide:
 
     def _read_rgb(self, at, size, level, retry=True):
         """One OpenSlide read at the whole level-0 place nearest to `at`: uint8 (h, w, 3), white where transparent."""
+        import openslide
         x, y = np.rint(at).astype(int).tolist()
         try:
             rgba = self._handle().read_region((x, y), level, size.tolist())

@@ -1,4 +1,5 @@
 """train.py as a program: what it computes, what it refuses, and what survives a stop."""
+import importlib
 import json
 import math
 import os
@@ -89,6 +90,16 @@ def two_ranks(on_ranks, tiles, tmp_path_factory):
     for name, keys in ON_TWO_RANKS.items():
         on_ranks(2, train_rank, flags(tiles=tiles, out_dir=folder / name, **keys))
     return folder
+
+
+def test_tiles_need_no_openslide_and_slides_ask_for_it(tiles, tmp_path, monkeypatch):
+    for name in ("wsi", "sources", "data"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "openslide", None)  # importing it fails
+    assert rows(train(monkeypatch, flags(tiles=tiles, max_steps=1, out_dir=tmp_path / "a"))["out_dir"])[1]["loss"] > 0
+    with pytest.raises(ValueError, match=r"a\.svs: slides need OpenSlide; pip install openslide-python"):
+        (tmp_path / "a.svs").touch()
+        importlib.import_module("wsi").Slide(tmp_path / "a.svs")
 
 
 def test_twenty_steps_equal_ten_resume_ten_bit_for_bit(tiles, tmp_path, monkeypatch):
@@ -346,7 +357,7 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
                        (dict(out_dir=tmp_path / "full/file"), "File exists"),
                        (dict(global_scale="(0.5,0.1)"), "smaller"), (dict(mask_prob=0.05), "masks none"),
                        (dict(local_px=5), "nearest: 14"),
-                       (dict(norm="tcga"), "norm = 'tcga': give 'imagenet', 'half', or (mean, std)"),
+                       (dict(norm="tcga"), "norm = 'tcga': give 'imagenet', 'half', 'h_optimus', 'hibou', or (mean,"),
                        (dict(mpp_range="(1,0.5)"), "smaller one first"), (dict(mpp_range="(1,)"), "give two numbers"),
                        (dict(clip_grad=-1), "clip_grad = -1.0: give 0 or more"), (dict(log_interval=0), "1 or more"),
                        (dict(momentum=1.5), "from 0 to 1"), (dict(holdout=1.5), "from 0 to 1"),
