@@ -10,9 +10,10 @@ Where tiles come from. A run has exactly one source, named by a key of train.py:
     mix = (("slides", "data/TCGA/**/*.svs", 0.8), ("shards", "data/cptac", 0.2))    several, by weight
 
 Your own source: write a class, name it in SOURCES, and add a key of the same name to train.py, "" = off. The class is
-called with the key's value and train.py's keys. It has `about`, one line for the log; if it likes `left_out`, {path:
-reason}; and read(n, attempt), which returns (uint8 (H, W, 3), {"slide", "x", "y" in level-0 px, "mpp" or nan}) or raises OSError or wsi.SlideError. With
-wide_field, slides also give "wide", a tile as large in px around the same centre; other sources cannot, and refuse.
+called with the key's value and train.py's keys. It has `about`, one line for the log, and may have `left_out`, {path:
+reason}, for the log too. Its read(n, attempt) returns (uint8 (H, W, 3), {"slide", "x", "y" in level-0 px, "mpp" or
+nan}) or raises OSError or wsi.SlideError. With wide_field, slides also give "wide", a tile as large in px around the
+same centre; other sources cannot, and refuse.
 
 n counts the samples of the run without end, and sample n depends only on n and the seed. If a sample could not be read,
 attempt counts its replacements. Every index appears exactly once per pass, except for slides and mixes, which are
@@ -50,7 +51,7 @@ TISSUE_DRAWS = 20   # places tried in a slide for one tile; inside the mask 9 in
 OPEN_SHARDS = 256   # files per process; the usual limit is 1024
 WINDOW = 16         # parquet row groups among which the order of rows is random; a worker holds twice as many
 GROUP_BYTES = 100e6 # of a row group, uncompressed, beyond which a parquet file is refused
-SCALE_KEYS = ("mpp_table", "slide_mpp", "mpp_from_objective", "trust_mpp", "mpps", "mpp_range", "eval_mpp", "eval_share")
+SCALE_KEYS = "mpp_table slide_mpp mpp_from_objective trust_mpp mpps mpp_range eval_mpp eval_share".split()
 COLUMNS = ("slide_path", "x", "y", "image_bytes")  # of parquet files
 
 
@@ -333,8 +334,8 @@ class SampleList:
         i, x, y, level = self.table[pick(n, attempt, len(self.table), self.config["seed"])].item()
         slide, px = self.visit(self.paths[i]), self.config["tile_px"]
         if level < len(slide.level_mpp) and slide.outside([(x, y)], px * slide.level_scale[level])[0]:
-            raise wsi.SlideError(f"{slide.path}: the line '... {x} {y} {level}' of {self.file} lies outside the slide of "
-                                 f"{slide.dimensions} px; was the list made of another scan?")
+            raise wsi.SlideError(f"{slide.path}: the line '... {x} {y} {level}' of {self.file} lies outside the slide "
+                                 f"of {slide.dimensions} px; was the list made of another scan?")
         tile = slide.read_level(x, y, px, level)
         return tile, {"slide": slide.path, "x": x, "y": y, "mpp": slide.level_mpp[level]}
 

@@ -93,8 +93,8 @@ def find_mpp(properties, override=None, from_objective=False, trust=False):
             mpp = (mpp_x + mpp_y) / 2
             if not trust and power > 0 and abs(mpp * power / 10 - 1) > 0.3:
                 raise SlideError(f"{key_x} gives {mpp:.4g} um/px, but an objective of {power:g}x is about "
-                                 f"{10 / power:.4g} (properties seen: {seen}); find out which is right and {REMEDY}, or "
-                                 "believe the um/px of all slides with --trust_mpp=true")
+                                 f"{10 / power:.4g} (properties seen: {seen}); find out which is right and {REMEDY}, "
+                                 "or believe the um/px of all slides with --trust_mpp=true")
             return mpp_x, mpp_y, key_x
     if from_objective and 1 <= power <= 100:
         return 10 / power, 10 / power, "10 / objective power"
@@ -188,7 +188,7 @@ class Slide:
         return _shrink(self._region((x, y), extent, level), size, extent)
 
     def outside(self, xy, extent):
-        """bool (N,): which tiles of an extent (w, h) in level-0 px, their top-left at xy (N, 2), do not touch the slide.
+        """bool (N,): which tiles of (w, h) level-0 px with their top-left at xy (N, 2) do not touch the slide.
         A place that is not a number is outside."""
         inside = (np.add(xy, extent) > 0) & (np.asarray(xy) < self.dimensions)
         return ~inside.all(1)
@@ -632,7 +632,8 @@ def open_slide(path, config, rule=None):
 
 @functools.cache
 def mpp_table(file):
-    """{slide: um/px} of a csv with the columns slide and mpp; a slide is a path, a file's name or that without ending."""
+    """{slide: um/px} of a csv with the columns slide and mpp. A slide is a path, a file's name, or that without its
+    ending. Raises ValueError for another kind of file."""
     table = {}
     with open(file, newline="", encoding="utf-8-sig") as f:
         for row in csv.DictReader(f, skipinitialspace=True):

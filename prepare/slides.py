@@ -39,7 +39,7 @@ overlap = 0         # px of a tile that its neighbour repeats
 min_tissue = 0.25   # share of a tile's area in the tissue mask
 
 FREE = """slides out part workers mask_dir region_mb batch_size device weights norm slide_mpp
-mpp_table trust_mpp mpp_from_objective""".split()  # keys that a rerun may change: each result says what it was made with
+mpp_table trust_mpp mpp_from_objective""".split()  # that a rerun may change: each result says what it was made with
 
 
 def run(script, function, namespace):

@@ -4,15 +4,14 @@ import struct
 from pathlib import Path
 
 import numpy as np
-import pytest
 from conftest import one_line
+from test_report import keys, rows_in
+from test_tiles import write
 
 import eval_slides
 import listing
 import wsi
 from prepare import report, slides
-from test_report import keys, rows_in
-from test_tiles import write
 
 
 def element(group, number, vr, value):

@@ -266,7 +266,7 @@ def test_mpp_is_drawn_among_those_that_the_slide_is_fine_enough_for(slides):
     source = open_source(slides=f"{slides}/a.svs", mpps=(0.25, 0.5, 1.0, 2.0))
     assert {mpp for *_, mpp in wheres(source, range(60))} == {0.5, 1.0, 2.0}
     for keys in (dict(mpps=(0.25,)), dict(mpp_range=(0.2, 0.4), eval_mpp=0.25)):
-        with pytest.raises(ValueError, match="none of 1 can be used .*a.svs: 0.500 um/px is too coarse for every target"):
+        with pytest.raises(ValueError, match="none of 1 can be .*a.svs: 0.500 um/px is too coarse for every target"):
             open_source(slides=f"{slides}/a.svs", **keys)
 
 
@@ -351,13 +351,23 @@ def test_a_slide_that_is_away_at_the_start_or_later_is_tried_again(slides, monke
     assert not errors_of(source, range(40))
 
 
+def test_unusable_slides_before_the_first_sound_one_are_passed_over(slides):
+    """The bug: the first 20 did not open, so the run did not start."""
+    for name in range(25):
+        (slides / f"a_bad_{name}.svs").touch()
+    source = open_source(slides=f"{slides}/*.svs")
+    assert len(source.paths) == 3 and len(source.left_out) == 25 and not errors_of(source, range(40))
+    FakeSlide.tried = []
+    assert open_source(slides=f"{slides}/*.svs").left_out == source.left_out and not FakeSlide.tried, "kept in a table"
+
+
 def test_the_scale_of_a_slide_may_be_stated_in_a_table_or_trusted(slides, tmp_path):
     (table := tmp_path / "mpp.csv").write_text(f"slide,mpp\na,0.25\nb.svs,0.3\n{slides}/c.svs,0.4\nother,1\n")
     (slides / "d.svs").touch()
     open_source(slides=f"{slides}/*.svs", mpp_table=str(table), slide_mpp=0.5)
     assert [FakeSlide.keys[f"{slides}/{name}.svs"][0] for name in "abcd"] == [0.25, 0.3, 0.4, 0.5]
-    for number, text in enumerate(("slide,mpp\na,\n", "slide;mpp\na;1\n", "slide,mpp\na,0.2\na,0.3\n", "slide,mpp\na,40\n")):
-        (bad := tmp_path / f"{number}.csv").write_text(text)
+    for number, text in enumerate(("slide,mpp a,", "slide;mpp a;1", "slide,mpp a,0.2 a,0.3", "slide,mpp a,40")):
+        (bad := tmp_path / f"{number}.csv").write_text(text.replace(" ", "\n"))
         with one_line(f"mpp_table=.*{number}.csv: .*give columns slide,mpp"):
             open_source(slides=f"{slides}/*.svs", mpp_table=str(bad))
 
