@@ -76,7 +76,7 @@ def test_scale_black_white_tissue_sharpness_and_repeated_tiles_are_measured():
 
 
 def test_no_readable_tile_is_an_error():
-    with pytest.raises(ValueError, match="none of 5 tiles"):
+    with pytest.raises(ValueError, match="none of 5 tiles could be read: damaged"):
         stats.tile_stats(Fake([(OSError("damaged"), "s", 0, 0, 0.5)]), KEYS | {"samples": 5})
 
 

@@ -378,9 +378,11 @@ def test_too_many_unreadable_tiles_stop_the_run_with_their_list(tiles, tmp_path,
         image = tmp_path / "tiles" / f"{i}.png"
         image.parent.mkdir(exist_ok=True)
         image.write_bytes(b"junk" if i < 3 else open(f"{tiles}/0{i}.png", "rb").read())
+    (tmp_path / "tiles/gone.png").symlink_to("/nowhere.png")
     keys = dict(tiles=tmp_path / "tiles", max_steps=6)
     train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
     assert rows(tmp_path / "a")[-1]["bad_tiles"] == 3
+    assert f"{tmp_path}/tiles/gone.png,a link to /nowhere.png: " in (tmp_path / "a/left_out.csv").read_text()
     message = refused(monkeypatch, flags(**keys, out_dir=tmp_path / "b", max_bad_tiles=2))
     assert "3 unreadable" in message and all(f"{i}.png" in message for i in range(3))
     train(monkeypatch, flags(**{**keys, "max_steps": 7}, out_dir=tmp_path / "a", resume="true"))
@@ -573,12 +575,14 @@ def test_dry_run_prints_the_cost_of_vit_g_without_data_or_gpu(monkeypatch, capsy
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real slides are not part of the project")
 def test_twenty_steps_on_real_slides(tmp_path, monkeypatch):
-    """Two slides train; one without an mpp and one without H&E tissue are replaced and named."""
+    """Two slides train; one without an mpp is left out at the start, one without H&E tissue is replaced; both named."""
     keys = dict(slides=f"{SHARED}/slides/*", mpps="(0.5,1.0)", tile_px=96, max_steps=20, workers=1, log_interval=10)
     run = train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
     assert rows(tmp_path / "a")[-1]["step"] == 20 and run["progress"]["bad_steps"] == 0
     bad = "\n".join(run["bad_tiles"].values())
-    assert "tcga-cr" in bad and "mpp" in bad and "fluorescence" in bad and "CMU" not in bad and "cmu" not in bad
+    assert "fluorescence" in bad and "tcga" not in bad and "CMU" not in bad and "cmu" not in bad
+    left_out = (tmp_path / "a/left_out.csv").read_text().splitlines()
+    assert len(left_out) == 2 and "tcga-cr" in left_out[1] and "no usable mpp" in left_out[1]
 
 
 def test_what_went_wrong_between_two_rows_is_in_the_checkpoint(tiles, tmp_path, monkeypatch):
