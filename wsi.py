@@ -149,11 +149,11 @@ class Slide:
         self.dimensions = handle.dimensions              # (W, H) at level 0
         self.level_dimensions = handle.level_dimensions  # the same for each level
         try:
-            found = find_mpp(self.properties, mpp, mpp_from_objective, trust_mpp)
+            mpp_x, mpp_y, self.mpp_source = find_mpp(self.properties, mpp, mpp_from_objective, trust_mpp)
         except SlideError as error:
             raise SlideError(f"{self.path}: {error}") from None
-        *self.mpp_xy, self.mpp_source = found
-        self.mpp = sum(self.mpp_xy) / 2
+        self.mpp_xy = mpp_x, mpp_y
+        self.mpp = (mpp_x + mpp_y) / 2
         factor = np.array(self.dimensions) / self.level_dimensions
         whole = np.rint(factor)
         cut_off = abs(self.dimensions / whole - self.level_dimensions) < 1
