@@ -89,16 +89,16 @@ def bach_files(bach_dir):
     Paths of the 400 images in eva's order, so that image i has label i // 100.
 
     One .tif too many or too few would shift later images across the split unnoticed. A class folder must therefore hold
-    exactly b001.tif .. b100.tif (and so on), else ValueError. Files of other types are ignored.
+    exactly b001.tif .. b100.tif (and so on), else ValueError. Files of other types and hidden ones are ignored.
     """
     paths = []
     for name, prefix in CLASSES.items():
         folder = os.path.join(bach_dir, "ICIAR2018_BACH_Challenge", "Photos", name)
         expected = {f"{prefix}{i:03d}.tif" for i in range(1, 101)}
         found = os.listdir(folder) if os.path.isdir(folder) else []
-        found = {file for file in found if file.lower().endswith(".tif")}
+        found = {file for file in found if file.lower().endswith(".tif") and file[0] != "."}
         if extra := found - expected:
-            raise ValueError(f"{folder}: unexpected {min(extra)}; delete or rename it (macOS leaves ._ files)")
+            raise ValueError(f"{folder}: unexpected {min(extra)}; delete or rename it")
         if missing := expected - found:
             raise ValueError(f"{folder}: {len(found)} of 100 images, {min(missing)} is missing; {REMEDY}")
         paths += [os.path.join(folder, file) for file in sorted(expected)]
@@ -557,7 +557,7 @@ def score_files(name, config, load):
 
 
 if __name__ == "__main__":
-    weights = ""      # files or Hugging Face folders, with commas between: released, of this project, OpenMidnight's
+    weights = ""      # files or folders, with commas between: of this project, or any that docs/weights.md lists
     bach_dir = ""     # folder that holds ICIAR2018_BACH_Challenge/
     views = "resize"  # to input_px, eva's; "tiles" = a grid of tiles at mpp, averaged: another protocol; "context"
     context = ""      # of views = "context", the same tiles read by this slide encoder (context.py)

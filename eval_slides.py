@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 
 import eval_bach
+import listing
 import model
 import wsi
 from configurator import configure
@@ -84,24 +85,26 @@ def find_images(image_dir):
     """Files as class/name, their labels, and the classes. Hidden names and what macOS leaves in zips do not count."""
     if not os.path.isdir(image_dir):
         raise ValueError(f"image_dir={image_dir}: no such folder")
-    folders = [e.name for e in os.scandir(image_dir) if e.is_dir()]
-    classes = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+    unread = {}
+    folders = [os.path.basename(path) for path, is_folder, _ in listing.scan(image_dir, unread) if is_folder]
+    classes = sorted(name for name in folders if name != "__MACOSX")
     if len(classes) < 2:
         raise ValueError(f"image_dir={image_dir}: {' '.join(classes) or 'nothing'} as class folders; put the images of "
                          "each of two or more classes in a subfolder of its own")
-    files, labels = [], []
+    images, labels = [], []
     for label, name in enumerate(classes):
         folder = os.path.join(image_dir, name)
-        entries = [e for e in os.scandir(folder) if e.name[0] != "."]
-        if nested := [e.path for e in entries if e.is_dir()]:
+        entries = listing.scan(folder, unread)
+        if nested := [path for path, is_folder, _ in entries if is_folder]:
             raise ValueError(f"{nested[0]}: a folder in a class folder would be left out; move its images up")
-        images = [e.name for e in entries if e.name.lower().endswith(TYPES)]
-        found = sorted(f"{name}/{image}" for image in images)
-        if not found:
+        names = [os.path.basename(path) for path, *_ in entries if path.lower().endswith(TYPES)]
+        for path, reason in unread.items():  # fewer images are another number
+            raise ValueError(f"{path}: {reason}; {len(unread)} such in {image_dir}: mend or remove them")
+        if not names:
             raise ValueError(f"{folder}: no {' '.join(TYPES)} in this class folder; fill it or move it away")
-        files += found
-        labels += [label] * len(found)
-    return files, labels, classes
+        images += [f"{name}/{image}" for image in sorted(names)]
+        labels += [label] * len(names)
+    return images, labels, classes
 
 
 def read_csv(path, needed):
@@ -804,7 +807,7 @@ def main(config):
 
 if __name__ == "__main__":
     # ---- labelled tiles
-    weights = ""      # files or Hugging Face folders, with commas between: released, of this project, OpenMidnight's
+    weights = ""      # files or folders, with commas between: of this project, or any that docs/weights.md lists
     image_dir = ""    # folder of labelled tiles, with a subfolder for each class
     groups = ""       # csv of file, patient and perhaps fold; "" = groups.csv in image_dir, if there is one
     views = "resize"  # to input_px; "tiles" = a grid of tiles at mpp, averaged: another protocol

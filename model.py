@@ -13,7 +13,6 @@ import hashlib
 import math
 import os
 import pickle
-import re
 import zipfile
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,6 +66,16 @@ ARCHS = {
 }
 _later = {"registers": 4, "pos_antialias": True, "pos_offset": 0.0}  # Meta's second series of DINOv2
 ARCHS |= {f"{name}_reg": replace(arch, **_later) for name, arch in ARCHS.items() if name.startswith("dinov2")}
+# tile encoders of pathology with other sizes than Meta's; docs/weights.md lists those that load
+ARCHS |= {
+    "uni": ViTConfig(16, 1024, 24, 16, "mlp", 4096),  # and Phikon-v2
+    "uni2_h": ViTConfig(14, 1536, 24, 24, "swiglu", 4096, 8),
+    "virchow": ViTConfig(14, 1280, 32, 16, "swiglu", 3416),  # heads of 80
+    "virchow2": ViTConfig(14, 1280, 32, 16, "swiglu", 3416, 4),
+    "gigapath": ViTConfig(16, 1536, 40, 24, "swiglu", 4096),
+    "hibou_b": ViTConfig(14, 768, 12, 12, "swiglu", 2048, 4),
+    "hibou_l": ViTConfig(14, 1024, 24, 16, "swiglu", 2736, 4),
+}
 
 # train.py's key pos_interp: how positions are resampled to local crops; "offset" is OpenMidnight's release
 POS_INTERP = {"": {}, "offset": {"pos_antialias": False, "pos_offset": 0.1}}
@@ -74,7 +83,9 @@ POS_INTERP = {"": {}, "offset": {"pos_antialias": False, "pos_offset": 0.1}}
 # ---- normalisation of the input -------------------------------------------------------------------------------------
 
 NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # mean and std; Meta's released backbones
-         "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}  # Midnight, Kaiko
+         "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # Midnight, Kaiko
+         "h_optimus": ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)),
+         "hibou": ((0.7068, 0.5755, 0.722), (0.195, 0.2316, 0.1816))}
 
 
 def norm_values(norm, name="norm"):
@@ -433,7 +444,7 @@ class DINOHead(nn.Module):
 def run_arch(config):
     """
     The ViTConfig that train.py's keys ask for, its position table on the grid of the global crops. ValueError if crops
-    are no multiple of the patch, or if keys of learned positions are set for rotary ones.
+    are no multiple of the patch, or if keys of learned positions are set for rotary ones, or the other way round.
     """
     arch, patch = ARCHS[config["arch"]], ARCHS[config["arch"]].patch_size
     for key in ("global_px", "local_px"):
@@ -443,6 +454,8 @@ def run_arch(config):
             raise ValueError(f"{key} = {px} is no multiple of {config['arch']}'s patch of {patch}; nearest: {nearest}")
     if arch.pos == "rope" and (config["pos_interp"] or config["pos_embed_init"] == "random"):
         raise ValueError(f"pos_interp and pos_embed_init are for learned positions; {config['arch']}'s are rotary")
+    if arch.pos == "learned" and config["rope_rescale"]:
+        raise ValueError(f"rope_rescale is for rotary positions; {config['arch']}'s are learned: leave it at 0")
     return replace(arch, pos_grid=config["global_px"] // arch.patch_size, drop_path=config["drop_path"],
                    rope_rescale=config["rope_rescale"], depth=config["depth"] or arch.depth)
 
@@ -677,8 +690,8 @@ def schedules(step, config, peak_lr):
 
 def load_backbone(path, arch=None):
     """
-    Read a tile encoder: a ViT on the CPU in fp32. A .pth may be a released DINOv2 or DINOv3, this project's {"teacher":
-    ...} or OpenMidnight's {"teacher": {"backbone.*"}}; prepare/convert.py reads Hugging Face's. The architecture is
+    Read a tile encoder: a ViT on the CPU in fp32. The file may be a released DINOv2 or DINOv3, this project's
+    {"teacher": ...} or one in Hugging Face's or timm's layout (docs/weights.md lists them). The architecture is
     inferred from the tensors. `arch`, a name in ARCHS or a ViTConfig, is a check, and needed only where tensors do not
     tell it (heads whose width is not 64). Raises ValueError, naming the file, if it is missing or does not fit.
     """
@@ -706,13 +719,13 @@ def first_weights(path, arch, pos_embed_init="resample"):
 
 def stored_norm(path):
     """
-    (mean, std) that a weight file states. This project's teachers do; beside Hugging Face's, preprocessor_config.json
-    must (ValueError). Any other .pth gets ImageNet's; DINOv3's satellite models differ, so pass theirs as `norm`.
+    (mean, std) that a weight file states. This project's teachers do; a JSON file beside Hugging Face's or timm's must
+    (ValueError). A .pth with Meta's names gets ImageNet's; DINOv3's satellite models and Hibou's differ: pass theirs.
     """
-    if is_hugging_face(path):
-        from prepare import convert
-        return norm_values(convert.stored_norm(path), f"{path}: norm")
+    from prepare import convert
     config = read_header(path).get("config", {})
+    if not config and (is_hugging_face(path) or not convert.has_released_names(path, read_pth(path))):
+        return norm_values(convert.stored_norm(path), f"{path}: norm")
     former = (config["norm_mean"], config["norm_std"]) if "norm_mean" in config else None  # keys of older teachers
     return norm_values(config.get("norm", former), f"{path}: norm")
 
@@ -746,40 +759,22 @@ def read_pth(path):
 
 def open_weights(path, arch=None):
     """({name: tensor} under our ViT's names, its ViTConfig) of a weight file; see load_backbone."""
+    from prepare import convert
     asked = known_arch(path, arch)
-    if is_hugging_face(path):
-        from prepare import convert
-        stored = convert.read(path, asked)  # what the .pth would hold that the script writes
-    else:
-        stored = read_pth(path)
-    told = stored.get("arch") or {}  # a name in ARCHS, or {field of ViTConfig: value} from prepare/convert.py
+    stored = convert.read_tensors(path) if is_hugging_face(path) else read_pth(path)
+    header = stored if "teacher" in stored else {}  # other people's files have an "arch" too, which is not ours
+    told = header.get("arch") or {}  # a name in ARCHS, or {field of ViTConfig: value} from prepare/convert.py
     if isinstance(told, str):
         asked, told = asked or known_arch(path, told), {}
-    config = stored.get("config", {})
-    told = told | POS_INTERP.get(config.get("pos_interp"), {})
-    state = backbone_tensors(stored)
-    arch = fitting_arch(path, state, asked, told)
-    for name, t in state.items() if "teacher" not in stored else ():
-        if name.endswith("bias_mask") and (t * state[name.removesuffix("_mask")]).any():
-            raise ValueError(f"{path}: {name} lets a bias through that is zero in every released DINOv3 file")
-    return state, arch
+    told = told | POS_INTERP.get(header.get("config", {}).get("pos_interp"), {})
+    state, more = convert.released(path, convert.backbone_tensors(path, stored), asked)
+    return state, fitting_arch(path, state, asked, told | more)
 
 
 def known_arch(path, arch):
     if isinstance(arch, str) and arch not in ARCHS:
         raise ValueError(f"{path}: unknown arch '{arch}'; known: {', '.join(ARCHS)}")
     return ARCHS.get(arch, arch)
-
-
-def backbone_tensors(stored):
-    """{Meta's name: tensor} of the backbone in a weight file's dictionary; {} if there is none."""
-    tensors = stored.get("teacher", stored)
-    if not isinstance(tensors, dict):
-        return {}
-    tensors = {str(name): t for name, t in tensors.items() if torch.is_tensor(t)}
-    if any(name.startswith("backbone.") for name in tensors):
-        tensors = {name[9:]: t for name, t in tensors.items() if name.startswith("backbone.")}
-    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): t for name, t in tensors.items()}  # chunked names
 
 
 def fitting_arch(path, state, asked, told):
@@ -801,8 +796,25 @@ def fitting_arch(path, state, asked, told):
     if wrong:
         texts = [f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}" for name in wrong[:4]]
         raise ValueError(f"{path}: weights of another architecture: {len(wrong)} tensors do not fit: "
-                         f"{'; '.join(texts)}; state another with arch=...")
+                         f"{'; '.join(texts)}; it looks like {looks_like(infer_arch(path, state))}; state another with "
+                         "arch=...")
     return arch
+
+
+SIZES = ("embed_dim", "ffn", "ffn_hidden", "depth", "patch_size", "registers", "pos")
+
+
+def of_sizes(arch, sizes=SIZES):
+    """The names in ARCHS of architectures with these fields of `arch`."""
+    wanted = [getattr(arch, key) for key in sizes]
+    return [name for name, other in ARCHS.items() if [getattr(other, key) for key in sizes] == wanted]
+
+
+def looks_like(arch):
+    if names := of_sizes(arch):
+        return " or ".join(names)
+    sizes = ", ".join(f"{key} {getattr(arch, key)}" for key in SIZES)
+    return f"no model in model.ARCHS ({sizes})"
 
 
 def infer_arch(path, state):
@@ -811,17 +823,28 @@ def infer_arch(path, state):
     down = state.get(f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight")  # (D, hidden)
     patches = state.get("patch_embed.proj.weight")  # (D, C, P, P)
     if patches is None or down is None:
-        raise ValueError(f"{path}: there is no DINOv2 or DINOv3 backbone in this file")
+        names = ", ".join(list(state)[:3]) or "no tensors"
+        raise ValueError(f"{path}: there is no DINOv2 or DINOv3 backbone in this file, as it lacks the weights of the "
+                         f"patches or of the first block's MLP; it holds {names}")
     D, hidden = down.shape
     rope = "rope_embed.periods" in state or "storage_tokens" in state
     tokens = state.get("storage_tokens" if rope else "register_tokens")
     registers = 0 if tokens is None else tokens.shape[1]
     family = "dinov3_vits16" if rope else "dinov2_vits14_reg" if registers else "dinov2_vits14"
-    heads = max(D // 64, 1)
+    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    arch = replace(
+        ARCHS[family], patch_size=patches.shape[2], in_channels=patches.shape[1], embed_dim=D,
+        depth=len(blocks), registers=registers,
+        ffn="swiglu" if swiglu else "mlp", ffn_hidden=hidden,
+        qkv_bias=any(name.endswith("qkv.bias") for name in state),
+        local_cls_norm="local_cls_norm.weight" in state)
+    heads = known_heads(arch) or max(D // 64, 1)
     if "rope_embed.periods" in state:
         heads = D // len(state["rope_embed.periods"]) // 4
-    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
-    return replace(
-        ARCHS[family], patch_size=patches.shape[2], in_channels=patches.shape[1], embed_dim=D, num_heads=heads,
-        depth=len(blocks), ffn="swiglu" if swiglu else "mlp", ffn_hidden=hidden, registers=registers,
-        qkv_bias=any(name.endswith("qkv.bias") for name in state), local_cls_norm="local_cls_norm.weight" in state)
+    return replace(arch, num_heads=heads)
+
+
+def known_heads(arch):
+    """The heads of the architecture in ARCHS with the width and MLP of `arch`; None if there is none."""
+    names = of_sizes(arch, ("embed_dim", "ffn", "ffn_hidden"))
+    return ARCHS[names[0]].num_heads if names else None

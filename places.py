@@ -8,7 +8,6 @@ Features are mapped, not copied: with 1,024 windows per step a run reads 0.8 GB 
 pure function of (seed, n), so a run resumes exactly, and with data.sample_numbers any ranks share a batch.
 """
 import functools
-import glob
 import os
 import struct
 import zipfile
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 
 import data
+import listing
 import model
 
 STATED = "weights_sha256", "norm", "mpp", "tile_px"  # what all features of a run must agree on, where they state it
@@ -33,10 +33,13 @@ CLIP = 5.0  # standard deviations
 
 def files_of(folder):
     """{slide: path} of the features in a folder. Raises ValueError if there are none."""
-    paths = glob.glob(f"{folder}/*.h5") + glob.glob(f"{folder}/*.npz")
-    paths.sort()
+    left_out = {}
+    paths = [path for path, is_folder, _ in listing.scan(folder, left_out) if path.endswith((".h5", ".npz"))]
+    for path, reason in left_out.items():  # a slide less would be another set
+        raise ValueError(f"features: {path}: {reason}")
     if not paths:
         raise ValueError(f"features: no .h5 or .npz in '{folder}'; prepare/features.py writes them")
+    paths.sort()
     return {Path(path).stem: path for path in paths}
 
 

@@ -10,9 +10,10 @@ Where tiles come from. A run has exactly one source, named by a key of train.py:
     mix = (("slides", "data/TCGA/**/*.svs", 0.8), ("shards", "data/cptac", 0.2))    several, by weight
 
 Your own source: write a class, name it in SOURCES, and add a key of the same name to train.py, "" = off. The class is
-called with the key's value and train.py's keys. It has `about`, one line for the log, and read(n, attempt), which
-returns (uint8 (H, W, 3), {"slide", "x", "y" in level-0 px, "mpp" or nan}) or raises OSError or wsi.SlideError. With
-wide_field, slides also give "wide", a tile as large in px around the same centre; other sources cannot, and refuse.
+called with the key's value and train.py's keys. It has `about`, one line for the log, and may have `left_out`, {path:
+reason}, for the log too. Its read(n, attempt) returns (uint8 (H, W, 3), {"slide", "x", "y" in level-0 px, "mpp" or
+nan}) or raises OSError or wsi.SlideError. With wide_field, slides also give "wide", a tile as large in px around the
+same centre; other sources cannot, and refuse.
 
 n counts the samples of the run without end, and sample n depends only on n and the seed. If a sample could not be read,
 attempt counts its replacements. Every index appears exactly once per pass, except for slides and mixes, which are
@@ -35,11 +36,14 @@ import os
 import re
 import struct
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+import listing
 import wsi
 
 READ_ERRORS = (wsi.SlideError, OSError)  # an unreadable tile or slide: another one is drawn
@@ -47,6 +51,7 @@ TISSUE_DRAWS = 20   # places tried in a slide for one tile; inside the mask 9 in
 OPEN_SHARDS = 256   # files per process; the usual limit is 1024
 WINDOW = 16         # parquet row groups among which the order of rows is random; a worker holds twice as many
 GROUP_BYTES = 100e6 # of a row group, uncompressed, beyond which a parquet file is refused
+SCALE_KEYS = "mpp_table slide_mpp mpp_from_objective trust_mpp mpps mpp_range eval_mpp eval_share".split()
 COLUMNS = ("slide_path", "x", "y", "image_bytes")  # of parquet files
 
 
@@ -106,14 +111,6 @@ def listed(paths):
     return f"list {hashlib.blake2b(names, digest_size=4).hexdigest()}"
 
 
-def files_of(pattern, ending, key):
-    """Sorted absolute paths of the files with that ending in a folder tree or a glob; a leading . means unfinished."""
-    if os.path.isdir(pattern):
-        pattern = f"{pattern}/**/*{ending}"
-    found = map(os.path.abspath, wsi.expand(pattern, key))
-    return [path for path in found if path.endswith(ending) and not os.path.basename(path).startswith(".")]
-
-
 def decode(file, name):
     """The RGB pixels of an image file, or of its bytes. Raises OSError with `name` if it is damaged."""
     try:
@@ -131,7 +128,10 @@ def decode(file, name):
 
 
 def keep_open(open_one, size):
-    """open_one(path) with an LRU cache. A path that failed is not tried again in this process; it fails as before."""
+    """
+    open_one(path) with an LRU cache. A slide that failed is not tried again in this process and fails as before, except
+    one whose file could not be reached: its disk may have been away for a moment.
+    """
     cached, failed = functools.lru_cache(size)(open_one), {}
 
     def opened(path):
@@ -139,6 +139,8 @@ def keep_open(open_one, size):
             raise wsi.SlideError(failed[path])
         try:
             return cached(path)
+        except wsi.Unreachable:
+            raise
         except wsi.SlideError as e:
             failed[path] = str(e)
             raise
@@ -146,17 +148,17 @@ def keep_open(open_one, size):
     return opened
 
 
-def shared_table(kind, inputs, config, dtype, build):
+def shared_table(kind, inputs, config, dtype, build, keys=("holdout", "patient")):
     """
     What build() returns: (rows, names), an array of `dtype` that is mapped from a file, and a JSON value.
 
     The first rank of each node builds the table while the others wait at a barrier; the page cache then holds one copy
     for all ranks and workers. The file lies in the temporary folder (TMPDIR) and may be deleted between runs. A digest
-    of what it was made from is in its name, so that an outdated one is never used. Raises ValueError if it is empty.
+    of what it was made from, the files and the keys, is in its name, so that an outdated one is never used. Raises
+    ValueError if it is empty.
     """
     import torch.distributed as dist
-    stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in inputs]
-    about = repr((dtype, config["holdout"], config["patient"], stats))
+    about = repr((dtype, [config[key] for key in keys], [listing.state_of(path) for path in inputs]))
     digest = hashlib.blake2b(about.encode(), digest_size=12).hexdigest()
     folder = Path(tempfile.gettempdir(), f"nanopfm-{os.getuid()}")
     rows_file = folder / f"{kind}-{digest}.npy"
@@ -174,6 +176,8 @@ def shared_table(kind, inputs, config, dtype, build):
             os.replace(f"{unfinished}/names.json", names_file)
     if dist.is_initialized():
         dist.barrier()
+    if not rows_file.is_file():
+        raise ValueError(f"{kind}: ranks of a node have found different files; is something still being written there?")
     return np.load(rows_file, mmap_mode="r"), json.loads(names_file.read_text())
 
 
@@ -189,24 +193,53 @@ class Slides:
 
     def __init__(self, pattern, config):
         self.config = config
-        self.paths, self.about = training_files(wsi.expand(pattern, "slides"), config, "slides")
+        found, self.left_out = listing.find(pattern, "slides")
+        inputs = [wsi.__file__, *filter(None, [config["mpp_table"]]), *found]
+        build = functools.partial(self.usable, found)
+        keys = ("holdout", "patient", *SCALE_KEYS)
+        rows, unusable = shared_table("slides", inputs, config, np.uint32, build, keys)
+        self.paths = [found[i] for i in rows]
+        self.left_out |= unusable
+        self.about = f"{len(self.paths):,} of {len(found):,} slides ({listed(self.paths)})"
         self.visit = keep_open(self.open_with_tissue, config["open_slides"])
-        self.check_some(self.paths[:20])
 
-    def check_some(self, paths):
-        """A pattern that matches the wrong files stops the run now. Single bad slides are replaced later."""
-        for path in paths:
-            try:
-                return open_slide(path, self.config).close()
-            except wsi.SlideError as e:
-                reason = e
-        raise ValueError(f"slides: none of the first {len(paths)} opens (use --tiles=FOLDER for tiles): {reason}")
+    def usable(self, found):
+        """
+        (numbers of the files that are slides to train on, {path: why another one is left out}).
+
+        All are opened, 16 at a time; that takes 4 to 9 ms per slide from a local disk. So the run knows what it can
+        use, and its list is the same on all ranks.
+        """
+        left_out = {}
+        slides, _ = training_files(wsi.one_each(found, left_out), self.config, "slides")
+        with ThreadPoolExecutor(wsi.OPENERS) as pool:
+            reasons = dict(zip(slides, pool.map(self.unusable, slides)))
+        left_out |= {path: reason for path, reason in reasons.items() if reason}
+        rows = [i for i, path in enumerate(found) if reasons.get(path) == ""]
+        if not rows:
+            reason = reasons[slides[0]]
+            raise ValueError(f"slides: none of {len(slides)} can be used (give --tiles=FOLDER for tiles): {reason}")
+        return np.array(rows, np.uint32), left_out
+
+    def unusable(self, path):
+        """Why a slide can serve no target, "" if it can. One that cannot be reached now is tried when it is drawn."""
+        try:
+            with closing(wsi.open_slide(path, self.config)) as slide:
+                self.check_scale(slide)
+        except wsi.SlideError as e:
+            away = isinstance(e, wsi.Unreachable) and not isinstance(e.__cause__, PermissionError)
+            return "" if away else str(e)
+        return ""
+
+    def check_scale(self, slide):
+        if draw_mpp(np.random.default_rng(0), max(slide.mpp_xy), self.config) is None:
+            raise wsi.SlideError(f"{slide.path}: {slide.mpp:.3f} um/px is too coarse for every target in mpps or "
+                                 "mpp_range")
 
     def open_with_tissue(self, path):
         """The slide with its tissue mask. Raises SlideError if it has no tissue or is too coarse for every target."""
-        slide = open_slide(path, self.config)
-        if draw_mpp(np.random.default_rng(0), max(slide.mpp_xy), self.config) is None:
-            raise wsi.SlideError(f"{path}: {slide.mpp:.3f} um/px is too coarse for every target in mpps or mpp_range")
+        slide = wsi.open_slide(path, self.config)
+        self.check_scale(slide)
         slide.random_point(np.random.default_rng(0))  # makes the mask
         return slide
 
@@ -221,12 +254,11 @@ class Slides:
         for _ in range(TISSUE_DRAWS):
             x, y = slide.random_tissue(rng, config["tile_px"], mpp)
             tile = slide.read(x, y, config["tile_px"], mpp)
-            if wsi.is_tissue(tile, config["tissue_share"]):
+            if wsi.is_tissue(tile, config["tissue_share"], slide.rule):
                 about = {"slide": path, "x": x, "y": y, "mpp": mpp}
                 return tile, about | self.wide(rng, slide, x, y, mpp)
         share = f"{config['tissue_share']:.0%} tissue"
         raise Unsuitable(f"{path}: no tile of {share} at {mpp:.4g} um/px in {TISSUE_DRAWS} draws")
-
 
     def wide(self, rng, slide, x, y, mpp):
         """{"wide": a tile around the same centre, of a larger field and as many px}, read with true optics."""
@@ -238,11 +270,6 @@ class Slides:
         more = np.subtract(slide.extent(px, wide_mpp), slide.extent(px, mpp)) / 2
         corner = np.rint((x, y) - more).astype(int).tolist()
         return {"wide": slide.read(*corner, px, wide_mpp)}
-
-
-def open_slide(path, config):
-    return wsi.Slide(path, config["slide_mpp"] or None, config["exact_reads"], config["mpp_from_objective"],
-                     mask_dir=config["mask_dir"])
 
 
 def draw_mpp(rng, finest, config):
@@ -277,9 +304,7 @@ class SampleList:
                 if line.isspace():
                     continue
                 try:
-                    path, x, y, level = line.rsplit(None, 3)  # a path may hold spaces
-                    if not level.isdigit():
-                        path, x, y, level, _, _ = line.rsplit(None, 5)
+                    path, x, y, level = self.fields(line)
                     slide = slides.setdefault(path, len(slides))
                     rows += pack(slide, int(x), int(y), int(level))
                 except (ValueError, struct.error):
@@ -288,9 +313,18 @@ class SampleList:
         kept = np.array([not held_out(path, self.config) for path in slides], bool)
         return rows[kept[rows["slide"]]], list(slides)
 
+    def fields(self, line):
+        """(path, x, y, level). A path may hold spaces, so the two more fields are there if what would be x y is."""
+        longer = line.rsplit(None, 5)
+        if len(longer) == 6 and all(text.lstrip("-").isdigit() for text in longer[1:4]):
+            return longer[:4]
+        return line.rsplit(None, 3)
+
     def open(self, path):
         try:
-            return open_slide(path, self.config)
+            return wsi.open_slide(path, self.config)
+        except wsi.Unreachable:
+            raise
         except wsi.SlideError:
             slide = wsi.Slide(path, 1.0, self.config["exact_reads"])
             slide.level_mpp = [math.nan] * len(slide.level_mpp)  # no mpp is known
@@ -298,8 +332,11 @@ class SampleList:
 
     def read(self, n, attempt=0):
         i, x, y, level = self.table[pick(n, attempt, len(self.table), self.config["seed"])].item()
-        slide = self.visit(self.paths[i])
-        tile = slide.read_level(x, y, self.config["tile_px"], level)
+        slide, px = self.visit(self.paths[i]), self.config["tile_px"]
+        if level < len(slide.level_mpp) and slide.outside([(x, y)], px * slide.level_scale[level])[0]:
+            raise wsi.SlideError(f"{slide.path}: the line '... {x} {y} {level}' of {self.file} lies outside the slide "
+                                 f"of {slide.dimensions} px; was the list made of another scan?")
+        tile = slide.read_level(x, y, px, level)
         return tile, {"slide": slide.path, "x": x, "y": y, "mpp": slide.level_mpp[level]}
 
 
@@ -309,9 +346,9 @@ class Tiles:
     ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 
     def __init__(self, folder, config):
-        found = sorted(str(p) for p in Path(folder).rglob("*") if p.suffix.lower() in self.ENDINGS)
-        if not found:
-            raise ValueError(f"tiles: no folder {folder} with {' '.join(self.ENDINGS)} files")
+        if not os.path.isdir(folder):
+            raise ValueError(f"tiles: no folder {folder}")
+        found, self.left_out = listing.find(folder, "tiles", self.ENDINGS)
         for path in found if config["holdout"] else ():
             if not re.search(config["patient"], os.path.basename(path)):  # each tile would be its own patient
                 raise ValueError(f"tiles: holdout needs patients, but the name of {path} has none: rename the tiles, "
@@ -330,7 +367,8 @@ class Shards:
     ROW = np.dtype([("shard", "<u4"), ("offset", "<i8"), ("size", "<i4"), ("x", "<i4"), ("y", "<i4"), ("mpp", "<f4")])
 
     def __init__(self, pattern, config):
-        tars = files_of(pattern, ".tar", "shards")
+        tars, self.left_out = listing.find(pattern, "shards", (".tar",))
+        tars = list(map(os.path.abspath, tars))
         self.config, self.tars = config, [tar for tar in tars if os.path.isfile(sidecar(tar))]
         inputs = [*self.tars, *map(sidecar, self.tars)]
         self.table, self.slides = shared_table("shards", inputs, config, self.ROW, self.index)
@@ -396,7 +434,9 @@ class Parquet:
             import pyarrow.parquet
         except ImportError:
             raise ValueError("parquet: needs pyarrow: pip install pyarrow") from None
-        self.pq, self.config, self.files = pyarrow.parquet, config, files_of(pattern, ".parquet", "parquet")
+        self.pq, self.config = pyarrow.parquet, config
+        found, self.left_out = listing.find(pattern, "parquet", (".parquet",))
+        self.files = list(map(os.path.abspath, found))
         self.groups, _ = shared_table("parquet", self.files, config, self.ROW, self.index)
         self.rows = int(self.groups["rows"].sum())
         self.window = max(WINDOW * self.rows // len(self.groups), 1)
@@ -486,6 +526,9 @@ class Mix:
             own = {**config, "seed": config["seed"] + 1000 * i}  # two sources of slides would draw alike
             self.sources.append(SOURCES[kind](path, own))
             weights.append(weight)
+        self.left_out = {}
+        for source in self.sources:
+            self.left_out |= getattr(source, "left_out", {})
         self.shares = np.array(weights) / sum(weights)
         self.about = "; ".join(f"{share:.1%} {s.about}" for share, s in zip(self.shares, self.sources))
 

@@ -32,6 +32,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import eval_bach
+import listing
 import model
 import sharding
 import sources
@@ -71,11 +72,13 @@ eval_share = 0.5         # share of a range's tiles at exactly eval_mpp; 0 = non
 wide_field = ()          # (low, high): cut the second global crop from that many times the field; () = off
 tile_px = 224            # side of the tile that crops are cut from; at 224 the smallest global crop is enlarged 1.8 x
 slide_mpp = 0.0          # um/px of level 0 of every slide, overriding what the files say; 0 = believe the files
+mpp_table = ""           # csv with columns slide,mpp that states um/px of single slides, before slide_mpp; "" = none
+trust_mpp = False        # believe the um/px of files that contradict the objective power by more than 30 %
 mpp_from_objective = False  # if nothing better is stated, take 10 / objective power: a guess, off by up to 50 %
 exact_reads = True       # undo OpenSlide's interpolation (wsi.py); False is the old way
 mask_dir = ""            # folder that keeps tissue masks, filled at each slide's first visit; "" = keep none
 tiles_per_visit = 4      # consecutive samples from one slide, because opening and masking it takes up to a second
-tissue_share = 0.6       # smallest share of a tile's pixels in Midnight's H&E range of HSV
+tissue_share = 0.6       # smallest share of a tile's pixels in Midnight's H&E range of HSV; 0 = no test (other stains)
 open_slides = 16         # slides kept open per worker; OpenSlide caches up to 32 MiB for each
 workers = 4              # data processes per rank
 # ---- augmentation ---------------------------------------------------------------------------------------------------
@@ -374,6 +377,7 @@ if wandb_project and rank == 0:  # before any file changes: what wandb refuses c
 if rank == 0:
     try:
         checkpoint.begin_folder(out_dir, config, progress["step"] if resume else None, say)
+        listing.say_left_out(getattr(source, "left_out", {}), say, f"{out_dir}/left_out.csv")
     except ValueError as e:
         stop(e)
 if bach_dir:

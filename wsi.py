@@ -24,18 +24,18 @@ allow. The fraction e that remains is known, and _sharpen inverts its kernel [1 
 OpenSlide's own result; docs/data.md has both measured. Everything outside the slide, and every transparent pixel (areas
 not scanned), is white; OpenSlide leaves them black.
 """
+import csv
 import functools
-import glob
 import hashlib
 import json
 import math
 import os
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import openslide
 from PIL import Image, ImageFilter
 
 TOLERANCE = 0.03         # a level this close to the target is used as stored: 0.2425-0.2575 um/px serve 0.25
@@ -63,7 +63,8 @@ MPP_KEYS = (             # (x, y), in order of preference; OpenSlide fills the f
 TIFF_UNIT = {"inch": 25400.0, "centimeter": 10000.0}  # um; "none" and "unknown" give no scale
 POWER_KEYS = ("openslide.objective-power", "aperio.AppMag")
 SCALE_KEYS = {*sum(MPP_KEYS, POWER_KEYS), "tiff.ResolutionUnit"}
-REMEDY = "state it with mpp=... in Slide(), or --slide_mpp=... for all slides of a run"
+REMEDY = "state it with mpp=... in Slide(), or for a run with --mpp_table=FILE or, for all slides, --slide_mpp=..."
+OPENERS = 16             # slides opened at a time when many are looked at: most of the time is the disk's
 OPENSLIDE = {"interpolates": None}  # a property of the library, found out once per process; None = not yet known
 
 
@@ -71,10 +72,14 @@ class SlideError(ValueError):
     """A slide that cannot be used as asked; the message names the file, the reason and the remedy."""
 
 
-def find_mpp(properties, override=None, from_objective=False):
+class Unreachable(SlideError):
+    """The system cannot open the file: its disk may be away for a moment, so it is worth another try."""
+
+
+def find_mpp(properties, override=None, from_objective=False, trust=False):
     """(mpp_x, mpp_y, source) in um/px. The user's override wins, then the first of MPP_KEYS whose value is believable,
     then 10 / objective power, if from_objective allows it. source says which. Raises SlideError if there is none, or
-    if it contradicts the objective power by more than 30 % (20x is about 0.5)."""
+    if it contradicts the objective power by more than 30 % (20x is about 0.5), unless we are to trust it."""
     if override is not None:
         if not MIN_MPP <= override <= MAX_MPP:
             raise SlideError(f"the stated mpp={override} is not within {MIN_MPP}-{MAX_MPP} um/px; {REMEDY}")
@@ -85,9 +90,10 @@ def find_mpp(properties, override=None, from_objective=False):
         mpp_x, mpp_y = _key_mpp(properties, key_x), _key_mpp(properties, key_y)
         if mpp_x and mpp_y:
             mpp = (mpp_x + mpp_y) / 2
-            if power > 0 and abs(mpp * power / 10 - 1) > 0.3:
+            if not trust and power > 0 and abs(mpp * power / 10 - 1) > 0.3:
                 raise SlideError(f"{key_x} gives {mpp:.4g} um/px, but an objective of {power:g}x is about "
-                                 f"{10 / power:.4g} (properties seen: {seen}); find out which is right and {REMEDY}")
+                                 f"{10 / power:.4g} (properties seen: {seen}); find out which is right and {REMEDY}, "
+                                 "or believe the um/px of all slides with --trust_mpp=true")
             return mpp_x, mpp_y, key_x
     if from_objective and 1 <= power <= 100:
         return 10 / power, 10 / power, "10 / objective power"
@@ -117,13 +123,23 @@ def _key_mpp(properties, key):
     return number if MIN_MPP <= number <= MAX_MPP else None
 
 
+def _openslide(path):
+    """OpenSlide's module, imported here, because training on tiles needs none. Raises SlideError if it is missing."""
+    try:
+        import openslide
+    except ImportError:
+        raise SlideError(f"{path}: slides need OpenSlide; pip install openslide-python openslide-bin") from None
+    return openslide
+
+
 class Slide:
     """One open slide. Raises SlideError if the file is missing, is not a slide, is damaged, or has no mpp.
     mpp: um/px of level 0 on both axes, as stated by the user; None = what the file says.
     rule: how the tissue mask is made, like TISSUE. None = take what mask_dir holds, whatever its rule, else TISSUE.
     mask_dir: folder that keeps masks, one small file per slide."""
 
-    def __init__(self, path, mpp=None, exact_reads=True, mpp_from_objective=False, rule=None, mask_dir=""):
+    def __init__(self, path, mpp=None, exact_reads=True, mpp_from_objective=False, rule=None, mask_dir="",
+                 trust_mpp=False):
         self.path, self.exact_reads, self.rule, self.mask_dir = os.fspath(path), exact_reads, rule, mask_dir
         self._slide = self._pid = self._mask = None
         handle = self._handle()
@@ -133,7 +149,7 @@ class Slide:
         self.dimensions = handle.dimensions              # (W, H) at level 0
         self.level_dimensions = handle.level_dimensions  # the same for each level
         try:
-            mpp_x, mpp_y, self.mpp_source = find_mpp(self.properties, mpp, mpp_from_objective)
+            mpp_x, mpp_y, self.mpp_source = find_mpp(self.properties, mpp, mpp_from_objective, trust_mpp)
         except SlideError as error:
             raise SlideError(f"{self.path}: {error}") from None
         self.mpp_xy = mpp_x, mpp_y
@@ -159,10 +175,12 @@ class Slide:
         """This process's handle. After a fork we open a new one, because the old one shares file offsets with it."""
         if self._pid == os.getpid():
             return self._slide
-        if not os.path.isfile(self.path):
-            raise SlideError(f"{self.path}: no such file")
+        openslide = _openslide(self.path)
         try:
+            open(self.path, "rb").close()  # the system says why it cannot be opened, OpenSlide does not
             self._slide = openslide.OpenSlide(self.path)
+        except OSError as error:
+            raise Unreachable(f"{self.path}: {error.strerror}") from error
         except openslide.OpenSlideUnsupportedFormatError:
             raise SlideError(f"{self.path}: not a slide that OpenSlide reads: cut short, striped (convert: vips "
                              "tiffsave --tile --pyramid), or a .mrxs without its folder") from None
@@ -176,6 +194,12 @@ class Slide:
         Raises SlideError if level 0 is more than 10 % coarser than mpp, or if the slide is damaged there."""
         level, extent = self._plan(size, mpp)
         return _shrink(self._region((x, y), extent, level), size, extent)
+
+    def outside(self, xy, extent):
+        """bool (N,): which tiles of (w, h) level-0 px with their top-left at xy (N, 2) do not touch the slide.
+        A place that is not a number is outside."""
+        inside = (np.add(xy, extent) > 0) & (np.asarray(xy) < self.dimensions)
+        return ~inside.all(1)
 
     def read_level(self, x, y, size, level):
         """The tile of size px as stored at a pyramid level, (x, y) still in level-0 px: uint8 (size, size, 3).
@@ -325,6 +349,7 @@ class Slide:
 
     def _read_rgb(self, at, size, level, retry=True):
         """One OpenSlide read at the whole level-0 place nearest to `at`: uint8 (h, w, 3), white where transparent."""
+        import openslide
         x, y = np.rint(at).astype(int).tolist()
         try:
             rgba = self._handle().read_region((x, y), level, size.tolist())
@@ -406,7 +431,7 @@ class Slide:
         if self._mask is not None:
             return self._mask
         file = self._mask_file() if self.mask_dir else ""
-        self._mask = _load_mask(file, self.rule) if file else None
+        self._mask, self.rule = _load_mask(file, self.rule) if file else (None, self.rule)
         if self._mask is None:
             rule = self.rule or TISSUE
             thumbnail, damaged, cell = self.thumbnail(rule["mpp"])
@@ -456,6 +481,8 @@ class Slide:
                 try:
                     pixels = self._stored(corner, k * np.array(lost.shape[::-1]), level)
                     block[:] = Image.fromarray(pixels).reduce(k)
+                except Unreachable:
+                    raise  # nothing of it is damaged
                 except SlideError:
                     if step * k > 256:
                         self._fill(block, lost, corner, step // 2, k, level)
@@ -504,17 +531,19 @@ def _sums(mask, start, length):
     return last - first
 
 
-def is_tissue(tile, share=0.6):
+def is_tissue(tile, share=0.6, rule=None):
     """Whether more than `share` of the pixels of a tile, uint8 (H, W, 3), have a colour of H&E: Midnight's rule.
-    It drops glass, green ink and very dark pixels, but also brown (DAB, melanin). It keeps blue ink."""
-    return bool(tissue_share(tile) > share)
+    It drops glass, green ink and very dark pixels, but also brown (DAB, melanin). It keeps blue ink.
+    rule: that of the slide's mask, None = TISSUE; where its "hue" is False, all hues count. A share of 0 is no test."""
+    return not share or bool(tissue_share(tile, rule) > share)
 
 
-def tissue_share(tile):
+def tissue_share(tile, rule=None):
     """Share of such pixels. In OpenCV's units, where hue ends at 180, they have H >= 90, S >= 8, V >= 103."""
     channels = Image.fromarray(tile).convert("HSV").split()
     hue, saturation, value = map(np.asarray, channels)
-    return ((hue >= 127) & (saturation >= 8) & (value >= 103)).mean()
+    least = 127 if (rule or TISSUE)["hue"] else 0
+    return ((hue >= least) & (saturation >= 8) & (value >= 103)).mean()
 
 
 def _mask_of(thumbnail, um, rule):
@@ -587,23 +616,70 @@ def _save_mask(file, mask, rule):
 
 
 def _load_mask(file, rule):
-    """(packed bits, (h, w), cell), or None if there is none, it is damaged, or it was made by another rule."""
+    """((packed bits, (h, w), cell), its rule). The mask is None if there is none, it is damaged, or it was made by
+    another rule than the one given; None takes any."""
     try:
         with np.load(file) as saved:
             if rule is None or json.dumps(rule) == str(saved["rule"]):
-                return saved["bits"], tuple(saved["shape"].tolist()), tuple(saved["cell"].tolist())
+                mask = saved["bits"], tuple(saved["shape"].tolist()), tuple(saved["cell"].tolist())
+                return mask, json.loads(str(saved["rule"]))
     except Exception:  # a damaged file raises anything that zipfile, zlib and numpy raise; the mask is made again
         pass
-    return None
+    return None, rule
 
 
-def expand(pattern, key):
-    """Sorted files that match a glob. Raises ValueError naming the key if there are none."""
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-    if not paths:
-        hint = f"; it is a folder: try '{pattern}/*.svs'" if os.path.isdir(pattern) else ""
-        raise ValueError(f"{key}: no file matches {pattern}{hint}")
-    return paths
+def open_slide(path, config, rule=None):
+    """The Slide as the keys of a run say, which are the same in training and in prepare/slides.py."""
+    mpp = config["slide_mpp"] or None
+    if config["mpp_table"]:
+        table = mpp_table(config["mpp_table"])
+        names = path, os.path.basename(path), Path(path).stem
+        mpp = next((table[name] for name in names if name in table), mpp)
+    return Slide(path, mpp, config["exact_reads"], config["mpp_from_objective"], rule, config["mask_dir"],
+                 config["trust_mpp"])
+
+
+@functools.cache
+def mpp_table(file):
+    """{slide: um/px} of a csv with the columns slide and mpp. A slide is a path, a file's name, or that without its
+    ending. Raises ValueError for another kind of file."""
+    table = {}
+    with open(file, newline="", encoding="utf-8-sig") as f:
+        for row in csv.DictReader(f, skipinitialspace=True):
+            slide, mpp = (row.get("slide") or "").strip(), _number(row.get("mpp") or "")
+            if not slide or not MIN_MPP <= mpp <= MAX_MPP or table.setdefault(slide, mpp) != mpp:
+                raise ValueError(f"mpp_table={file}: {row}: give columns slide,mpp, each slide once, and um/px of "
+                                 f"{MIN_MPP}-{MAX_MPP}")
+    return table
+
+
+def one_each(paths, left_out):
+    """The paths without those of a slide that is already among them; left_out[path] says so."""
+    first = {}
+    with ThreadPoolExecutor(OPENERS) as pool:
+        for path, name in zip(paths, pool.map(specimen, paths)):
+            if first.setdefault(name, path) != path:
+                left_out[path] = f"the same slide as {first[name]}"
+    return list(first.values())
+
+
+def specimen(path):
+    """What two files of one slide share, else the path. Hard links share a place on the disk. A DICOM series has a file
+    for each level, label and overview, any of which opens it, and OpenSlide's hash is that of the series."""
+    try:
+        with open(path, "rb") as f:
+            state = os.fstat(f.fileno())
+            dicom = f.read(132)[128:] == b"DICM"
+    except OSError:
+        return path  # it will be named when it is opened, here and below
+    if not dicom:
+        return (state.st_dev, state.st_ino) if state.st_nlink > 1 else path
+    openslide = _openslide(path)
+    try:
+        with openslide.OpenSlide(path) as slide:
+            return slide.properties.get("openslide.quickhash-1", path)
+    except openslide.OpenSlideError:
+        return path
 
 
 def patient_of(path, pattern=r"TCGA-\w\w-\w{4}"):

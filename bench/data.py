@@ -12,6 +12,7 @@ A figure is the smallest process time over `repeats` rounds in which all rows ta
 before them, which opens slides and finds their masks, does not count.
 """
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -48,7 +49,8 @@ def main(config):
             start = time.process_time()
             function()
             best[name] = min(best[name], time.process_time() - start)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else "unknown"
     print(f"{source.about}\none core of {platform.machine()}; torch {torch.__version__}; commit {commit}")
     print(f"{'':12} ms/tile  tiles/s/core")
     for name, seconds in best.items():

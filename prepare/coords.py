@@ -69,16 +69,23 @@ def read_coords(file, slide):
     size, level = attrs.get("patch_size", 1), attrs.get("patch_level", len(slide.level_mpp))
     if xy.ndim != 2 or xy.shape[1] != 2 or size <= 0:
         raise wsi.SlideError(f"{file}: coords of shape {xy.shape} and patch_size {size}, not (N, 2)")
-    width, height = slide.dimensions
-    stated = attrs.get("level0_width", width), attrs.get("level0_height", height)
-    if stated != slide.dimensions or not (xy < slide.dimensions).all():
-        raise wsi.SlideError(f"{file}: places of another slide; this one has {slide.dimensions} px")
-    xy, size = xy.astype(np.int32), int(size)
+    size, (width, height) = int(size), slide.dimensions
+    same = (attrs.get("level0_width", width), attrs.get("level0_height", height)) == slide.dimensions
     if "patch_size_level0" in attrs:
-        return xy, size, float(attrs["patch_size_level0"] / size * slide.mpp)
-    if level < len(slide.level_mpp):
-        return xy, size, slide.level_mpp[int(level)]
-    raise wsi.SlideError(f"{file}: coords lack patch_size_level0 (TRIDENT) or a patch_level of this slide (CLAM)")
+        mpp = float(attrs["patch_size_level0"] / size * slide.mpp)
+    elif level in range(len(slide.level_mpp)):
+        mpp = slide.level_mpp[int(level)]
+        level_size = slide.level_dimensions[int(level)]
+        same = tuple(attrs.get("level_dim", level_size)) == level_size
+    else:
+        raise wsi.SlideError(f"{file}: coords lack patch_size_level0 (TRIDENT) or a patch_level of this slide (CLAM)")
+    if not same:
+        raise wsi.SlideError(f"{file}: places of another slide; this one has {slide.dimensions} px")
+    rows = np.flatnonzero(slide.outside(xy, slide.extent(size, mpp)))
+    if len(rows):
+        raise wsi.SlideError(f"{file}: places of another slide: {len(rows)} of {len(xy)} lie outside its "
+                             f"{slide.dimensions} px, such as row {rows[0]}, {xy[rows[0]].tolist()}")
+    return xy.astype(np.int32), size, mpp
 
 
 def trident_attrs(slide, config, name, size, mpp):

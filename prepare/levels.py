@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import listing
 import wsi
 from configurator import configure
 
@@ -47,7 +48,9 @@ def lines(slide, number):
 def main():
     if not slides or not out or os.path.exists(out):
         raise ValueError(f"give --slides='*.svs' and an --out=FILE that does not exist yet (out = {out!r})")
-    paths, unfinished = wsi.expand(slides, "slides"), f"{out}.unfinished"
+    found, left_out = listing.find(slides, "slides")
+    paths, unfinished = wsi.one_each(found, left_out), f"{out}.unfinished"
+    listing.say_left_out(left_out, tqdm.write)
     with open(unfinished, "w") as file:
         for number, path in enumerate(tqdm(paths, "slides", unit="slide")):
             try:

@@ -20,6 +20,7 @@ from multiprocessing import connection, get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import listing
 import wsi
 from configurator import configure
 
@@ -29,6 +30,8 @@ out = ""            # folder to write
 part = ""           # "3/16": every 16th slide, from the third on
 workers = 2         # slides at a time, each in a process of its own
 slide_mpp = 0.0     # um/px of level 0 of every slide, overriding what the files say; 0 = believe the files
+mpp_table = ""      # csv with columns slide,mpp that states um/px of single slides, before slide_mpp; "" = none
+trust_mpp = False   # believe the um/px of the files also where they contradict the objective power by more than 30 %
 mpp_from_objective = False  # where nothing better is stated, take 10 / objective power: a guess, off by up to 50 %
 exact_reads = True  # undo OpenSlide's interpolation (wsi.py)
 mask_dir = ""       # folder that keeps tissue masks for these scripts and for training; "" = none
@@ -36,7 +39,7 @@ overlap = 0         # px of a tile that its neighbour repeats
 min_tissue = 0.25   # share of a tile's area in the tissue mask
 
 FREE = """slides out part workers mask_dir region_mb batch_size device weights norm slide_mpp
-mpp_from_objective""".split()  # keys that a rerun may change: each result says what it was made with
+mpp_table trust_mpp mpp_from_objective""".split()  # that a rerun may change: each result says what it was made with
 
 
 def run(script, function, namespace):
@@ -57,19 +60,21 @@ def run(script, function, namespace):
 
 def open_slide(path, config):
     """The Slide as the keys say. A mask in mask_dir that was made by another TISSUE is made again."""
-    mpp, exact, guess = config["slide_mpp"] or None, config["exact_reads"], config["mpp_from_objective"]
-    return wsi.Slide(path, mpp, exact, guess, wsi.TISSUE, config["mask_dir"])
+    return wsi.open_slide(path, config, wsi.TISSUE)
 
 
 def slides_of(config, dots=False):
     """
     {path: name} of the slides of this part. A name is the file's without its ending; dots become _ unless `dots`.
+    What is left out, such as links that lead nowhere and further files of a DICOM series, is said.
 
     Raises ValueError if two slides of any part would share a name, because one would overwrite the other.
     """
     if not config["slides"] or not config["out"]:
         raise ValueError("give --slides='FOLDER/*.svs' and --out=FOLDER")
-    paths, owners = wsi.expand(config["slides"], "slides"), {}
+    found, left_out = listing.find(config["slides"], "slides")
+    paths, owners = wsi.one_each(found, left_out), {}
+    listing.say_left_out(left_out, print)
     for path in paths:
         name = Path(path).stem if dots else Path(path).stem.replace(".", "_")
         if name in owners:

@@ -55,6 +55,7 @@ def tile_stats(source, config):
         try:
             tile, where = source.read(n)
         except sources.READ_ERRORS as e:
+            reason = e
             tqdm.write(f"unreadable: {e}")
             continue
         x = tile.reshape(-1, 3) / 255
@@ -64,7 +65,7 @@ def tile_stats(source, config):
         rows.append(measures(tile, where["mpp"]))
         hashes.append(difference_hash(tile))
     if not rows:
-        raise ValueError(f"none of {config['samples']} tiles could be read")
+        raise ValueError(f"none of {config['samples']} tiles could be read: {reason}")
     result = colours(np.stack(list(patients.values())), np.random.default_rng(config["seed"]))
     for key, values in zip(MEASURES, np.transpose(rows)):
         values = values[~np.isnan(values)]

@@ -43,7 +43,8 @@ def bach_template(tmp_path_factory):
         for i in range(1, 101):
             pixels = rng.integers(0, 100, (48, 64, 3)) + np.array([90, 30, 30]) * (np.arange(3)[None] == label - 1)
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{prefix}{i:03d}.tif")
-        (folder / "Thumbs.db").write_bytes(b"x")
+        for clutter in ("Thumbs.db", f"._{prefix}001.tif"):
+            (folder / clutter).write_bytes(b"x")
     return root
 
 

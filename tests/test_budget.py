@@ -1,5 +1,6 @@
 """The estimate of memory against what a CPU's allocator hands out in real steps of train.py."""
 import re
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import model
 import sharding
-from bench import budget
+from bench import budget, step
 from prepare.stats import train_config, train_keys
 
 V2 = model.ViTConfig(14, 96, 6, 3, "mlp", 384, 4, layerscale=1.0)
@@ -130,3 +131,14 @@ def test_the_table_of_modes_is_what_the_estimate_says():
         assert f"{found['tflop']:.4g}" == tflop and f"{found['cost']['student'] / 3:.0f}" == more
         assert [f"{found['by_mode'][m]:.3g}" for m in budget.MODES] == [m.strip(" *") for m in modes], found["by_mode"]
         assert f"**{found['memory_gb']:.3g}**" in modes
+
+
+def test_a_measurement_of_steps_survives_what_comes_after_it_and_writes_no_weights(tiles, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "device", "cpu")
+    monkeypatch.setattr(step, "steps", 2)
+    monkeypatch.setattr(step, "TRAIN", step.TRAIN + "raise OSError('no space left')")
+    shutil.copytree(tiles, tmp_path / "tiles")
+    assert step.measure("tiny", "eager bf16", tmp_path).startswith("| tiny | eager bf16 | none | 0.")
+    assert not list((tmp_path / "run").rglob("ckpt/*")) and not (tmp_path / "run/teacher").exists()
+    monkeypatch.setattr(step, "TRAIN", "raise OSError('no space left')")
+    assert "OSError: no space left" in step.measure("tiny", "eager bf16", tmp_path)

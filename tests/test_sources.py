@@ -177,8 +177,13 @@ class FakeSlide:
     mpp = 0.5
     mpp_xy = (0.5, 0.5)
     level_mpp = [0.5, 2.0]
+    level_scale = np.array([(1, 1), (4, 4)])
+    dimensions = (1000, 1000)
+    outside = wsi.Slide.outside
 
-    def __init__(self, path, mpp=None, exact_reads=True, mpp_from_objective=False, tissue=None, mask_dir=""):
+    def __init__(self, path, mpp=None, exact_reads=True, mpp_from_objective=False, rule=None, mask_dir="",
+                 trust_mpp=False):
+        self.rule = rule
         FakeSlide.tried.append(path)
         if "bad" in path or ("unknown" in path and mpp is None):
             raise wsi.SlideError(f"{path}: cut short")
@@ -261,8 +266,8 @@ def test_mpp_is_drawn_among_those_that_the_slide_is_fine_enough_for(slides):
     source = open_source(slides=f"{slides}/a.svs", mpps=(0.25, 0.5, 1.0, 2.0))
     assert {mpp for *_, mpp in wheres(source, range(60))} == {0.5, 1.0, 2.0}
     for keys in (dict(mpps=(0.25,)), dict(mpp_range=(0.2, 0.4), eval_mpp=0.25)):
-        with pytest.raises(wsi.SlideError, match="a.svs: 0.500 um/px is too coarse for every target"):
-            open_source(slides=f"{slides}/a.svs", **keys).read(0)
+        with pytest.raises(ValueError, match="none of 1 can be .*a.svs: 0.500 um/px is too coarse for every target"):
+            open_source(slides=f"{slides}/a.svs", **keys)
 
 
 def test_a_wide_field_is_read_around_the_same_centre(tmp_path, monkeypatch):
@@ -271,7 +276,7 @@ def test_a_wide_field_is_read_around_the_same_centre(tmp_path, monkeypatch):
     y, x = np.mgrid[:1024, :1024] / 4
     image = np.stack([x, y, np.full_like(x, 128)], -1).astype(np.uint8)
     write_tiff(tmp_path / "a.svs", Image.fromarray(image), 0.5, (1, 4))
-    monkeypatch.setattr(wsi, "is_tissue", lambda tile, share: True)
+    monkeypatch.setattr(wsi, "is_tissue", lambda tile, share, rule: True)
     monkeypatch.setattr(wsi.Slide, "random_point", lambda self, rng: rng.integers(400, 600, 2))
     keys = dict(slides=str(tmp_path / "a.svs"), mpps=(0.5,))
     wide, same, off = (open_source(**keys, wide_field=field) for field in ((4.0, 4.0), (1.0, 1.0), ()))
@@ -322,8 +327,88 @@ def test_a_slide_that_failed_is_not_opened_again_but_one_with_a_damaged_tile_is(
     FakeSlide.tried = []
     errors = collections.Counter(Path(e.split(":")[0]).stem for e in errors_of(source, range(200)))
     tried = collections.Counter(Path(p).stem for p in FakeSlide.tried)
-    assert tried["bad"] == tried["glass"] == 1 and min(errors["bad"], errors["glass"]) > 10
-    assert 5 < errors["damaged"] < errors["bad"], "its other tiles are used"
+    assert tried["glass"] == 1 and errors["glass"] > 10
+    assert 5 < errors["damaged"] < errors["glass"], "its other tiles are used"
+    assert not tried["bad"] and not errors["bad"], "known from the start"
+    assert source.left_out == {f"{slides}/bad.svs": f"{slides}/bad.svs: cut short"}
+    assert source.about.startswith("5 of 6 slides")
+
+
+def test_a_slide_that_is_away_at_the_start_or_later_is_tried_again(slides, monkeypatch):
+    """The bug: a file server that was away for a moment cost its slides for the rest of the run."""
+    away = [f"{slides}/a.svs"]
+
+    def opened(slide, path, *keys):
+        if path in away:
+            raise wsi.Unreachable(f"{path}: Stale file handle")
+        make(slide, path, *keys)
+    make = FakeSlide.__init__
+    monkeypatch.setattr(FakeSlide, "__init__", opened)
+    source = open_source(slides=f"{slides}/*.svs")
+    assert len(source.paths) == 3 and not source.left_out
+    assert errors_of(source, range(40))[0] == f"{slides}/a.svs: Stale file handle"
+    away.clear()
+    assert not errors_of(source, range(40))
+
+
+def test_unusable_slides_before_the_first_sound_one_are_passed_over(slides):
+    """The bug: the first 20 did not open, so the run did not start."""
+    for name in range(25):
+        (slides / f"a_bad_{name}.svs").touch()
+    source = open_source(slides=f"{slides}/*.svs")
+    assert len(source.paths) == 3 and len(source.left_out) == 25 and not errors_of(source, range(40))
+    FakeSlide.tried = []
+    assert open_source(slides=f"{slides}/*.svs").left_out == source.left_out and not FakeSlide.tried, "kept in a table"
+
+
+def test_the_scale_of_a_slide_may_be_stated_in_a_table_or_trusted(slides, tmp_path):
+    (table := tmp_path / "mpp.csv").write_text(f"slide,mpp\na,0.25\nb.svs,0.3\n{slides}/c.svs,0.4\nother,1\n")
+    (slides / "d.svs").touch()
+    open_source(slides=f"{slides}/*.svs", mpp_table=str(table), slide_mpp=0.5)
+    assert [FakeSlide.keys[f"{slides}/{name}.svs"][0] for name in "abcd"] == [0.25, 0.3, 0.4, 0.5]
+    for number, text in enumerate(("slide,mpp a,", "slide;mpp a;1", "slide,mpp a,0.2 a,0.3", "slide,mpp a,40")):
+        (bad := tmp_path / f"{number}.csv").write_text(text.replace(" ", "\n"))
+        with one_line(f"mpp_table=.*{number}.csv: .*give columns slide,mpp"):
+            open_source(slides=f"{slides}/*.svs", mpp_table=str(bad))
+
+
+def link_world(kind, folder, monkeypatch):
+    """A source of that kind below a folder `store`, and the ending of its files."""
+    if kind == "slides":
+        monkeypatch.setattr(wsi, "Slide", FakeSlide)
+        write_folder(folder / "store", ["x/1.svs", "x/2.svs", "3.svs"])
+    else:
+        write_world(kind, folder, monkeypatch)
+        os.rename(folder / kind, folder / "store")
+    return {"slides": ".svs", "tiles": ".png", "shards": ".tar", "parquet": ".parquet"}[kind]
+
+
+@pytest.mark.parametrize("kind", ["slides", "tiles", "shards", "parquet"])
+def test_links_are_followed_hidden_names_are_not_and_what_is_broken_is_named(kind, tmp_path, monkeypatch):
+    """The bug: `site -> /store` lost its files, as did links that lead nowhere, and ._a.svs was a slide."""
+    ending, store, site = link_world(kind, tmp_path, monkeypatch), tmp_path / "store", tmp_path / "cohort/b/site"
+    first = next(path for path in sorted(store.rglob(f"*{ending}")))
+    for hidden in (".snapshot", ".ipynb_checkpoints"):
+        (store / hidden).mkdir()
+        (store / hidden / first.name).write_bytes(first.read_bytes())
+    (store / f"._{first.name}").write_bytes(b"resource fork")
+    site.parent.mkdir(parents=True)
+    site.symlink_to(store)
+    (tmp_path / "cohort/again").symlink_to(store)
+    (store / "circle").symlink_to(tmp_path / "cohort")
+    (store / f"gone{ending}").symlink_to("/nowhere")
+    (tmp_path / "cohort/unmounted").symlink_to("/nowhere/else")
+    (tmp_path / "cohort" / f"twice{ending}").symlink_to(first)
+    pattern = f"{tmp_path}/cohort" + "/**/*.svs" * (kind == "slides")
+    source = open_source(**{kind: pattern})
+    plain = open_source(**{kind: f"{store}/**/*.svs" if kind == "slides" else str(store)})
+    size = {"slides": lambda s: len(s.paths), "tiles": lambda s: len(s.paths), "shards": lambda s: len(s.tars),
+            "parquet": lambda s: len(s.files)}[kind]
+    assert size(source) == size(plain) == {"slides": 3, "tiles": 30, "shards": 2, "parquet": 2}[kind]
+    reasons = {os.path.basename(path): reason for path, reason in source.left_out.items()}
+    assert reasons[f"gone{ending}"] == "a link to /nowhere: No such file or directory"
+    assert reasons["unmounted"] == "a link to /nowhere/else: No such file or directory"
+    assert any(reason.startswith("the same file as ") for reason in reasons.values())
 
 
 @pytest.mark.parametrize("kind", ["slides", "sample_list", "tiles", "shards", "parquet"])
@@ -373,6 +458,17 @@ def test_openmidnight_sample_lists(mpp, exact, slides):
     assert FakeSlide.keys[known][:2] == (mpp or None, exact) and FakeSlide.keys[unknown][:2] == (mpp or 1.0, exact)
     pixels = {tuple(source.read(n)[0][0, 0].tolist()) for n in range(4)}
     assert pixels == {(10, 20, 0), (30, 216, 1), (5, 6, 1), (7, 8, 1)}
+
+
+def test_a_list_of_places_off_the_slide_is_bad_and_whole_um_are_no_path(slides):
+    """The bug: white tiles, of which nobody heard."""
+    places = [(-63, 0, 0), (999, 999, 0), (-250, 0, 1), (-64, 0, 0), (0, 1000, 0), (-256, 0, 1), (5000, 5000, 1)]
+    file = write_list(slides, [f"{slides}/a.svs {x} {y} {level} 1 1" for x, y, level in places])
+    source = open_source(sample_list=file)
+    assert source.paths == [f"{slides}/a.svs"]
+    errors = errors_of(source, range(7))
+    assert len(errors) == 4 and all(error.startswith(f"{slides}/a.svs: the line '... ") for error in errors)
+    assert any(f"'... 5000 5000 1' of {file} lies outside the slide of (1000, 1000) px" in error for error in errors)
 
 
 @pytest.mark.parametrize("line", ["a.svs 10 20", "a.svs 10 20 x", "a.svs 1.5 20 0", "a.svs 1 2 256", "a.svs 1 2 -1",
@@ -648,7 +744,7 @@ def test_a_mix_that_is_none_is_named(mix):
 @pytest.mark.parametrize("keys, message", [
     ({}, "exactly one of slides, .*, mix .now: none"),
     ({"slides": "a", "tiles": "b"}, "now: slides, tiles.*--slides= --tiles=DIR"),
-    ({"slides": f"{GOLDEN}/*.npz"}, "none of the first .* opens .*npz"),
+    ({"slides": f"{GOLDEN}/*.npz"}, "none of .* can be used .*npz"),
     ({"slides": str(GOLDEN)}, "it is a folder: try"), ({"slides": "/nowhere/*.svs"}, "no file matches /nowhere"),
     ({"sample_list": "nowhere.txt"}, "No such file or directory: 'nowhere.txt'"),
     ({"tiles": "nowhere"}, "no folder nowhere"), ({"shards": str(GOLDEN)}, "shards: no file matches .*golden"),

@@ -355,6 +355,9 @@ def test_coordinates_as_trident_and_clam_write_them_give_the_true_scale(attrs, m
     ([(50000, 50000)], {"patch_size": 128, "patch_level": 0}, "places of another slide"),
     ([(0, 0, 128, 128, 0)], {"patch_size": 128, "patch_level": 0}, "coords of shape (1, 5)"),
     ([(0, 0)], {"patch_size": 0, "patch_level": 0}, "patch_size 0"),
+    ([(0, 512)], CLAM | {"level_dim": (999, 999)}, "places of another slide"),
+    ([(0, 0), (np.nan, 512)], {"patch_size": 128, "patch_level": 0}, "1 of 2 lie outside its (1024, 768) px, such"),
+    ([(0, 0), (0, -512)], {"patch_size": 512, "patch_level": 0}, "px, such as row 1, [0, -512]"),
     (None, {}, "neither TRIDENT's nor CLAM's")])
 def test_places_of_another_slide_or_of_another_tool_are_refused(xy, attrs, reason):
     write()

@@ -1,4 +1,5 @@
 """train.py as a program: what it computes, what it refuses, and what survives a stop."""
+import importlib
 import json
 import math
 import os
@@ -89,6 +90,16 @@ def two_ranks(on_ranks, tiles, tmp_path_factory):
     for name, keys in ON_TWO_RANKS.items():
         on_ranks(2, train_rank, flags(tiles=tiles, out_dir=folder / name, **keys))
     return folder
+
+
+def test_tiles_need_no_openslide_and_slides_ask_for_it(tiles, tmp_path, monkeypatch):
+    for name in ("wsi", "sources", "data"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "openslide", None)  # importing it fails
+    assert rows(train(monkeypatch, flags(tiles=tiles, max_steps=1, out_dir=tmp_path / "a"))["out_dir"])[1]["loss"] > 0
+    with pytest.raises(ValueError, match=r"a\.svs: slides need OpenSlide; pip install openslide-python"):
+        (tmp_path / "a.svs").touch()
+        importlib.import_module("wsi").Slide(tmp_path / "a.svs")
 
 
 def test_twenty_steps_equal_ten_resume_ten_bit_for_bit(tiles, tmp_path, monkeypatch):
@@ -346,7 +357,7 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
                        (dict(out_dir=tmp_path / "full/file"), "File exists"),
                        (dict(global_scale="(0.5,0.1)"), "smaller"), (dict(mask_prob=0.05), "masks none"),
                        (dict(local_px=5), "nearest: 14"),
-                       (dict(norm="tcga"), "norm = 'tcga': give 'imagenet', 'half', or (mean, std)"),
+                       (dict(norm="tcga"), "norm = 'tcga': give 'imagenet', 'half', 'h_optimus', 'hibou', or (mean,"),
                        (dict(mpp_range="(1,0.5)"), "smaller one first"), (dict(mpp_range="(1,)"), "give two numbers"),
                        (dict(clip_grad=-1), "clip_grad = -1.0: give 0 or more"), (dict(log_interval=0), "1 or more"),
                        (dict(momentum=1.5), "from 0 to 1"), (dict(holdout=1.5), "from 0 to 1"),
@@ -367,9 +378,11 @@ def test_too_many_unreadable_tiles_stop_the_run_with_their_list(tiles, tmp_path,
         image = tmp_path / "tiles" / f"{i}.png"
         image.parent.mkdir(exist_ok=True)
         image.write_bytes(b"junk" if i < 3 else open(f"{tiles}/0{i}.png", "rb").read())
+    (tmp_path / "tiles/gone.png").symlink_to("/nowhere.png")
     keys = dict(tiles=tmp_path / "tiles", max_steps=6)
     train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
     assert rows(tmp_path / "a")[-1]["bad_tiles"] == 3
+    assert f"{tmp_path}/tiles/gone.png,a link to /nowhere.png: " in (tmp_path / "a/left_out.csv").read_text()
     message = refused(monkeypatch, flags(**keys, out_dir=tmp_path / "b", max_bad_tiles=2))
     assert "3 unreadable" in message and all(f"{i}.png" in message for i in range(3))
     train(monkeypatch, flags(**{**keys, "max_steps": 7}, out_dir=tmp_path / "a", resume="true"))
@@ -562,12 +575,14 @@ def test_dry_run_prints_the_cost_of_vit_g_without_data_or_gpu(monkeypatch, capsy
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real slides are not part of the project")
 def test_twenty_steps_on_real_slides(tmp_path, monkeypatch):
-    """Two slides train; one without an mpp and one without H&E tissue are replaced and named."""
+    """Two slides train; one without an mpp is left out at the start, one without H&E tissue is replaced; both named."""
     keys = dict(slides=f"{SHARED}/slides/*", mpps="(0.5,1.0)", tile_px=96, max_steps=20, workers=1, log_interval=10)
     run = train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
     assert rows(tmp_path / "a")[-1]["step"] == 20 and run["progress"]["bad_steps"] == 0
     bad = "\n".join(run["bad_tiles"].values())
-    assert "tcga-cr" in bad and "mpp" in bad and "fluorescence" in bad and "CMU" not in bad and "cmu" not in bad
+    assert "fluorescence" in bad and "tcga" not in bad and "CMU" not in bad and "cmu" not in bad
+    left_out = (tmp_path / "a/left_out.csv").read_text().splitlines()
+    assert len(left_out) == 2 and "tcga-cr" in left_out[1] and "no usable mpp" in left_out[1]
 
 
 def test_what_went_wrong_between_two_rows_is_in_the_checkpoint(tiles, tmp_path, monkeypatch):

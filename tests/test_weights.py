@@ -11,7 +11,6 @@ from test_train import bit_equal
 
 import model
 from model import ARCHS, ViT, ViTConfig
-from prepare import convert
 
 V2 = ViTConfig(14, 128, 2, 2, "mlp", 192, pos_grid=4, pos_antialias=False, pos_offset=0.1)  # heads of 64, as in Meta's
 V3 = ViTConfig(16, 128, 2, 2, "mlp", 192, 4, "rope", mask_k_bias=True, norm_eps=1e-5)
@@ -28,6 +27,7 @@ GATED = dict(use_gated_mlp=True, hidden_act="silu")
 HUGGING_FACE = {
     "dinov2": ("Dinov2", SMALL), "midnight": ("Dinov2", {**SMALL, "use_swiglu_ffn": True, "image_size": 224}),
     "dinov2_reg": ("Dinov2WithRegisters", {**SMALL, "layer_norm_eps": 1e-2}),  # far from the default, so that it shows
+    "dinov2_reg_0": ("Dinov2WithRegisters", {**SMALL, "num_register_tokens": 0}),  # another antialias than Dinov2's
     "dinov2_reg_g": ("Dinov2WithRegisters", {**SMALL, "use_swiglu_ffn": True}), "dinov3_s": ("DINOv3ViT", SMALL3),
     "dinov3_hplus": ("DINOv3ViT", {**SMALL3, **GATED, "rope_theta": 50.0, "layer_norm_eps": 1e-2}),
     "dinov3_7b": ("DINOv3ViT", {**SMALL3, **GATED, "num_attention_heads": 1, "query_bias": False, "value_bias": False})}
@@ -114,6 +114,55 @@ def test_openmidnights_teacher_loads_with_chunked_blocks_and_16x16_positions(tmp
     assert loaded.arch == vit.arch and loaded.pos_embed.shape == (1, 257, 128)
     same(loaded, vit, (224, 224))
     assert model.stored_norm(path) == model.NORMS["imagenet"]
+
+
+WRAPPED = {  # what training leaves around a backbone: where it is, what stands before its names, what is beside it
+    "state_dict": ("state_dict", "module."), "compiled": ("model", "_orig_mod."), "lightning": ("state_dict", "model."),
+    "dinov3": ("", "model.teacher.backbone."), "ddp": ("teacher", "module.backbone._orig_mod.")}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_training_wraps_a_backbone_in_is_taken_off_by_name(name, tmp_path):
+    (key, prefix), vit = WRAPPED[name], released(RELEASED["dinov2_g_reg"])
+    data = {f"{prefix}{re.sub('^blocks.1', 'blocks.1._orig_mod', k)}": v for k, v in vit.state_dict().items()}
+    if "backbone" in prefix:
+        data[f"{prefix.replace('backbone', 'dino_head')}last_layer.weight"] = torch.ones(2)
+    if "teacher" in prefix:
+        data |= {k.replace("teacher", "student"): v * 2 for k, v in data.items()}
+    about = {"arch": "vit_giant", "epoch": 3} if key in ("state_dict", "model") else {}  # not one of our names
+    same(model.load_backbone(save(tmp_path / "w.bin", {key: data} | about if key else data)), vit)
+
+
+def test_a_part_of_some_other_model_and_a_student_alone_are_refused_by_name(tmp_path):
+    state = released(V2).state_dict()
+    for prefix in ("visual.trunk.", "student.backbone."):
+        with one_line(rf"its class token is called {re.escape(prefix)}cls_token"):
+            model.load_backbone(save(tmp_path / "w.pth", {f"{prefix}{k}": v for k, v in state.items()}))
+
+
+@pytest.mark.parametrize("name", ["dinov2_g", "dinov2_s_reg", "dinov3_s"])
+def test_a_mask_token_may_be_missing_as_only_training_needs_it(name, tmp_path):
+    vit = released(RELEASED[name])
+    path = save(tmp_path / "w.pth", {k: v for k, v in vit.state_dict().items() if k != "mask_token"})
+    loaded = model.load_backbone(path)
+    assert replace(loaded.arch, pos_grid=0) == replace(vit.arch, pos_grid=0) and not loaded.mask_token.any()
+    same(loaded, vit)
+
+
+def test_a_bare_dinov3_file_with_a_live_bias_loads_as_its_wrapped_form_does(tmp_path):
+    vit = fill(ViT(V3))
+    assert vit.blocks[0].attn.qkv.bias_mask.any()
+    for data in (vit.state_dict(), {"teacher": vit.state_dict()}):
+        same(model.load_backbone(save(tmp_path / "w.pth", data)), vit)
+
+
+def test_what_does_not_fit_says_what_it_looks_like(tmp_path):
+    state = fill(ViT(ARCHS["toy"])).state_dict()
+    with one_line(r"norm\.bias is missing, not \(128,\); it looks like toy; state another"):
+        model.load_backbone(save(tmp_path / "w.pth", {k: v for k, v in state.items() if k != "norm.bias"}))
+    state = released(V2).state_dict() | {"norm_pre.weight": torch.ones(128)}
+    with one_line(r"norm_pre.weight is .* no model in model.ARCHS \(embed_dim 128, ffn mlp, ffn_hidden 192, depth 2"):
+        model.load_backbone(save(tmp_path / "w.pth", state))
 
 
 # ---- Hugging Face, with transformers --------------------------------------------------------------------------------
@@ -230,7 +279,7 @@ def write(folder, vit, **files):
 
 def test_biases_that_are_there_count_and_zero_ones_stay_switched_off(tmp_path):
     vit = fill(ViT(V3))
-    state = convert.read(write(tmp_path, vit))["teacher"]
+    state, _ = model.open_weights(write(tmp_path, vit))
     mask, D = state["blocks.0.attn.qkv.bias_mask"], V3.embed_dim
     assert mask.view(3, D).sum(1).tolist() == [D, 0, D] and torch.equal(mask, vit.blocks[0].attn.qkv.bias_mask)
     assert state["blocks.0.attn.qkv.bias"].view(3, D).ne(0).any(1).tolist() == [True, False, True]
@@ -273,13 +322,12 @@ def test_training_starts_from_hugging_faces_files(name, tmp_path):
         model.load_backbone(tmp_path, "dinov2_vits14")
 
 
-def test_files_without_a_config_load_where_shapes_tell_and_ask_where_they_do_not(tmp_path):
+def test_a_folder_without_a_config_asks_for_the_heads_which_no_shape_tells(tmp_path):
     for name in ("dinov2_s_reg", "dinov3_s"):
         write(tmp_path, vit := released(RELEASED[name]))
         (tmp_path / "config.json").unlink()
-        if vit.arch.pos == "rope":
-            with pytest.raises(ValueError, match="no config.json beside it, .* arch="):
-                model.load_backbone(tmp_path)
+        with pytest.raises(ValueError, match="no config.json beside it, .* arch="):
+            model.load_backbone(tmp_path)
         same(model.load_backbone(tmp_path / "model.safetensors", vit.arch), vit)
     with pytest.raises(ValueError, match="weights of another architecture"):
         model.load_backbone(tmp_path, V2)
@@ -308,13 +356,14 @@ def test_hugging_face_files_that_do_not_fit_are_refused_in_one_line(tmp_path, mo
              ({**good, "encoder.pooler.bias": torch.ones(2)}, "encoder.pooler.bias is .*, not known"),
              ({**good, "layernorm.bias": torch.ones(3)}, r"norm.bias is \(3,\), not \(128,\)"),
              ({**good, "norm.bias": torch.ones(128)}, "holds norm.bias twice"),
-             ({"vision.layers.0.weight": torch.ones(2)}, "0 tensors are its class token"),
-             ({k: v for k, v in vit.state_dict().items()}, "0 tensors are"),  # Meta's own names: a .pth
+             ({"vision.layers.0.weight": torch.ones(2)}, "no DINOv2 or DINOv3 .* it holds vision.layers.0.weight"),
              ({**good, **{f"b.{k}": v.clone() for k, v in good.items()}}, "2 tensors are"),
-             ({k: v for k, v in good.items() if "encoder" not in k}, "no config.json")]
+             ({k: v for k, v in good.items() if "encoder" not in k}, "no DINOv2 or DINOv3 backbone"),
+             (good, "no config.json")]
     for tensors, part in cases:
         write(tmp_path, vit)
-        (tmp_path / "config.json").unlink()
+        if tensors is good:
+            (tmp_path / "config.json").unlink()
         st.save_file(tensors, file)
         with one_line(f"{tmp_path}.*{part}"):
             model.load_backbone(tmp_path)

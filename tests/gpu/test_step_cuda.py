@@ -1,24 +1,33 @@
 """train.py's step on a GPU: bf16 near the CPU's fp32, no wait for a result, what it holds. Skipped without one."""
+import shutil
+import subprocess
+import sys
+
 import pytest
 import test_sharding
 import torch
+from conftest import ROOT
 from test_train import flags, rows, train, weights
 
 import data
 import model
 import sharding
 from bench import budget
+from prepare.stats import train_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def test_losses_are_near_those_of_the_cpu(tiles, tmp_path, monkeypatch):
-    keys = dict(arch="toy", tiles=tiles, drop_path=0.0, max_steps=4)  # crops are drawn on the CPU; drop path is not
+    """Both resume a checkpoint of the CPU's: each device draws first weights of its own. Crops come from the CPU."""
+    keys = dict(arch="toy", tiles=tiles, drop_path=0.0, schedule_steps=5)
+    train(monkeypatch, flags(**keys, device="cpu", max_steps=1, out_dir=tmp_path / "cpu"))
+    shutil.copytree(tmp_path / "cpu", tmp_path / "cuda")
     losses = []
     for device in ("cpu", "cuda"):
-        train(monkeypatch, flags(**keys, device=device, out_dir=tmp_path / device))
-        losses.append([row["loss"] for row in rows(tmp_path / device)[1:]])
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=0.02)  # another generator draws the first weights
+        train(monkeypatch, flags(**keys, device=device, max_steps=5, resume="true", out_dir=tmp_path / device))
+        losses.append([row["loss"] for row in rows(tmp_path / device)[2:]])
+    assert len(losses[0]) == 4 and losses[0][0] == pytest.approx(losses[1][0], rel=0.02)  # the same weights and crops
     assert losses[0] == pytest.approx(losses[1], rel=0.2)
 
 
@@ -84,11 +93,12 @@ def test_an_export_holds_one_whole_tensor_more(tiles, tmp_path, monkeypatch):
     assert extra and max(extra) <= 1.01 * largest
 
 
-def test_the_dry_run_predicts_the_peak(tiles, tmp_path, monkeypatch):
+def test_the_dry_run_predicts_the_peak(tiles, tmp_path):
+    """Each run has a process of its own, because hooks of an earlier one in the same process keep its nets alive."""
     keys = dict(arch="dinov2_vitl14_reg", depth=6, tiles=tiles, device="cuda", global_px=224, local_px=98,
                 local_crops=8, batch_size=8, max_steps=3)
     for mode in sharding.CHECKPOINTING:
-        torch.cuda.reset_peak_memory_stats()
-        run = train(monkeypatch, flags(**keys, activation_checkpointing=mode, out_dir=tmp_path / mode))
-        planned = budget.estimate(run["config"], 1)["memory_gb"] - budget.CONTEXT / 1e9  # PyTorch does not count CUDA's
+        argv = flags(**keys, activation_checkpointing=mode, out_dir=tmp_path / mode)
+        subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, check=True)
+        planned = budget.estimate(train_config(argv), 1)["memory_gb"] - budget.CONTEXT / 1e9  # which PyTorch leaves out
         assert rows(tmp_path / mode)[-1]["peak_gb"] == pytest.approx(planned, rel=0.1), mode

@@ -1,0 +1,151 @@
+"""
+Which files a key names: a folder, whose whole tree is meant, or a pattern.
+
+    slides/*.svs          * ? and [abc] stand for a part of a name
+    slides/**/*.svs       ** stands for any folders, also none
+
+Links are followed, also in a circle. A file that several names lead to counts once. Hidden files and folders, such as
+._a.svs, .snapshot or .ipynb_checkpoints, do not count. What should have been there and cannot be used is named with a
+reason: links that lead nowhere, folders that may not be read, names that are not UTF-8.
+"""
+import csv
+import fnmatch
+import glob
+import os
+import stat
+
+SHOWN = 20  # of what is left out, in the log
+
+
+def find(pattern, key, endings=("",)):
+    """
+    (sorted paths of files, {path: why it is left out}). Raises ValueError naming the key if there is no file.
+
+    A folder needs `endings`, of whatever case; a pattern may do without.
+    """
+    left_out, is_folder = {}, os.path.isdir(pattern)
+    parts = pattern.split("/")
+    if is_folder and any(endings):
+        parts += ["**", "*"]
+    found = walk(parts, left_out) if parts[-1] else []
+    paths = once([pair for pair in found if pair[0].lower().endswith(tuple(endings))], left_out)
+    if paths:
+        return paths, left_out
+    hint = "".join(f"; left out: {path}: {reason}" for path, reason in list(left_out.items())[:1])
+    if is_folder and not any(endings):
+        hint = f"; it is a folder: try '{pattern}/*.svs'"
+    elif "[" in pattern:
+        hint += "; [ begins a set of characters there: write [[] where a name has a bracket"
+    ending = f" with {' '.join(endings)}" if any(endings) else ""
+    raise ValueError(f"{key}: no file matches {pattern}{ending}{hint}")
+
+
+def walk(parts, left_out):
+    """Yields (path, its real path) of the files that a pattern names, given as its parts between slashes."""
+    folders = [""]
+    if not parts[0]:  # an absolute path
+        folders, parts = ["/"], parts[1:]
+    if parts[-1] == "**":
+        parts = [*parts, "*"]
+    for part in parts[:-1]:
+        folders = [below for folder in folders for below in step(folder, part, left_out)]
+    for folder in folders:
+        real = os.path.realpath(folder)
+        for path, is_folder, is_link in matches(folder, parts[-1], left_out):
+            if not is_folder:
+                name = os.path.basename(path)
+                yield path, os.path.realpath(path) if is_link else os.path.join(real, name)
+
+
+def step(folder, part, left_out):
+    """The folders that one part of a pattern leads to."""
+    if part == "**":
+        return tree(folder, left_out)
+    return [path for path, is_folder, _ in matches(folder, part, left_out) if is_folder]
+
+
+def tree(folder, left_out):
+    """The folder and all below it, each real one once, so that links in a circle end."""
+    seen, todo, found = set(), [folder], []
+    for path in todo:  # it grows on the way
+        real = os.path.realpath(path)
+        if real not in seen:
+            seen.add(real)
+            found.append(path)
+            todo += step(path, "*", left_out)
+    return found
+
+
+def matches(folder, part, left_out):
+    """[(path, whether it is a folder, whether it is a link)] of what a part other than ** names in a folder."""
+    path = os.path.join(folder, part)
+    if not glob.has_magic(part) or os.path.lexists(path):  # a folder may really be called batch[1]
+        kind = kind_of(path, left_out) if os.path.lexists(path) else None
+        return [(path, kind == stat.S_IFDIR, os.path.islink(path))] if kind else []
+    return [item for item in scan(folder, left_out) if fnmatch.fnmatchcase(os.path.basename(item[0]), part)]
+
+
+def scan(folder, left_out):
+    """[(path, whether it is a folder, whether it is a link)] of the files and folders in a folder, links followed."""
+    found = []
+    try:
+        with os.scandir(folder or ".") as entries:
+            entries = [entry for entry in entries if entry.name[0] != "."]
+    except OSError as e:
+        left_out[folder] = f"cannot be listed: {e.strerror}"
+        return found
+    for entry in entries:
+        path = os.path.join(folder, entry.name)
+        plain = entry.is_file(follow_symlinks=False)  # known without asking the file system again
+        kind = stat.S_IFREG if plain else kind_of(path, left_out)
+        if printable(path) != path:
+            left_out[printable(path)] = "its name is not UTF-8; rename it"
+        elif kind:
+            found.append((path, kind == stat.S_IFDIR, entry.is_symlink()))
+    return found
+
+
+def kind_of(path, left_out):
+    """stat.S_IFDIR, stat.S_IFREG, or None for what is neither or cannot be reached."""
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except OSError as e:
+        to = f"a link to {os.readlink(path)}: " if os.path.islink(path) else ""
+        left_out[printable(path)] = printable(to) + e.strerror
+        return None
+    return kind if kind in (stat.S_IFDIR, stat.S_IFREG) else None
+
+
+def once(found, left_out):
+    """Sorted paths of (path, real path), each real one once; the others are left out."""
+    first = {}
+    for path, real in sorted(found):
+        if first.setdefault(real, path) != path:
+            left_out[path] = f"the same file as {first[real]}"
+    return sorted(first.values())
+
+
+def state_of(path):
+    """What changes when a file does: its size, when it was written, and when its permissions or links were changed."""
+    try:
+        state = os.stat(path)
+    except OSError as e:
+        return path, e.errno
+    return path, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+def printable(path):
+    return path.encode(errors="backslashreplace").decode()
+
+
+def say_left_out(left_out, say, file=""):
+    """Say what is left out and why. The whole list goes into a csv, where one is given."""
+    reasons = {path: reason.removeprefix(f"{path}: ") for path, reason in left_out.items()}
+    for path, reason in list(reasons.items())[:SHOWN]:
+        say(f"left out: {path}: {reason}")
+    if len(reasons) > SHOWN:
+        say(f"left out: {len(reasons) - SHOWN} more" + f", see {file}" * bool(file))
+    if not file or not (reasons or os.path.exists(file)):
+        return
+    with open(file, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f, lineterminator="\n").writerows([("path", "reason"), *reasons.items()])
