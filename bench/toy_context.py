@@ -2,11 +2,12 @@
 What context adds on the toy slides: readouts of raw features, of a slide encoder, and controls, by patient.
 
     python prepare/toy_slides.py                      # and prepare/features.py, see there
-    python bench/toy_context.py                       # about HOW LONG on two cores; the last lines are the table
+    python bench/toy_context.py                       # an hour on two cores; the last lines are the table
 
 Patients are in 5 folds. Seed s trains encoders on the slides outside fold s, without labels, and tests on fold s, so
 that each patient is tested once. Balanced accuracy, mean and deviation over the seeds. After a stop, the same command
-resumes. A slide's vector is the mean and the deviation of its places' contexts. The contexts:
+resumes. A slide's vector is the mean and the deviation of its places' contexts, for raw features also their maximum.
+The contexts:
 
     hidden      of each place while it is hidden (--hide of context.py), which is where an encoder is trained
     visible     the same encoder, while each place is seen
@@ -48,6 +49,8 @@ hide = 3                             # each place is hidden once, a third of the
 supervised = "arrangement,distance"  # tasks with a transformer trained on the labels
 supervised_steps = 600
 ENCODERS = {"hidden": [], "retrained": ["--shuffle=true"], "two scales": ["--features={0}/features,{0}/features_2"]}
+DIFFERENCES = [("raw and hidden", "raw"), ("raw and hidden", "attention MIL"), ("raw and hidden", "raw and untrained"),
+               ("hidden", "untrained"), ("hidden", "shuffled"), ("hidden", "retrained")]
 
 
 # ---- features of slides ----------------------------------------------------------------------------------------------
@@ -243,10 +246,10 @@ def table(found):
     values = {name: np.array([[row[name].get(task, np.nan) for task in tasks] for row in found]) for name in found[0]}
     for name, value in values.items():
         yield line(name, value.mean(0), value.std(0, ddof=1))
-    for name in ("mean", "attention MIL", "untrained", "shuffled", "retrained"):
-        gain = values["hidden"] - values[name]
+    for more, less in DIFFERENCES:
+        gain = values[more] - values[less]
         half = t.ppf(0.975, len(found) - 1) * gain.std(0, ddof=1) / len(found) ** 0.5
-        yield line(f"hidden, less {name}", gain.mean(0), half)
+        yield line(f"{more}, less {less}", gain.mean(0), half)
 
 
 def line(name, middles, spreads):

@@ -2,8 +2,8 @@
 # parent:   context.py
 # run:      python bench/cortex.py --data=data/dlpfc
 # result:   no: an untrained network, close to a mean over the window, tells more (docs/context.md)
-window = 128
-mask_block = (4, 16)
+window = 256
+mask_share, mask_block = 0.7, (64, 128)  # so wide that the nearest places do not give the answer
 width, depth, heads = 64, 3, 4
 batch_size = 16
 base_lr = 2e-2  # 2.5e-3 at 16 windows per step

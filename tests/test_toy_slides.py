@@ -42,6 +42,16 @@ def test_arrangement_keeps_the_cells_and_the_squares():
         assert np.array_equal(placed[:, toy_slides.STRIP:], permuted[:, toy_slides.STRIP:])
 
 
+def test_arrangement_shows_in_the_cells():
+    """How often neighbours in the strip are alike tells most slides apart: nothing can learn what is not there."""
+    alike = np.zeros((2, 60))
+    for arrangement in (0, 1):
+        for number in range(60):
+            strip = toy_slides.cells(0, number, [number % 2, 0, arrangement, 0])[:, :toy_slides.STRIP]
+            alike[arrangement, number] = (strip[1:] == strip[:-1]).mean() + (strip[:, 1:] == strip[:, :-1]).mean()
+    assert (alike[0][:, None] > alike[1]).mean() > 0.97
+
+
 def test_labels_are_balanced_in_each_patient():
     labels = toy_slides.draw_labels(0, 40, 6).reshape(40, 6, 4)
     assert (labels.sum(1) == 3).all()
