@@ -40,7 +40,7 @@ def complete(folder):
 def one_line(error):
     text = str(error).strip().splitlines()[-1] if str(error).strip() else ""
     if "unexpected pos" in text:
-        text = "the disk or a quota is full"  # torch's words for a write that was cut short
+        text = "the disk or a quota is full, make room"  # torch's words for a write that was cut short
     return f"{type(error).__name__}: {text}"
 
 
@@ -78,17 +78,11 @@ class Saver:
         self.writer.start()
 
     def complete(self, step, future):
-        """Runs in the thread: rename when all is written, then delete what is not to be kept. Ranks fail together."""
+        """Runs in the thread: rename when all is written, then delete what is not to be kept."""
         try:
             future.result()
-            failed = [None]
             if dist.get_rank() == 0:
-                try:
-                    self.rename(step)
-                except OSError as e:
-                    failed = [e]
-            dist.broadcast_object_list(failed, group=self.group)
-            self.error = failed[0]
+                self.rename(step)
         except BaseException as e:  # CheckpointException is not an Exception
             self.error = e
 
@@ -115,8 +109,8 @@ class Saver:
         if self.error:
             done = complete(self.folder)
             last = f"{self.folder}/{done[-1]} is whole" if done else "there is no earlier checkpoint"
-            raise ValueError(f"{self.folder}/unfinished could not be written ({one_line(self.error)}); {last}: make "
-                             "room, then resume with --resume=true")
+            raise ValueError(f"{self.folder}/unfinished could not be written ({one_line(self.error)}); {last}: mend "
+                             "that, then resume with --resume=true")
 
 
 class Exactly(dcp.DefaultLoadPlanner):
@@ -317,5 +311,5 @@ def export(folder, tensors, header):
         torch.save({"teacher": whole, **header}, unfinished)
         os.replace(unfinished, f"{folder}/{header['step']}.pth")
     except (OSError, RuntimeError) as e:  # torch's own writer raises the latter where the disk is full
-        raise ValueError(f"{unfinished} could not be written ({one_line(e)}); earlier checkpoints are whole: make "
-                         "room, then resume with --resume=true") from None
+        raise ValueError(f"{unfinished} could not be written ({one_line(e)}); earlier checkpoints are whole: mend "
+                         "that, then resume with --resume=true") from None
