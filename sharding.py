@@ -48,8 +48,9 @@ def check_launch(world, rank):
     missing, tasks = [name for name in LAUNCH if not os.environ.get(name)], os.environ.get("SLURM_NTASKS") or "1"
     line = "RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS"
     if len(missing) == len(LAUNCH) and tasks != "1":
-        raise ValueError(f"SLURM_NTASKS = {tasks} without RANK: each task would be a run of its own; launch with srun "
-                         f"bash -c '{line} python ...' (docs/slurm.sh), or with torchrun in one task")
+        raise ValueError(f"SLURM_NTASKS = {tasks} without RANK: each task would be a run of its own; launch with "
+                         f"MASTER_ADDR=$(hostname) MASTER_PORT=29500 srun bash -c '{line} python ...', as in "
+                         "docs/slurm.sh, or with torchrun in one task")
     if 0 < len(missing) < len(LAUNCH) or rank >= world:
         raise ValueError(f"rank {rank} of {world} ranks, not set: {', '.join(missing) or 'none'}; launch with torchrun "
                          f"--nproc_per_node=N, or set all of {', '.join(LAUNCH)}; for one process, set none")

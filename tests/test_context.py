@@ -214,7 +214,8 @@ def test_six_steps_equal_three_resume_three_bit_for_bit(scales, folder, tmp_path
         run(monkeypatch, **keys, out_dir=tmp_path / "b")
     with pytest.raises(SystemExit, match="this run needs none; go back to its arch"):
         run(monkeypatch, **keys, out_dir=tmp_path / "b", resume=True, depth=1)
-    run(monkeypatch, **keys, out_dir=tmp_path / "b", resume=True)
+    resumed = run(monkeypatch, **keys, out_dir=tmp_path / "b", resume=True)
+    assert resumed["optimizer"].param_groups[0]["betas"] == (0.9, 0.95)
     bit_equal(tmp_path / "a/6.pth", tmp_path / "b/6.pth")
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
 

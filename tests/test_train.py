@@ -382,7 +382,7 @@ def test_a_spreading_term_within_a_rank_needs_two_images_per_rank(monkeypatch):
     (dict(WORLD_SIZE="2"), "not set: RANK, MASTER_ADDR, MASTER_PORT; launch with torchrun --nproc_per_node"),
     (dict(RANK="0"), "not set: WORLD_SIZE, MASTER_ADDR"), (dict(RANK="x", WORLD_SIZE="2"), "must be numbers"),
     (dict(RANK="2", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1"), "rank 2 of 2 ranks"),
-    (dict(SLURM_NTASKS="2"), "SLURM_NTASKS = 2 without RANK: each task would be a run of its own; launch with srun")])
+    (dict(SLURM_NTASKS="2"), "SLURM_NTASKS = 2 without RANK: each task would be a run of its own")])
 def test_a_launch_that_is_incomplete_is_named_in_one_line(launch, part, tiles, tmp_path, monkeypatch):
     """The bug: ranks that wait for each other in silence, or a traceback."""
     for name, value in launch.items():
