@@ -47,7 +47,7 @@ def configure(namespace, argv=None):
         else:
             stop(f"unexpected argument '{arg}': config files end in .py and flags look like --key=value")
     final |= flags
-    for k, default in keys.items() if os.environ.get("RANK", "0") == "0" else ():
+    for k, default in keys.items() if (os.environ.get("RANK") or "0") == "0" else ():
         if final[k] != default or type(final[k]) is not type(default):
             print(f"config: {k} = {final[k]!r} (default {default!r})")
     namespace.update(final)
@@ -86,7 +86,7 @@ def parse_flag(arg, following, keys):
         hint = "" if name in keys else nearest(name, keys)
         stop(f"flag '{arg}' has no value: write --{name}={value}{hint}")
     if isinstance(keys.get(name), str):
-        return name, text  # verbatim, so that --name=2024 and --name=a=b stay text
+        return name, plain(text)  # as text, so that --name=2024 and --name=a=b stay so
     return name, check(name, literal(text), keys, f"flag {arg}")
 
 
@@ -103,18 +103,36 @@ def check(name, value, keys, source):
     """Return `value` in the type of the key's default. Only int -> float and list -> tuple are converted."""
     if name not in keys:
         stop(f"{source}: unknown key '{name}'{nearest(name, keys)}")
-    default = keys[name]
+    default, value = keys[name], plain(value)
     if type(default) is float and type(value) is int:
         return float(value)
     if type(default) is tuple and type(value) is list:
         return tuple(value)
     surprising = isinstance(value, bool) and not isinstance(default, bool | None)  # bool is a subclass of int
-    if isinstance(value, TYPES if default is None else type(default)) and not surprising:
+    if isinstance(value, TYPES if default is None else type(default)) and not surprising and is_plain(value):
         return value
     hint = ""
     if isinstance(default, tuple):
         hint = f"; write --{name}={value!r}," if source.startswith("flag") else f"; write ({value!r},)"
     stop(f"{source}: key '{name}' expects {type(default).__name__} (default {default!r}), got {value!r}{hint}")
+
+
+def plain(value):
+    """
+    A value in Python's own types, also within a tuple, because a teacher file with numpy's would not load. In text,
+    which may be several paths with commas between them, ~ is the home folder.
+    """
+    if isinstance(value, (tuple, list)):
+        inside = [plain(v) for v in value]
+        return tuple(inside) if isinstance(value, tuple) else inside
+    if isinstance(value, str):
+        return ",".join(map(os.path.expanduser, value.split(",")))
+    return value.tolist() if hasattr(value, "tolist") else value  # numpy's
+
+
+def is_plain(value):
+    inside = value if isinstance(value, (tuple, list)) else ()
+    return type(value) in TYPES and all(map(is_plain, inside))
 
 
 def nearest(name, keys):

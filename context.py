@@ -14,7 +14,6 @@ mean of visible neighbours: at 1 nothing has been learnt. A step is a pure funct
 """
 import functools
 import math
-import os
 import signal
 import sys
 import time
@@ -22,7 +21,6 @@ import time
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import checkpoint
 import data
@@ -189,7 +187,7 @@ def embed_slide(net, header, features, centres_um, device="cpu", layer=0, hide=0
 if __name__ == "__main__":
     config = configure(globals())
     dev = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world, rank = sharding.launched()
     windows = batch_size * world  # per step
     progress = {"step": 0, "bad_steps": 0, "samples": 0}
     signals = []  # SIGTERM, or SIGUSR1 some time before it: save and end
@@ -212,13 +210,14 @@ if __name__ == "__main__":
             net, header = load_encoder(weights)
             places.embed_files(config, header, functools.partial(embed_slide, net, header, device=dev, hide=hide))
             sys.exit()
-        if rank == 0 and not resume and os.path.isdir(out_dir) and os.listdir(out_dir):
-            stop(f"{out_dir} is not empty: continue with --resume=true, delete it, or choose another --out_dir")
+        if rank == 0 and not resume:
+            checkpoint.check_empty(out_dir)
         mesh = sharding.begin(dev)
         slides, about, found = places.training_set(features.split(","), train_slides, window, dev, say)
         if shuffle:
             maps = [[np.memmap(*slide.maps[0])] for slide in slides]
             slides = [slide._replace(centres=places.shuffled(slide.centres, own)) for slide, own in zip(slides, maps)]
+        lock = checkpoint.claim(out_dir, resume, say)  # of this run until the process ends
     except (ValueError, OSError) as e:
         stop(e)
     config["slides"] = len(slides)  # a resumed run says if there are others
@@ -230,11 +229,10 @@ if __name__ == "__main__":
     sharding.shard(net, mesh, bf16=dev == "cuda", trained=True)
     sharding.materialize(net, dev, seed)
     optimizer = sharding.adamw(model.param_groups(net), betas, dev)
-    saver = checkpoint.Saver(f"{out_dir}/ckpt", 2, 0)
+    saver = checkpoint.Saver(f"{out_dir}/ckpt", 2, 0, say)
 
     def state():
-        parameters, moments = get_state_dict(net, optimizer)
-        return {"model": parameters, "optimizer": moments, "mean": mean, "std": std, "progress": progress}
+        return {**checkpoint.tensors(net, optimizer), "mean": mean, "std": std, "progress": dict(progress)}
 
     def save(done, wait):
         try:
@@ -264,10 +262,8 @@ if __name__ == "__main__":
             checkpoint.load(f"{out_dir}/ckpt", loaded, say)
         except ValueError as e:
             stop(e)
-        set_state_dict(net, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
         progress |= loaded["progress"]
     if rank == 0:
-        os.makedirs(out_dir, exist_ok=True)
         checkpoint.begin_folder(out_dir, config, progress["step"] if resume else None, say)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: signals.append(number))

@@ -153,10 +153,17 @@ def as_tensor(tile):
 
 def loader(dataset, steps, workers, dev):
     """A DataLoader of dataset[step] for each of `steps`, in order, read ahead by `workers` processes."""
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children()])  # they ignore Python's SIGTERM
+    atexit.register(end_workers)
     return torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=steps, num_workers=workers, pin_memory=dev == "cuda",
         multiprocessing_context="fork" if workers else None, worker_init_fn=ignore_signals)
+
+
+def end_workers():
+    """At the end of a run that stops: workers ignore Python's SIGTERM. A run's last line is its own reason."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that a worker was killed
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def ignore_signals(worker):

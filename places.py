@@ -183,7 +183,7 @@ def training_set(folders, names_file, window, dev, say):
     if not slides:
         raise ValueError("features: no slide is left to train on")
     found = torch.zeros(len(slides), 2, len(folders), about[0]["width"])
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     for i in range(rank, len(slides), world):
         for scale, where in enumerate(slides[i].maps):
             x = torch.from_numpy(np.memmap(*where).astype(np.float32))

@@ -28,20 +28,43 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from model import all_reduce, named_tensors
 
 CHECKPOINTING = ("none", "selective", "full")
+LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_mm.default,  # addmm: mm with a bias
             aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
             aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default}
 
 
+def launched():
+    """(world, rank) as torchrun or a batch script states them; (1, 0) without one."""
+    texts = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK") or "0"
+    if not (texts[0].isdecimal() and texts[1].isdecimal()):
+        raise SystemExit(f"WORLD_SIZE = {texts[0]!r}, RANK = {texts[1]!r}: these must be numbers")
+    return int(texts[0]), int(texts[1])
+
+
+def check_launch(world, rank):
+    """ValueError if ranks would wait for each other forever, or if each task would be a run of its own."""
+    missing, tasks = [name for name in LAUNCH if not os.environ.get(name)], os.environ.get("SLURM_NTASKS") or "1"
+    line = "RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS"
+    if len(missing) == len(LAUNCH) and tasks != "1":
+        raise ValueError(f"SLURM_NTASKS = {tasks} without RANK: each task would be a run of its own; launch with "
+                         f"MASTER_ADDR=$(hostname) MASTER_PORT=29500 srun bash -c '{line} python ...', as in "
+                         "docs/slurm.sh, or with torchrun in one task")
+    if 0 < len(missing) < len(LAUNCH) or rank >= world:
+        raise ValueError(f"rank {rank} of {world} ranks, not set: {', '.join(missing) or 'none'}; launch with torchrun "
+                         f"--nproc_per_node=N, or set all of {', '.join(LAUNCH)}; for one process, set none")
+
+
 def begin(dev):
     """Join the processes of a launch, "cuda" or "cpu": their DeviceMesh. Without torchrun it is one process."""
+    world, rank = launched()
+    check_launch(world, rank)
     if dev == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
     else:
         torch.set_num_threads(1)  # results depend on the number of threads, and busy cores slow several of them down
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    store = None if "RANK" in os.environ else dist.HashStore()
+    store = None if os.environ.get("RANK") else dist.HashStore()
     dist.init_process_group("nccl" if dev == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                             timeout=timedelta(minutes=30))  # NCCL's 10 are short for rank 0 to read 7.4 GB of BACH
     return init_device_mesh(dev, (world,))

@@ -26,7 +26,6 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
 import checkpoint
@@ -152,7 +151,7 @@ config = configure(globals())
 
 # ---- what the configuration needs, checked before anything is built -------------------------------------------------
 
-world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+world, rank = sharding.launched()
 if dry_run and world_size:
     world = world_size
 
@@ -185,8 +184,10 @@ patch = arch_config.patch_size
 if pos_embed_init == "random" and not weights:
     stop("pos_embed_init = 'random' changes nothing without weights: positions are drawn anyway")
 images = batch_size * world  # per step, over all ranks
-if kde != "none" and images < 2:
+if kde == "uniformity" and images < 2:
     stop("the kde term compares images: batch_size times ranks must be at least 2, or kde = 'none'")
+if kde in ("koleo", "openmidnight") and batch_size < 2:
+    stop(f"kde = '{kde}' compares images of one rank: batch_size must be at least 2, or kde = 'none'")
 peak_lr = base_lr * math.sqrt(images / 1024)
 has_gpu = torch.cuda.is_available()
 gpu_gb = torch.cuda.get_device_properties(0).total_memory / 1e9 if has_gpu else 80.0
@@ -199,21 +200,23 @@ if device == "cuda" and not has_gpu:
 dev = device or ("cuda" if has_gpu else "cpu")
 if weights and not os.path.exists(weights):
     stop(f"weights: no file or folder {weights}; docs/data.md says where they come from")
-if rank == 0 and not resume and os.path.isdir(out_dir) and os.listdir(out_dir):
-    stop(f"{out_dir} is not empty: continue with --resume=true, delete it, or choose another --out_dir")
-if wandb_project and rank == 0:
-    try:
+try:
+    if rank == 0 and not resume:
+        checkpoint.check_empty(out_dir)
+    if wandb_project and rank == 0:
         import wandb
-    except ImportError:
-        stop(f"wandb_project = {wandb_project!r}, but wandb is not installed: pip install wandb")
+except ImportError:
+    stop(f"wandb_project = {wandb_project!r}, but wandb is not installed: pip install wandb")
+except ValueError as e:
+    stop(e)
 
 # ---- set-up: processes, data, networks, optimizer -------------------------------------------------------------------
 
-mesh = sharding.begin(dev)
-if dev == "cuda" and fp8 != "off" and torch.cuda.get_device_capability() < (8, 9):
-    stop(f"fp8 = '{fp8}': {torch.cuda.get_device_name()} has no fp8 (Ada, Hopper or newer do); fp8 = 'off'")
 start = None
 try:  # all that users state, and the files that it names
+    mesh = sharding.begin(dev)
+    if dev == "cuda" and fp8 != "off" and torch.cuda.get_device_capability() < (8, 9):
+        stop(f"fp8 = '{fp8}': {torch.cuda.get_device_name()} has no fp8 (Ada, Hopper or newer do); fp8 = 'off'")
     mean, std = model.norm_values(norm) if norm is not None or not weights else model.stored_norm(weights)
     if weights and (mean, std) != model.norm_values(None):
         config["norm"] = norm or (mean, std)
@@ -221,7 +224,7 @@ try:  # all that users state, and the files that it names
     pixels = torch.empty(400, 3, 224, 224, dtype=torch.uint8)  # rank 0 decodes BACH once: 60 MB
     if bach_dir and rank == 0:
         pixels = eval_bach.load_pixels(bach_dir)
-    os.makedirs(out_dir, exist_ok=True)
+    lock = checkpoint.claim(out_dir, resume, say)  # of this run until the process ends
     if weights:
         start = model.first_weights(weights, arch_config, pos_embed_init)
     with torch.device("meta"):
@@ -258,9 +261,8 @@ signals = []       # SIGTERM, or SIGUSR1 some time before it (sbatch --signal=US
 
 def state():
     """Everything that a later step depends on; tensors are shards. Random numbers are a function of the step."""
-    weights_of, moments = get_state_dict(nets, optimizer)
     texts = {"bad_tiles": json.dumps(bad_tiles), "config": json.dumps(config), "data": source.about}
-    return {"model": weights_of, "optimizer": moments, "centers": centers, "progress": progress, **texts}
+    return {**checkpoint.tensors(nets, optimizer), "centers": centers, "progress": dict(progress), **texts}
 
 
 def write_row(file, row):
@@ -338,12 +340,12 @@ def save(done, wait):
     try:
         header = {"arch": None if depth else arch, "step": done, "config": config}
         checkpoint.export(f"{out_dir}/teacher", sharding.gathered(teacher["backbone"]), header)
+        say(f"exported: {out_dir}/teacher/{done}.pth")
         saver.save(done, state())  # last: a run that resumes here has its export and its rows
         if wait:
             saver.finish()
     except ValueError as e:
         stop(e)
-    say(f"saved: {out_dir}/ckpt/{done}, {out_dir}/teacher/{done}.pth")
 
 
 def targets(logits, head, temp):
@@ -356,14 +358,13 @@ def targets(logits, head, temp):
 
 # ---- start or resume ------------------------------------------------------------------------------------------------
 
-saver = checkpoint.Saver(f"{out_dir}/ckpt", keep_checkpoints, keep_every)
+saver = checkpoint.Saver(f"{out_dir}/ckpt", keep_checkpoints, keep_every, say)
 if resume:
     loaded = state()
     try:
         checkpoint.load(f"{out_dir}/ckpt", loaded, say)
     except ValueError as e:
         stop(e)
-    set_state_dict(nets, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
     bad_tiles.update(json.loads(loaded["bad_tiles"]))
     if loaded["data"] != source.about:
         say(f"resume: the data were {loaded['data']}, are now {source.about}: other tiles follow than without the stop")
@@ -375,11 +376,8 @@ if resume:
 if wandb_project and rank == 0:  # before any file changes: what wandb refuses can be tried again
     checkpoint.begin_wandb(wandb, wandb_project, out_dir, config)
 if rank == 0:
-    try:
-        checkpoint.begin_folder(out_dir, config, progress["step"] if resume else None, say)
-        listing.say_left_out(getattr(source, "left_out", {}), say, f"{out_dir}/left_out.csv")
-    except ValueError as e:
-        stop(e)
+    checkpoint.begin_folder(out_dir, config, progress["step"] if resume else None, say)
+    listing.say_left_out(getattr(source, "left_out", {}), say, f"{out_dir}/left_out.csv")
 if bach_dir:
     pixels = pixels.to(dev)
     dist.broadcast(pixels, 0)
@@ -473,7 +471,7 @@ for step in range(progress["step"], max_steps):
 
 # ---- finish ---------------------------------------------------------------------------------------------------------
 bar.close()
-del batches  # its workers end now, not by the kill above
+del batches  # its workers end now, not by loader's kill
 if progress["step"] == max_steps:
     say(f"done: {max_steps} steps, {out_dir}")
 dist.destroy_process_group()

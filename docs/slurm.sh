@@ -15,6 +15,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 out=$(printf '%s\n' "$@" | sed -n 's/^--out_dir=//p' | tail -n 1)
+out=${out/#\~/$HOME}  # as train.py reads it
 : "${out:?give --out_dir=...; the job looks there for a checkpoint to resume from}"
 resume=false
 ls "$out"/ckpt/*/.metadata >/dev/null 2>&1 && resume=true

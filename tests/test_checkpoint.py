@@ -95,11 +95,163 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(damage, fin
     assert (tmp_path / "a/ckpt/3.damaged").exists() == (damage != "no_metadata")
 
 
-def test_checkpoints_of_another_architecture_are_named_and_left_alone(finished, monkeypatch):
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+@pytest.mark.parametrize("key", ["dino_prototypes=32", "depth=1", "depth=3"])
+def test_checkpoints_of_another_architecture_are_named_and_left_alone(key, finished, monkeypatch):
+    """The bug: a smaller network took what it had a place for, and its saves replaced the checkpoints."""
     argv, folder, _ = finished
-    message = refused(monkeypatch, [*argv, f"--out_dir={folder}", "--resume=true", "--dino_prototypes=32"])
+    before = contents(folder)
+    message = refused(monkeypatch, [*argv, f"--out_dir={folder}", "--resume=true", f"--{key}"])
     assert "ckpt/3 does not load: " in message and "go back to its arch" in message and "\n" not in message
-    assert sorted(os.listdir(folder / "ckpt")) == ["1", "2", "3"]
+    assert contents(folder) == before
+
+
+def test_a_resumed_run_follows_its_own_keys(finished, tmp_path, monkeypatch):
+    """The bug: parameter groups of the checkpoint, while the changed keys were announced; or a KeyError."""
+    argv, folder, _ = finished
+    shutil.copytree(folder, tmp_path / "a")
+    keys = ["--betas=(0.5,0.75)", "--layer_decay=0.5", "--patch_embed_lr=0.1", "--max_steps=4"]
+    resumed = train(monkeypatch, [*argv, f"--out_dir={tmp_path}/a", "--resume=true", *keys])
+    fresh = train(monkeypatch, [*argv, f"--out_dir={tmp_path}/b", *keys, "--max_steps=0"])
+    groups, wanted = (run["optimizer"].param_groups for run in (resumed, fresh))
+    assert len(groups) == len(wanted) and all(group["betas"] == (0.5, 0.75) for group in groups)
+    assert [(g["lr_scale"], len(g["params"])) for g in groups] == [(g["lr_scale"], len(g["params"])) for g in wanted]
+    assert all(moments["step"] == 4 for moments in resumed["optimizer"].state.values()), "moments come from the file"
+
+
+@pytest.mark.parametrize("lost", ["config.json", "rows", ".metadata"])
+def test_a_damaged_file_beside_the_checkpoints_is_named(lost, finished, tmp_path, monkeypatch, capsys):
+    """The bug: a blank line ends every resume with a traceback, or the advice is to delete what is left."""
+    argv, folder, straight = finished
+    shutil.copytree(folder, tmp_path / "a")
+    argv = [*argv, f"--out_dir={tmp_path}/a", "--resume=true"]
+    rows, row = tmp_path / "a/metrics.jsonl", '{"step": 2, "loss": 1.0}'
+    if lost == "config.json":
+        (tmp_path / "a/config.json").unlink()
+    if lost == "rows":
+        rows.write_text(f'\n{{"loss": 1}}\n[]\n{row}\n\0\0\n{{"step": 9}}\n{{"st')
+        (tmp_path / "a/bach.jsonl").write_bytes(b"\n\xff\n")
+    if lost == ".metadata":
+        for step in "123":
+            (tmp_path / "a/ckpt" / step / ".metadata").unlink()
+        message = refused(monkeypatch, argv)
+        assert "nothing to resume" in message and "another --out_dir" in message and "delete" not in message
+        return
+    bit_equal(straight, weights(train(monkeypatch, argv)))
+    said = capsys.readouterr().out
+    assert lost == "rows" or "config.json is damaged or missing" in said
+    if lost == "rows":
+        assert rows.read_text() == row + "\n" and "metrics.jsonl, line 1 is no row and is dropped" in said
+        assert "metrics.jsonl, line 7" in said and "bach.jsonl, line 2" in said and "line 6" not in said
+
+
+def load_with_a_stale_listing(folder):
+    dist.init_process_group("gloo")
+    listed = checkpoint.numbered
+    if dist.get_rank() == 1:
+        checkpoint.numbered = lambda folder: listed(folder)[:-1]
+    state = {"w": torch.zeros(3)}
+    return checkpoint.load(folder, state, print), state["w"][0].item()
+
+
+def test_rank_0_says_which_checkpoint_all_ranks_load(on_ranks, tmp_path, group):
+    """The bug: an older listing on another node, and a network of two steps."""
+    saver = checkpoint.Saver(str(tmp_path), keep=0, keep_every=0)
+    for step in (1, 2):
+        saver.save(step, {"w": torch.full((3,), float(step))})
+    saver.finish()
+    assert on_ranks(2, load_with_a_stale_listing, str(tmp_path)) == [(2, 2.0)] * 2
+
+
+def test_a_checkpoint_that_lacks_a_ranks_file_gets_no_number(tmp_path, group, monkeypatch):
+    begin = checkpoint.dcp.async_save
+
+    def lose(*args, **kwargs):
+        future = begin(*args, **kwargs)
+        future.result()
+        next((tmp_path / "unfinished").glob("*.distcp")).unlink()
+        return future
+    monkeypatch.setattr(checkpoint.dcp, "async_save", lose)
+    saver = checkpoint.Saver(str(tmp_path), keep=0, keep_every=0)
+    saver.save(1, {"w": torch.zeros(3)})
+    with pytest.raises(ValueError, match="__0_0.distcp of another rank is not there"):
+        saver.finish()
+    assert checkpoint.complete(tmp_path) == []
+
+
+def test_saved_is_said_when_it_is_true_and_an_old_checkpoint_may_stay(tmp_path, group, monkeypatch):
+    """The bug: a folder that cannot be deleted stops the run."""
+    said, delete = [], shutil.rmtree
+
+    def refuse(path, ignore_errors=False):
+        if str(path).endswith("/1") and not ignore_errors:
+            raise OSError("[Errno 39] Directory not empty")
+        delete(path, ignore_errors)
+
+    def say(message):
+        said.append(message)
+        assert not message.startswith("saved: ") or os.path.exists(message.removeprefix("saved: ") + "/.metadata")
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    saver = checkpoint.Saver(str(tmp_path), 1, 0, say)
+    for step in (1, 2, 3):
+        saver.save(step, {"w": torch.zeros(3)})
+    saver.finish()
+    assert checkpoint.complete(tmp_path) == [1, 3]
+    assert [m for m in said if m.startswith("saved")] == [f"saved: {tmp_path}/{step}" for step in (1, 2, 3)]
+    assert [m for m in said if "cannot be deleted: OSError: [Errno 39]" in m]
+
+
+HOLD = "import sys, checkpoint; lock = open(sys.argv[1], 'a+'); checkpoint.take(lock, '.', print); print(); input()"
+
+
+def test_a_second_run_in_a_folder_is_refused(finished, tmp_path, monkeypatch):
+    """The bug: rows of two runs mixed, until one dies at a save."""
+    argv, folder, _ = finished
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, f"{folder}/lock"], cwd=ROOT, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)
+    holder.stdout.readline()
+    before = contents(folder)
+    message = refused(monkeypatch, [*argv, f"--out_dir={folder}", "--resume=true"])
+    holder.communicate("\n")
+    assert f"another run is writing there ({os.uname().nodename}, process {holder.pid}, since " in message
+    assert contents(folder) == before and "\n" not in message
+    train(monkeypatch, [*argv, f"--out_dir={folder}", "--resume=true"])  # a process that ends leaves no lock
+
+
+def claim_own(folder):
+    """Each rank with a folder of its own, as on two nodes without a common disk."""
+    dist.init_process_group("gloo")
+    with pytest.raises(ValueError, match="not the same folder on all nodes"):
+        checkpoint.claim(f"{folder}/{dist.get_rank()}", False, print)
+
+
+def test_nodes_without_a_common_folder_are_refused(on_ranks, tmp_path):
+    on_ranks(2, claim_own, str(tmp_path))
+
+
+def test_source_diff_says_why_it_has_no_commit(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "No such file" in checkpoint.git_state(said.append)
+    (tmp_path / "git").write_text("#!/bin/sh\necho 'fatal: detected dubious ownership' >&2; exit 128\n")
+    (tmp_path / "git").chmod(0o755)
+    assert checkpoint.git_state(said.append) == "no commit and no changes: fatal: detected dubious ownership\n"
+    assert said[1] == "source.diff has no commit and no changes: fatal: detected dubious ownership"
+
+
+def test_the_last_line_of_a_run_that_stops_is_its_reason(tiles, tmp_path):
+    """The bug: workers that are ended by the run are called killed."""
+    (tmp_path / "tiles").mkdir()
+    for i in range(3):
+        shutil.copy(f"{tiles}/0{i}.png", tmp_path / "tiles")
+    (tmp_path / "tiles/bad.png").write_bytes(b"junk")
+    run = launch(*flags(tiles=tmp_path / "tiles", arch="toy", workers=4, max_bad_tiles=0, max_steps=20,
+                        out_dir=tmp_path / "a"))
+    said = run.communicate(timeout=120)[0].splitlines()
+    assert run.returncode == 1 and "1 unreadable files" in said[-2] and "bad.png" in said[-1], said[-5:]
 
 
 def fill_the_disk(folder):
@@ -118,7 +270,7 @@ def fill_the_disk(folder):
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_names_the_path(on_ranks, tmp_path):
     said, = on_ranks(1, fill_the_disk, f"{tmp_path}/ckpt")
-    assert f"{tmp_path}/ckpt/unfinished could not be written (" in said
+    assert f"{tmp_path}/ckpt/unfinished could not be written (" in said and "the disk or a quota is full" in said
     assert f"{tmp_path}/ckpt/1 is whole" in said and checkpoint.complete(tmp_path / "ckpt") == [1]
 
 
@@ -167,7 +319,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tiles, tmp_path):
         run = launch(*flags(**keys, out_dir=tmp_path / "b", resume=str(bool(before)).lower()), ranks=2)
         said = ""
         if kills < 20:
-            said = wait_for(run, "/120: " if kills % 3 else "saved: ")  # the thread is still writing then
+            said = wait_for(run, "/120: " if kills % 3 else "exported: ")  # the save is about to begin then
             time.sleep(draw.random() * 1.5 if kills % 3 else draw.random() * 0.05)
             inside += (tmp_path / "b/ckpt/unfinished").exists()
             ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()

@@ -101,6 +101,25 @@ def test_files_are_checked_like_flags(tmp_path):
         assert "expects" in stopped(defaults(), [write(tmp_path, text)])
 
 
+def test_values_are_pythons_own_ones(tmp_path):
+    """The bug: a numpy scalar in a config, and teacher files that weights_only=True refuses."""
+    text = "import numpy as np\nlr = 1e-3 * np.sqrt(.5)\nsteps = np.int64(3)\nresume = np.bool_(True)\n"
+    text += "scale = (np.float32(.5), [np.float64(1)])\nextra = np.arange(2)\nname = np.str_('a')"
+    config = configure(defaults(), [write(tmp_path, text)])
+    assert config["scale"] == (0.5, [1.0]) and config["extra"] == [0, 1] and config["steps"] == 3
+    for value in (*config.values(), *config["scale"], *config["scale"][1], *config["extra"]):
+        assert type(value).__module__ == "builtins", value
+    assert "expects tuple" in stopped(defaults(), [write(tmp_path, "scale = (0.1, object())")])
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert configure(defaults(), ["--name=~/runs/a"])["name"] == "/home/me/runs/a"
+    assert configure(defaults(), ["--name=~/a/*.svs,~/b,c~/d"])["name"] == "/home/me/a/*.svs,/home/me/b,c~/d"
+    config = configure(defaults(), [write(tmp_path, "name = '~'\nscale = (('slides', '~/x', 1.0),)")])
+    assert config["name"] == "/home/me" and config["scale"] == (("slides", "/home/me/x", 1.0),)
+
+
 def test_flags_without_equals_get_a_hint():
     assert "--lr=1e-3" in stopped(defaults(), ["--lr", "1e-3"])
     assert "--resume=true" in stopped(defaults(), ["--resume"])

@@ -212,7 +212,10 @@ def test_six_steps_equal_three_resume_three_bit_for_bit(scales, folder, tmp_path
         assert run(monkeypatch, **keys, out_dir=tmp_path / "b")["progress"]["step"] == 3  # done and saved
     with pytest.raises(SystemExit, match="is not empty"):
         run(monkeypatch, **keys, out_dir=tmp_path / "b")
-    run(monkeypatch, **keys, out_dir=tmp_path / "b", resume=True)
+    with pytest.raises(SystemExit, match="this run needs none; go back to its arch"):
+        run(monkeypatch, **keys, out_dir=tmp_path / "b", resume=True, depth=1)
+    resumed = run(monkeypatch, **keys, out_dir=tmp_path / "b", resume=True)
+    assert resumed["optimizer"].param_groups[0]["betas"] == (0.9, 0.95)
     bit_equal(tmp_path / "a/6.pth", tmp_path / "b/6.pth")
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
 

@@ -322,6 +322,8 @@ def sharded_equals_a_bf16_copy(arch, mode="none", compiling=False, **group):
         sharding.shard(torch.nn.ModuleDict({"backbone": net}), mesh, bf16=True, trained=True)
         got, found = gradients(net, x)
         assert list(net.state_dict()) == names
+        policies = [m._get_fsdp_state()._mp_policy for m in (net, *net.blocks)]
+        assert {(p.param_dtype, p.reduce_dtype) for p in policies} == {(torch.bfloat16, torch.float32)}
         equal((want, {k: v.float() for k, v in exact.items()}), (got, {k: v.full_tensor() for k, v in found.items()}))
     finally:
         dist.destroy_process_group()

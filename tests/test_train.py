@@ -74,8 +74,10 @@ def bit_equal(a, b):
 
 
 def train_rank(argv):
+    """The seed of the last step's drop path on this rank."""
     sys.argv = ["train.py", *argv]
     runpy.run_path("train.py", run_name="__main__")
+    return torch.initial_seed()
 
 
 JOINT = dict(drop_path=0.0, clip_grad=0.05, freeze_last_layer=0, warmup_steps=0, max_steps=5)
@@ -88,7 +90,8 @@ def two_ranks(on_ranks, tiles, tmp_path_factory):
     """A folder with the runs of ON_TWO_RANKS."""
     folder = tmp_path_factory.mktemp("two_ranks")
     for name, keys in ON_TWO_RANKS.items():
-        on_ranks(2, train_rank, flags(tiles=tiles, out_dir=folder / name, **keys))
+        seeds = on_ranks(2, train_rank, flags(tiles=tiles, out_dir=folder / name, **keys))
+        assert len(set(seeds)) == 2, "each rank drops other images"
     return folder
 
 
@@ -215,7 +218,7 @@ def test_parameters_without_a_gradient_are_in_the_checkpoint(tiles, tmp_path, mo
 
 def test_a_step_follows_the_recipe(tiles, tmp_path, monkeypatch):
     """What a wrong constant in the loop would change, recorded at the functions that the loop calls."""
-    seen = {k: [] for k in ("groups", "momentum", "temp", "dino", "ibot", "kde", "forward", "seeds", "heads")}
+    seen = {k: [] for k in ("groups", "norms", "momentum", "temp", "dino", "ibot", "kde", "forward", "seeds", "heads")}
 
     def spy(owner, name, key, take):
         real = getattr(owner, name)
@@ -225,6 +228,8 @@ def test_a_step_follows_the_recipe(tiles, tmp_path, monkeypatch):
             return real(*args, **kwargs)
         monkeypatch.setattr(owner, name, wrapped)
 
+    spy(torch.optim.AdamW, "zero_grad", "norms", lambda self: sum(
+        sharding.local(p.grad).square().sum() for g in self.param_groups for p in g["params"] if p.grad is not None))
     spy(torch.optim.AdamW, "step", "groups", lambda self: [
         (g["lr"], g["weight_decay"], g["lr_scale"], g["wd_scale"], g["last_layer"]) for g in self.param_groups])
     spy(sharding, "update_ema", "momentum", lambda teacher, student, m, wanted: m)
@@ -237,7 +242,7 @@ def test_a_step_follows_the_recipe(tiles, tmp_path, monkeypatch):
     spy(model.DINOHead, "forward", "heads", lambda self, x: len(x))
     keys = dict(max_steps=6, schedule_steps=10, warmup_steps=3, freeze_last_layer=2, weight_decay=0.1,
                 weight_decay_end=0.3, momentum=0.9, student_temp=0.2, teacher_temp_warmup=4, kde_kappa=4.0,
-                base_lr=0.02, layer_decay=0.5)
+                base_lr=0.02, layer_decay=0.5, clip_grad=0.05)
     train(monkeypatch, flags(tiles=tiles, **keys, out_dir=tmp_path / "a"))
     cosine = lambda a, b, i, n: b + (a - b) * (1 + np.cos(np.pi * i / n)) / 2  # noqa: E731
     peak = 0.02 * (4 / 1024) ** 0.5
@@ -246,6 +251,7 @@ def test_a_step_follows_the_recipe(tiles, tmp_path, monkeypatch):
         for got, wd, lr_scale, wd_scale, last in seen["groups"][step]:
             assert got == pytest.approx(0 if last and step < 2 else lr * lr_scale, rel=1e-9)
             assert wd == pytest.approx(cosine(0.1, 0.3, step, 10) * wd_scale, rel=1e-9)
+        assert seen["norms"][step].sqrt() == pytest.approx(0.05 * 3**0.5, rel=1e-3), "each of three parts is clipped"
         assert seen["momentum"][step] == pytest.approx(cosine(0.9, 1.0, step, 10))
         assert seen["temp"][2 * step][0] == pytest.approx(0.04 + 0.03 * min(step, 3) / 3)
     assert len({g[2] for g in seen["groups"][0]}) > 4 and {g[3] for g in seen["groups"][0]} == {0, 1}
@@ -270,6 +276,7 @@ def test_the_rows_of_a_run(tiles, tmp_path, monkeypatch, capsys):
         parts = [x[f"grad_norm_{k}"] for k in ("backbone", "dino_head", "ibot_head")]
         assert x["grad_norm"] == pytest.approx(np.linalg.norm(parts), rel=1e-5)
         assert 1 <= x["cls_rank"] <= 2 * 4 - 1 and -1 / 7 <= x["cls_cosine"] <= 1
+    assert r[-1]["kde"] == pytest.approx(sum(model.kde_loss(x).item() for x in run["out"][0]["cls"].chunk(2)))
     last = eval_bach.collapse_metrics(run["out"][0]["cls"].detach())
     assert {k: r[-1][k] for k in ("cls_rank", "cls_cosine")} == pytest.approx(
         {"cls_rank": last["effective_rank"], "cls_cosine": last["mean_cosine"]}, rel=1e-5)
@@ -371,6 +378,33 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
     assert not out.exists()
     monkeypatch.undo()
     assert "nothing to resume" in refused(monkeypatch, flags(tiles=tiles, out_dir=out, resume="true"))
+
+
+def test_a_spreading_term_within_a_rank_needs_two_images_per_rank(monkeypatch):
+    """The bug: images counted over all ranks, and a constant without a gradient."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for kde in ("koleo", "openmidnight"):
+        message = refused(monkeypatch, flags(kde=kde, batch_size=1, dry_run="true"))
+        assert f"kde = '{kde}' compares images of one rank: batch_size must be at least 2" in message
+    assert "at least" not in refused(monkeypatch, flags(batch_size=1, dry_run="true"))
+
+
+@pytest.mark.parametrize("launch, part", [
+    (dict(WORLD_SIZE="2"), "not set: RANK, MASTER_ADDR, MASTER_PORT; launch with torchrun --nproc_per_node"),
+    (dict(RANK="0"), "not set: WORLD_SIZE, MASTER_ADDR"), (dict(RANK="x", WORLD_SIZE="2"), "must be numbers"),
+    (dict(RANK="2", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1"), "rank 2 of 2 ranks"),
+    (dict(SLURM_NTASKS="2"), "SLURM_NTASKS = 2 without RANK: each task would be a run of its own")])
+def test_a_launch_that_is_incomplete_is_named_in_one_line(launch, part, tiles, tmp_path, monkeypatch):
+    """The bug: ranks that wait for each other in silence, or a traceback."""
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+    message = refused(monkeypatch, flags(tiles=tiles, out_dir=tmp_path / "a"))
+    assert part in message and "\n" not in message and not (tmp_path / "a").exists()
+
+
+def test_an_empty_rank_is_no_rank(tiles, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "")
+    assert train(monkeypatch, flags(tiles=tiles, max_steps=0, out_dir=tmp_path / "a"))["world"] == 1
 
 
 def test_too_many_unreadable_tiles_stop_the_run_with_their_list(tiles, tmp_path, monkeypatch):
