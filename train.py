@@ -195,6 +195,8 @@ if dry_run:
     if rank == 0:
         print(budget.report(config, world, gpu_memory_gb or gpu_gb)[0])
     sys.exit()
+if world_size:
+    stop("world_size is for a dry run; torchrun states the ranks of a real one: --nproc_per_node")
 if device == "cuda" and not has_gpu:
     stop("device = 'cuda', but torch sees no GPU; --device=cpu runs without")
 dev = device or ("cuda" if has_gpu else "cpu")

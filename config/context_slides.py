@@ -2,7 +2,7 @@
 # parent:   context.py
 # run:      python bench/toy_context.py
 # result:   5 seeds: distance by hidden contexts .847 +- .085 (untrained .690, shuffled places .475, mean .487,
-#           attention MIL .492), arrangement .793 +- .063 (untrained .568, mean .503, attention MIL .490) (docs/context.md)
+#           attention MIL .492), arrangement .793 +- .063 (.568, .508, .503, .490) (docs/context.md)
 out_dir = "out/context_slides"
 window = 400         # the whole slide
 mask_share, mask_block = 0.3, (1, 1)

@@ -358,7 +358,7 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
                        (dict(arch="vit"), "unknown arch 'vit'; known: 'dinov2_vits14'"),
                        (dict(kde="on"), "unknown kde 'on'; known"),
                        (dict(global_px=60), "multiple of tiny's patch of 14"), (dict(centering="x"), "sinkhorn"),
-                       (dict(batch_size=1), "at least 2"),
+                       (dict(batch_size=1), "at least 2"), (dict(world_size=8), "world_size is for a dry run"),
                        (dict(blur_prob="(0.1,0.5)"), "blur_prob = (0.1, 0.5): give 3"),
                        (dict(device="cuda"), "no GPU"),
                        (dict(out_dir=tmp_path / "full/file"), "File exists"),
