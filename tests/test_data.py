@@ -235,7 +235,7 @@ def test_augment_without_any_operation_is_normalisation(norm, mean, std):
 @pytest.mark.parametrize("norm", ["tcga", (0.5, 0.5, 0.5), ((0.5,) * 3, (0.5, 0.5, 0.0)), ((0.5,) * 3, (0.5,) * 2), 0.5,
                                   ((0.5,) * 3, "abc")])
 def test_a_normalisation_that_is_none_is_named(norm):
-    with pytest.raises(ValueError, match="norm = .*'imagenet', 'half', or .mean, std."):
+    with pytest.raises(ValueError, match="norm = .*'imagenet', 'half', .*or .mean, std."):
         model.norm_values(norm)
 
 
