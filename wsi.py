@@ -49,6 +49,7 @@ STRIP = 32               # rows sharpened at a time, so that their float copies 
 TISSUE = {               # how the tissue mask is made; edit it here
     "mpp": 8.0,          # um/px of the thumbnail; a cell is about the size of a nucleus
     "otsu": (8, 40),     # range to which Otsu's threshold on the saturation (0-255) is clamped
+    "alike": 12,         # levels of saturation that tinted glass spans at most; glass and tissue are further apart
     "value": 50,         # darker pixels are not tissue: black borders, black ink, fluorescence
     "hue": True,         # keep only H&E's hues, as is_tissue does; set False for IHC, because it drops brown
     "ink": True,         # leave out green and blue pen
@@ -559,12 +560,10 @@ def _mask_of(thumbnail, um, rule):
 
 
 def _is_tissue_colour(thumbnail, rule):
-    """bool (h, w): more saturated than glass, and neither ink nor dark (fluorescence, black ink, the slide's edge).
-    Otsu's threshold is clamped, because on a slide that is all tissue or all glass it would cut through it."""
+    """bool (h, w): more saturated than glass, and neither ink nor dark (fluorescence, black ink, the slide's edge)."""
     blurred = Image.fromarray(thumbnail).filter(ImageFilter.BoxBlur(1))
     hue, saturation, value = map(np.asarray, blurred.convert("HSV").split())
-    threshold = np.clip(_otsu(saturation), *rule["otsu"])
-    tissue = (saturation > threshold) & (value > rule["value"])
+    tissue = (saturation > _threshold(saturation, rule)) & (value > rule["value"])
     if rule["hue"]:
         tissue &= hue >= 127
     if rule["ink"]:
@@ -574,9 +573,28 @@ def _is_tissue_colour(thumbnail, rule):
     return tissue
 
 
-def _otsu(channel):
-    """The threshold of a uint8 array that maximises the variance between the values up to it and those above."""
-    count = np.bincount(channel.ravel(), minlength=256).astype(float)
+def _threshold(saturation, rule):
+    """
+    The saturation above which there is tissue. Otsu's threshold is clamped, because on a slide that is all tissue or
+    all glass it would cut through it.
+
+    Tinted glass can still be above it: half of its noise, or all of it beside areas that were not scanned. It differs
+    from tissue, however pale, in two ways. Nearly all of it is alike, and no other glass lies far below.
+    """
+    count = np.bincount(saturation.ravel(), minlength=256).astype(float)
+    low, high = rule["otsu"]
+    threshold = int(np.clip(_otsu(count), low, high))
+    above = count[threshold + 1:].cumsum()
+    tenth, nine_tenths = threshold + 1 + np.searchsorted(above, above[-1] * np.array((0.1, 0.9)))
+    below = count[1:threshold + 1]  # without 0, the saturation of what was not scanned
+    glass = below @ np.arange(1, threshold + 1) / max(below.sum(), 1)
+    apart = below.sum() > above[-1] / 10 and tenth - glass >= rule["alike"]
+    alike = nine_tenths - tenth < rule["alike"]
+    return high if alike and not apart else threshold
+
+
+def _otsu(count):
+    """The threshold of a histogram (256,) that maximises the variance between the values up to it and those above."""
     total, below = count.sum(), count.cumsum()
     moment = (count * np.arange(256)).cumsum()
     difference = moment[-1] * below - moment * total

@@ -539,6 +539,30 @@ def test_a_slide_of_glass_or_in_the_dark_has_no_tissue_and_one_of_tissue_has_no_
         assert mask.mean() == (name == "full"), name
 
 
+@pytest.mark.parametrize("glass", [(226, 228, 236), (215, 220, 235), (240, 232, 236)])
+@pytest.mark.parametrize("noise", [1, 5])
+def test_tinted_glass_with_noise_has_no_tissue_and_keeps_what_lies_on_it(glass, noise):
+    """The bug: Otsu's threshold cut through the noise, or parted the glass from what was not scanned."""
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        image = glass + rng.normal(0, noise, (200, 200, 3))
+        image[:, :(seed % 3) * 60] = 255  # not scanned
+        blank, image[40:80, 150:190] = image.copy(), rng.normal(PINK, 12, (40, 40, 3))
+        image[120:160, 150:190] = (235, 217, 228) + rng.normal(0, 15, (40, 1, 3))  # pale
+        blank, mask = (wsi._mask_of(np.uint8(a.clip(0, 255)), (8, 8), wsi.TISSUE) for a in (blank, image))
+        assert not blank.any()
+        assert mask[42:78, 152:188].all() and mask.sum() < 3500 and not mask[:30].any()
+
+
+@pytest.mark.parametrize("spread", [0, 15])
+def test_pale_tissue_on_glass_is_found(spread):
+    rng = np.random.default_rng(0)
+    image = rng.normal(GLASS, 1, (200, 200, 3))
+    image[50:150, 50:150] = (238, 218, 230) - rng.uniform(0, spread, (100, 1, 1)) * (0, 1, 0)
+    mask = wsi._mask_of(np.uint8(image), (8, 8), wsi.TISSUE)
+    assert mask[55:145, 55:145].all() and mask.sum() < 1.1 * 100 ** 2
+
+
 def test_a_large_single_level_is_read_in_blocks(tmp_path, damage, monkeypatch):
     image = texture(9000, 400)
     slide = Slide(write_slide(tmp_path / "wide.tif", [image], (0.5, 0.5)))
