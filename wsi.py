@@ -337,14 +337,18 @@ class Slide:
         return pixels
 
     def _interpolates(self, at, size, level):
-        """Whether this OpenSlide blends pixels at fractional places: then it reads other values half a pixel beside."""
+        """Whether this OpenSlide blends pixels at fractional places: then it reads other values half a pixel beside.
+        A read decides for the whole process, so one that cannot tell leaves it open."""
         if OPENSLIDE["interpolates"] is None:
             downsample = self._handle().level_downsamples[level]
-            a = self._read_rgb(at * downsample, size, level)
-            b = self._read_rgb((at + (0.5, 0)) * downsample, size, level)
+            here, beside = np.rint(at * downsample), np.rint((at + (0.5, 0)) * downsample)
+            moved = (beside - here)[0] / downsample
+            if min(size) < 16 or abs(moved - 0.5) > 0.25:
+                return True  # too small, or no level-0 pixel lies half a pixel beside, as at 1.001x
+            a, b = self._read_rgb(here, size, level), self._read_rgb(beside, size, level)
             contrast = abs(np.diff(a.astype(int), axis=1)) > 4
             if contrast.mean() < 0.1:
-                return True  # too flat to tell: glass looks like its own shifted copy
+                return True  # too flat: glass looks like its own shifted copy
             OPENSLIDE["interpolates"] = not (np.array_equal(a, b) or np.array_equal(a[:, 1:], b[:, :-1]))
         return OPENSLIDE["interpolates"]
 

@@ -318,6 +318,22 @@ def test_a_flat_place_does_not_decide_whether_openslide_interpolates(tmp_path, m
     assert wsi.OPENSLIDE["interpolates"] is True
 
 
+@pytest.mark.parametrize("factor, size, left, px", [
+    (2.003, (1027, 901), 511, 64),     # one pixel wide inside the level
+    (2.003, (1027, 901), 300, 1), (2.003, (1027, 901), 300, 3),
+    (200.3, (1027, 901), 2, 64),       # a level of 5 px
+    (1.0003, (1027, 901), 760, 64)])   # half a pixel beside is a whole one
+def test_a_read_or_a_level_too_small_to_tell_does_not_decide_it_either(tmp_path, monkeypatch, factor, size, left, px):
+    """The bug: two empty slices were equal, and all later reads of the process stayed blurred."""
+    monkeypatch.setattr(wsi, "OPENSLIDE", {"interpolates": None})
+    levels = [np.random.default_rng(k).integers(0, 256, level.shape, np.uint8)
+              for k, level in enumerate(pyramid(np.zeros((*size[::-1], 3), np.uint8), factor))]
+    slide = Slide(write_slide(tmp_path / "noise.tif", levels, (0.25, 0.25)))
+    for top in range(0, 200, 9):
+        slide.read_level(round(left * factor), round(top * factor), px, 1)
+    assert wsi.OPENSLIDE["interpolates"] is not False
+
+
 def test_the_grid_covers_the_tissue_without_gap_or_drift_and_regions_hold_each_tile_once(tmp_path):
     slide, disc = toy_slide(tmp_path / "toy.tif")
     for size, mpp, least in ((64, 0.5, 0.25), (50, 0.77, 0.5), (32, 4.0, 0.1)):
