@@ -104,26 +104,32 @@ def find_mpp(properties, override=None, from_objective=False, trust=False):
                      "mpp_from_objective=true")
 
 
-def level_scales(dimensions, level_dimensions, tiles):
+def level_scale(dimensions, size, tile):
     """
-    (level-0 px per px along x and y, float (levels, 2); whether the dimensions tell it, bool (levels,)).
+    (level-0 px per px of a level along x and y, whether the dimensions tell it). All three are (w, h) in px.
 
     Dimensions hide the scale in two ways. The last pixels may be cut off: then a factor of 4.002 is 4. Or the level is
-    padded to whole tiles: then a factor of 3.906 is 4, along one axis or both. tiles (levels, 2): size in px.
+    padded to whole tiles: then a factor of 3.906 is 4. If several whole numbers explain that, it is the power of two.
     """
-    factor = np.divide(dimensions, level_dimensions)
+    factor = np.divide(dimensions, size)
     whole = np.rint(factor)
-    cut_off = abs(dimensions / whole - level_dimensions) < 1
+    cut_off = abs(dimensions / whole - size) < 1
     scale = np.where(cut_off, whole, factor)
-    aspect = np.divide(*scale.T)  # a level that is squeezed along one axis shows something else
-    rounding = 2 / np.min(level_dimensions, 1)
-    whole = np.where(cut_off, whole, np.ceil(factor)).max(1, keepdims=True)
-    more = level_dimensions - dimensions / whole
-    added = (more >= 0) & (more < tiles) & (np.mod(level_dimensions, tiles) == 0)
-    padded = (added | (abs(more) < 1)).all(1) & ~cut_off.all(1)
-    odd = abs(aspect - 1) > rounding  # else the level may as well have been shrunk to whole tiles
-    told = np.where(padded, odd, abs(aspect - 1) <= TOLERANCE + rounding)
-    return np.where(padded[:, None], whole, scale), told
+    difference = abs(scale[0] / scale[1] - 1)  # a level that is squeezed along one axis shows something else
+    rounding = 2 / min(size)
+    most = int(factor.max())
+    numbers = np.arange(most, 4 * most + 5)[:, None]
+    filled = np.ceil(dimensions / numbers / tile) * tile
+    padded = ((filled == size) | (abs(dimensions / numbers - size) < 1)).all(1)
+    numbers = numbers[padded]
+    if cut_off.all() or not len(numbers):
+        return scale, difference <= TOLERANCE + rounding
+    if len(numbers) > 1:
+        numbers = numbers[np.log2(numbers) % 1 == 0]
+    # where both axes have the same factor, the level may as well have been shrunk to whole tiles
+    if len(numbers) != 1 or difference <= rounding:
+        return scale, False
+    return np.repeat(numbers.ravel(), 2), True
 
 
 def find_power(properties):
@@ -179,16 +185,20 @@ class Slide:
             raise SlideError(f"{self.path}: {error}") from None
         self.mpp_xy = mpp_x, mpp_y
         self.mpp = (mpp_x + mpp_y) / 2
-        tiles = [[float(self.properties.get(f"openslide.level[{level}].tile-{side}", math.inf))
-                  for side in ("width", "height")] for level in range(handle.level_count)]
-        # (levels, 2): level-0 px per px, along x and y; (levels,): whether the dimensions tell it
-        self.level_scale, told = level_scales(self.dimensions, self.level_dimensions, tiles)
+        scales = [level_scale(self.dimensions, size, self._tile(level))
+                  for level, size in enumerate(self.level_dimensions)]
+        self.level_scale = np.array([scale for scale, _ in scales], float)  # (levels, 2): level-0 px per px, x and y
         self.level_mpp = (self.level_scale * self.mpp_xy).mean(1).tolist()
         inside = np.ceil(self.dimensions / self.level_scale).astype(int)
         self._inside = np.minimum(inside, self.level_dimensions)  # (levels, 2): px of a level that are no padding
         self.left_out = {}  # {level: why it is not read}
-        for level in np.flatnonzero(~told).tolist():
-            self._leave_out(level, "has another aspect than level 0, so it shows another picture or is padded")
+        for level, (_, told) in enumerate(scales):
+            if not told:
+                self._leave_out(level, "has another aspect than level 0, so it shows another picture or is padded")
+
+    def _tile(self, level):
+        keys = (f"openslide.level[{level}].tile-{side}" for side in ("width", "height"))
+        return np.array([int(self.properties.get(key, 1)) for key in keys])
 
     def _leave_out(self, level, reason):
         self.left_out[level] = reason
