@@ -33,9 +33,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 
 import model
+import sources
 from configurator import configure
 
 # ---- the protocol: changing any of these invalidates earlier rows; all except the ranges show in `protocol` ----------
@@ -129,13 +129,9 @@ def read_image(path, view=View(), mpp=BACH_MPP):
     cannot be decoded, or is too coarse or too small for such tiles.
     """
     try:
-        with Image.open(path) as page:
-            if page.mode[0] in "IF":
-                raise ValueError(f"more than 8 bits per channel, mode {page.mode}: convert it")
-            pixels = np.array(page.convert("RGB"))
-    except Exception as e:  # pillow raises OSError, SyntaxError, KeyError, struct.error, ... on a damaged file
-        reason = " ".join(f"{type(e).__name__}: {e}".split())
-        raise ValueError(f"{path}: not a readable image ({reason}); fetch or unzip it again") from e
+        pixels = sources.decode(path, f"{path}: not a readable image")
+    except OSError as e:
+        raise ValueError(f"{e}; mend it, or fetch or unzip it again") from None
     height, width, _ = pixels.shape
     size = f"{width}x{height} px"
     image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

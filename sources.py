@@ -112,19 +112,27 @@ def listed(paths):
 
 
 def decode(file, name):
-    """The RGB pixels of an image file, or of its bytes. Raises OSError with `name` if it is damaged."""
+    """
+    The RGB pixels of an image file, or of its bytes. Every image of training, evaluation and preparation enters here,
+    so that equal files are equal pixels. Raises OSError with `name` if it is damaged, or if it would be misread.
+    """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            if image.mode == "RGB":
-                return np.array(image)
+            if image.mode[0] in "IF" or is_deep(image):
+                raise ValueError(f"{image.mode} pixels of more than 8 bits per channel; save it with 8")
             if image.has_transparency_data:  # saved from read_region: outside the slide is white, not black
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
-            elif image.mode[0] in "IF":  # 16 or 32 bits
-                raise ValueError(f"{image.mode} pixels; save it with 8 bits per channel")
             return np.array(image.convert("RGB"))
     except Exception as e:  # pillow raises OSError, SyntaxError, KeyError, struct.error, ... on a damaged file
-        raise OSError(f"{name}: {type(e).__name__}: {e}") from None
+        raise OSError(f"{name}: {type(e).__name__}: {' '.join(str(e).split())}") from None
+
+
+def is_deep(image):
+    """Whether an opened image has 16 bits per channel. Pillow keeps the upper 8, and 12 bits in them would be black."""
+    if image.format == "TIFF":
+        return np.max(image.tag_v2.get(258, 1)) > 8  # BitsPerSample
+    return ";16" in str(image.tile)
 
 
 def keep_open(open_one, size):

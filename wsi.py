@@ -15,7 +15,9 @@ because a guess would mix scales silently.
 Levels. We read the coarsest level that is at most 3 % coarser than the target. An axis within 3 % is used as stored,
 because resampling 0.499 to 0.5 um/px would only blur it. Otherwise the exact larger region is read and shrunk with
 PIL's antialiased BILINEAR, in training and inference alike. Only a level 0 that is too coarse is enlarged, by at most
-10 %. Levels of 4.002x are 4x with the last pixels cut off, so factors are whole where that explains the dimensions.
+10 %. Levels of 4.002x are 4x with the last pixels cut off, and levels of 3.906x may be 4x padded to whole tiles, so
+factors are whole where that explains the dimensions. A level that does not show what level 0 shows is left out, with a
+warning.
 
 Exact reads. OpenSlide reads a level > 0 at location / downsample, which is fractional, and interpolates between the
 stored pixels. This blurs each place by another amount: a nuisance for the encoder, a difference between random and grid
@@ -49,6 +51,7 @@ STRIP = 32               # rows sharpened at a time, so that their float copies 
 TISSUE = {               # how the tissue mask is made; edit it here
     "mpp": 8.0,          # um/px of the thumbnail; a cell is about the size of a nucleus
     "otsu": (8, 40),     # range to which Otsu's threshold on the saturation (0-255) is clamped
+    "alike": 12,         # levels of saturation that tinted glass spans at most; glass and tissue are further apart
     "value": 50,         # darker pixels are not tissue: black borders, black ink, fluorescence
     "hue": True,         # keep only H&E's hues, as is_tissue does; set False for IHC, because it drops brown
     "ink": True,         # leave out green and blue pen
@@ -99,6 +102,34 @@ def find_mpp(properties, override=None, from_objective=False, trust=False):
         return 10 / power, 10 / power, "10 / objective power"
     raise SlideError(f"no usable mpp (properties seen: {seen}); {REMEDY}, or guess it from the objective power with "
                      "mpp_from_objective=true")
+
+
+def level_scale(dimensions, size, tile):
+    """
+    (level-0 px per px of a level along x and y, whether the dimensions tell it). All three are (w, h) in px.
+
+    Dimensions hide the scale in two ways. The last pixels may be cut off: then a factor of 4.002 is 4. Or the level is
+    padded to whole tiles: then a factor of 3.906 is 4. If several whole numbers explain that, it is the power of two.
+    """
+    factor = np.divide(dimensions, size)
+    whole = np.rint(factor)
+    cut_off = abs(dimensions / whole - size) < 1
+    scale = np.where(cut_off, whole, factor)
+    difference = abs(scale[0] / scale[1] - 1)  # a level that is squeezed along one axis shows something else
+    rounding = 2 / min(size)
+    most = int(factor.max())
+    numbers = np.arange(most, 4 * most + 5)[:, None]
+    filled = np.ceil(dimensions / numbers / tile) * tile
+    padded = ((filled == size) | (abs(dimensions / numbers - size) < 1)).all(1)
+    numbers = numbers[padded]
+    if cut_off.all() or not len(numbers):
+        return scale, difference <= TOLERANCE + rounding
+    if len(numbers) > 1:
+        numbers = numbers[np.log2(numbers) % 1 == 0]
+    # where both axes have the same factor, the level may as well have been shrunk to whole tiles
+    if len(numbers) != 1 or difference <= rounding:
+        return scale, False
+    return np.repeat(numbers.ravel(), 2), True
 
 
 def find_power(properties):
@@ -154,13 +185,25 @@ class Slide:
             raise SlideError(f"{self.path}: {error}") from None
         self.mpp_xy = mpp_x, mpp_y
         self.mpp = (mpp_x + mpp_y) / 2
-        factor = np.array(self.dimensions) / self.level_dimensions
-        whole = np.rint(factor)
-        cut_off = abs(self.dimensions / whole - self.level_dimensions) < 1
-        self.level_scale = np.where(cut_off, whole, factor)  # (levels, 2): level-0 px per px, along x and y
+        scales = [level_scale(self.dimensions, size, self._tile(level))
+                  for level, size in enumerate(self.level_dimensions)]
+        self.level_scale = np.array([scale for scale, _ in scales], float)  # (levels, 2): level-0 px per px, x and y
         self.level_mpp = (self.level_scale * self.mpp_xy).mean(1).tolist()
-        aspect = np.divide(*self.level_scale.T)  # a level that is squeezed along one axis shows something else
-        self._even = abs(aspect - 1) <= TOLERANCE + 2 / np.min(self.level_dimensions, 1)
+        inside = np.ceil(self.dimensions / self.level_scale).astype(int)
+        self._inside = np.minimum(inside, self.level_dimensions)  # (levels, 2): px of a level that are no padding
+        self.left_out = {}  # {level: why it is not read}
+        for level, (_, told) in enumerate(scales):
+            if not told:
+                self._leave_out(level, "has another aspect than level 0, so it shows another picture or is padded")
+
+    def _tile(self, level):
+        keys = (f"openslide.level[{level}].tile-{side}" for side in ("width", "height"))
+        return np.array([int(self.properties.get(key, 1)) for key in keys])
+
+    def _leave_out(self, level, reason):
+        self.left_out[level] = reason
+        warnings.warn(f"{self.path}: level {level} {reason}; it is left out, and finer levels serve instead",
+                      stacklevel=2)
 
     def __getstate__(self):
         return self.__dict__ | {"_slide": None, "_pid": None}  # an unpickled slide opens its own handle
@@ -207,6 +250,8 @@ class Slide:
         levels = len(self.level_dimensions)
         if level not in range(levels):
             raise SlideError(f"{self.path}: no level {level}, it has {levels} levels, from 0 on")
+        if level in self.left_out:
+            raise SlideError(f"{self.path}: level {level} {self.left_out[level]}")
         return self._region((x, y), (size, size), level)
 
     def extent(self, size, mpp):
@@ -288,7 +333,7 @@ class Slide:
 
     def _coarsest(self, fine):
         """The coarsest level among those that are fine enough, bool (levels,), and show the same as level 0."""
-        return int(max(np.flatnonzero(fine & self._even), default=0))
+        return max((level for level in np.flatnonzero(fine).tolist() if level not in self.left_out), default=0)
 
     # -- pixels: at and size are arrays (x, y) and (w, h) -------------------------------------------------------------
 
@@ -296,7 +341,8 @@ class Slide:
         """Pixels of a level from `at` in level-0 px: uint8 (h, w, 3), white outside the slide."""
         at, size = np.array(at), np.ceil(extent).astype(int)
         scale = self.level_scale[level]
-        if self.exact_reads or level == 0:
+        padded = (self._inside[level] < self.level_dimensions[level]).any()  # where OpenSlide's places are wrong
+        if self.exact_reads or level == 0 or padded:
             return self._stored(np.rint(at / scale).astype(int), size, level)
         # OpenSlide truncates negative places to whole pixels, so we do not ask for what is left of or above the slide
         left, top = skip = np.maximum(np.ceil(-at / scale), 0).astype(int)
@@ -308,7 +354,7 @@ class Slide:
     def _stored(self, at, size, level, dtype=np.float32):
         """Pixels as stored at a level, from `at` in that level's pixels: uint8 (h, w, 3), white outside the slide."""
         low = np.maximum(at, 0)
-        high = np.minimum(at + size, self.level_dimensions[level])
+        high = np.minimum(at + size, self._inside[level])
         region = _white(size)
         if (low < high).all():
             (left, top), (right, bottom) = low - at, high - at
@@ -336,14 +382,18 @@ class Slide:
         return pixels
 
     def _interpolates(self, at, size, level):
-        """Whether this OpenSlide blends pixels at fractional places: then it reads other values half a pixel beside."""
+        """Whether this OpenSlide blends pixels at fractional places: then it reads other values half a pixel beside.
+        A read decides for the whole process, so one that cannot tell leaves it open."""
         if OPENSLIDE["interpolates"] is None:
             downsample = self._handle().level_downsamples[level]
-            a = self._read_rgb(at * downsample, size, level)
-            b = self._read_rgb((at + (0.5, 0)) * downsample, size, level)
+            here, beside = np.rint(at * downsample), np.rint((at + (0.5, 0)) * downsample)
+            moved = (beside - here)[0] / downsample
+            if min(size) < 16 or abs(moved - 0.5) > 0.25:
+                return True  # too small, or no level-0 pixel lies half a pixel beside, as at 1.001x
+            a, b = self._read_rgb(here, size, level), self._read_rgb(beside, size, level)
             contrast = abs(np.diff(a.astype(int), axis=1)) > 4
             if contrast.mean() < 0.1:
-                return True  # too flat to tell: glass looks like its own shifted copy
+                return True  # too flat: glass looks like its own shifted copy
             OPENSLIDE["interpolates"] = not (np.array_equal(a, b) or np.array_equal(a[:, 1:], b[:, :-1]))
         return OPENSLIDE["interpolates"]
 
@@ -364,30 +414,32 @@ class Slide:
         return np.array(image)
 
     def check_levels(self, places=5):
-        """Compare each level with the level below, in about 10 ms. Raises SlideError if they differ at half of the
-        places: the level shows another picture, or is not as coarse as its dimensions say."""
+        """Compare each level with the next finer one, in about 10 ms, and leave out those that differ at half of the
+        places: they show another picture, or are not as coarse as their dimensions say. Returns whether any was."""
         rng, tissue = np.random.default_rng(0), self._tissue()[0].any()
+        finer, known = 0, len(self.left_out)
         for level in range(1, len(self.level_scale)):
-            if not self._even[level]:
-                raise SlideError(f"{self.path}: level {level} has another aspect than level 0, so it shows another "
-                                 "picture; convert the slide, or leave it out")
+            if level in self.left_out:
+                continue
             points = [self.random_point(rng) if tissue else rng.random(2) * self.dimensions for _ in range(places)]
-            likeness = [self._likeness(point, level) for point in points]
+            likeness = [self._likeness(point, level, finer) for point in points]
             likeness = np.median([value for value in likeness if value is not None] or [1])
             if likeness < 0.5:
-                raise SlideError(f"{self.path}: level {level} does not show what level {level - 1} shows (median "
-                                 f"correlation {likeness:.2f}); convert the slide, or leave it out")
+                self._leave_out(level, f"does not show what level {finer} shows (median correlation {likeness:.2f})")
+            else:
+                finer = level
+        return len(self.left_out) > known
 
-    def _likeness(self, point, level):
-        """Correlation of a level's gray, around a level-0 point, with the level below; None where flat or damaged."""
-        scale, dimensions = self.level_scale[level], self.level_dimensions[level]
+    def _likeness(self, point, level, finer):
+        """Correlation of a level's gray, around a level-0 point, with a finer level; None where flat or damaged."""
+        scale, dimensions = self.level_scale[level], self._inside[level]
         side = min(96, *dimensions)
         corner = np.rint(point / scale - side / 2)
         corner = np.clip(corner, 0, np.subtract(dimensions, side)).astype(int)  # inside, because all edges look alike
-        extent = side * scale / self.level_scale[level - 1]
+        extent = side * scale / self.level_scale[finer]
         try:
             coarse = self._stored(corner, np.array((side, side)), level)
-            fine = self._region(corner * scale, extent, level - 1)
+            fine = self._region(corner * scale, extent, finer)
         except SlideError:
             return None
         images = [Image.fromarray(pixels).convert("L") for pixels in (coarse, _shrink(fine, side, extent))]
@@ -431,21 +483,24 @@ class Slide:
         if self._mask is not None:
             return self._mask
         file = self._mask_file() if self.mask_dir else ""
-        self._mask, self.rule = _load_mask(file, self.rule) if file else (None, self.rule)
+        self._mask, self.rule, left_out = _load_mask(file, self.rule) if file else (None, self.rule, {})
+        for level in left_out.keys() - self.left_out.keys():
+            self._leave_out(level, left_out[level])
         if self._mask is None:
             rule = self.rule or TISSUE
-            thumbnail, damaged, cell = self.thumbnail(rule["mpp"])
-            mask = _mask_of(thumbnail, np.multiply(self.mpp_xy, cell), rule)
-            mask |= damaged  # so that these tiles are tried and counted
-            self._mask = np.packbits(mask), mask.shape, cell
-            try:
-                self.check_levels()
-            except SlideError:
-                self._mask = None  # the next call shall fail as well
-                raise
+            self._make_mask(rule)
+            while self.check_levels():
+                self._make_mask(rule)  # it may have been made from the level that is left out now
             if file:
-                _save_mask(file, self._mask, rule)
+                _save_mask(file, self._mask, rule, self.left_out)
         return self._mask
+
+    def _make_mask(self, rule):
+        self._mask = None  # if this fails, the next call shall fail as well
+        thumbnail, damaged, cell = self.thumbnail(rule["mpp"])
+        mask = _mask_of(thumbnail, np.multiply(self.mpp_xy, cell), rule)
+        mask |= damaged  # so that these tiles are tried and counted
+        self._mask = np.packbits(mask), mask.shape, cell
 
     def _mask_file(self):
         """It is named by the slide's size, 8 places in its file and its scale, so that a moved slide keeps its mask."""
@@ -463,7 +518,7 @@ class Slide:
         limit = mpp * (1 + TOLERANCE)
         level = self._coarsest(np.array(self.level_mpp) <= limit)
         k = max(1, round(mpp / self.level_mpp[level]))
-        w, h = (math.ceil(side / k) for side in self.level_dimensions[level])
+        w, h = (math.ceil(side / k) for side in self._inside[level].tolist())
         if w * h > MAX_MASK_CELLS:
             raise SlideError(f"{self.path}: a mask of {w} x {h} cells is too large; if {self.mpp:.4g} um/px "
                              f"({self.mpp_source}) is wrong, {REMEDY}")
@@ -559,12 +614,10 @@ def _mask_of(thumbnail, um, rule):
 
 
 def _is_tissue_colour(thumbnail, rule):
-    """bool (h, w): more saturated than glass, and neither ink nor dark (fluorescence, black ink, the slide's edge).
-    Otsu's threshold is clamped, because on a slide that is all tissue or all glass it would cut through it."""
+    """bool (h, w): more saturated than glass, and neither ink nor dark (fluorescence, black ink, the slide's edge)."""
     blurred = Image.fromarray(thumbnail).filter(ImageFilter.BoxBlur(1))
     hue, saturation, value = map(np.asarray, blurred.convert("HSV").split())
-    threshold = np.clip(_otsu(saturation), *rule["otsu"])
-    tissue = (saturation > threshold) & (value > rule["value"])
+    tissue = (saturation > _threshold(saturation, rule)) & (value > rule["value"])
     if rule["hue"]:
         tissue &= hue >= 127
     if rule["ink"]:
@@ -574,9 +627,28 @@ def _is_tissue_colour(thumbnail, rule):
     return tissue
 
 
-def _otsu(channel):
-    """The threshold of a uint8 array that maximises the variance between the values up to it and those above."""
-    count = np.bincount(channel.ravel(), minlength=256).astype(float)
+def _threshold(saturation, rule):
+    """
+    The saturation above which there is tissue. Otsu's threshold is clamped, because on a slide that is all tissue or
+    all glass it would cut through it.
+
+    Tinted glass can still be above it: half of its noise, or all of it beside areas that were not scanned. It differs
+    from tissue, however pale, in two ways. Nearly all of it is alike, and no other glass lies far below.
+    """
+    count = np.bincount(saturation.ravel(), minlength=256).astype(float)
+    low, high = rule["otsu"]
+    threshold = int(np.clip(_otsu(count), low, high))
+    above = count[threshold + 1:].cumsum()
+    tenth, nine_tenths = threshold + 1 + np.searchsorted(above, above[-1] * np.array((0.1, 0.9)))
+    below = count[1:threshold + 1]  # without 0, the saturation of what was not scanned
+    glass = below @ np.arange(1, threshold + 1) / max(below.sum(), 1)
+    apart = below.sum() > above[-1] / 10 and tenth - glass >= rule["alike"]
+    alike = nine_tenths - tenth < rule["alike"]
+    return high if alike and not apart else threshold
+
+
+def _otsu(count):
+    """The threshold of a histogram (256,) that maximises the variance between the values up to it and those above."""
     total, below = count.sum(), count.cumsum()
     moment = (count * np.arange(256)).cumsum()
     difference = moment[-1] * below - moment * total
@@ -602,30 +674,32 @@ def _drop_small(mask, least):
     return mask & (cells[part] >= least)[run]
 
 
-def _save_mask(file, mask, rule):
+def _save_mask(file, mask, rule, left_out):
     """Write a mask to its file. If that fails, the mask has to be made again next time, which is only a warning."""
     unfinished = f"{file}.{os.urandom(4).hex()}.unfinished"
     bits, shape, cell = mask
     try:
         os.makedirs(os.path.dirname(file), exist_ok=True)
         with open(unfinished, "wb") as f:
-            np.savez_compressed(f, bits=bits, shape=shape, cell=cell, rule=json.dumps(rule))
+            np.savez_compressed(f, bits=bits, shape=shape, cell=cell, rule=json.dumps(rule),
+                                left_out=json.dumps(list(left_out.items())))
         os.replace(unfinished, file)
     except OSError as error:
         warnings.warn(f"{file}: this tissue mask was not kept: {error}", stacklevel=2)
 
 
 def _load_mask(file, rule):
-    """((packed bits, (h, w), cell), its rule). The mask is None if there is none, it is damaged, or it was made by
-    another rule than the one given; None takes any."""
+    """((packed bits, (h, w), cell), its rule, the slide's levels that are left out). The mask is None if there is none,
+    it is damaged, or it was made by another rule than the one given; None takes any."""
     try:
         with np.load(file) as saved:
             if rule is None or json.dumps(rule) == str(saved["rule"]):
                 mask = saved["bits"], tuple(saved["shape"].tolist()), tuple(saved["cell"].tolist())
-                return mask, json.loads(str(saved["rule"]))
+                left_out = json.loads(str(saved["left_out"])) if "left_out" in saved else []
+                return mask, json.loads(str(saved["rule"])), dict(left_out)
     except Exception:  # a damaged file raises anything that zipfile, zlib and numpy raise; the mask is made again
         pass
-    return None, rule
+    return None, rule, {}
 
 
 def open_slide(path, config, rule=None):

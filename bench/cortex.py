@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
@@ -26,6 +25,7 @@ from sklearn.preprocessing import StandardScaler
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import context
 import places
+import sources
 from configurator import configure
 from eval_slides import neighbours
 
@@ -53,7 +53,7 @@ def describe(patch):
 def make_features(image_file):
     """A section's file of features, and its layers (N,)."""
     name = image_file.stem
-    pixels = np.array(Image.open(image_file).convert("RGB"))
+    pixels = sources.decode(image_file, image_file)
     padded = np.pad(pixels, ((PX, PX), (PX, PX), (0, 0)), mode="edge")
     with open(image_file.with_suffix(".csv"), newline="") as f:
         rows = list(csv.DictReader(f))

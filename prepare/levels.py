@@ -33,7 +33,8 @@ seed = 0
 
 def lines(slide, number):
     """Yields `path x y level` for each level, `passes` times; a level without enough tissue is given up."""
-    rng, levels = np.random.default_rng((seed, number)), list(range(len(slide.level_mpp)))
+    rng = np.random.default_rng((seed, number))
+    levels = [level for level in range(len(slide.level_mpp)) if level not in slide.left_out]
     high = np.maximum(np.subtract(slide.dimensions, tile_px), 0) + 1  # as theirs: level-0 pixels at any level
     for _ in range(passes):
         for level in list(levels):

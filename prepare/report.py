@@ -87,10 +87,12 @@ def describe(row, slide):
 
 
 def measure(row, slide, config):
-    """Defects, tissue, tiles, sharpness. What forbids the use of a slide, such as a level that lies, is an error."""
+    """Defects, such as a level that is left out, tissue, tiles, sharpness."""
     defects = survey(slide)
     row["defects"] = "; ".join(defects)
     mask, cell = slide.tissue_mask()
+    slide.check_levels()  # a mask from mask_dir comes without this check
+    defects += [f"level {level} {reason}" for level, reason in slide.left_out.items()]
     area = mask.sum() * np.prod(cell) * np.prod(slide.mpp_xy)  # um2
     row["tissue_share"] = round(float(mask.mean()), 4)
     row["tissue_mm2"] = round(float(area) / 1e6, 3)
@@ -108,8 +110,6 @@ def measure(row, slide, config):
     if config["pictures"]:
         text = f"{row['name']}, tissue {row['tissue_mm2']} mm2"
         draw(slide, grids, config["tile_px"], text).save(Path(config["out"], f"{row['name']}.png"))
-    if mask.any():
-        slide.check_levels()  # a mask from mask_dir comes without this check
 
 
 def focus(slide, defects):

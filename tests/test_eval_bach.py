@@ -15,6 +15,7 @@ from PIL import Image
 
 import eval_bach
 import model
+import sources
 
 MEAN, STD = model.NORMS["imagenet"]
 SPLIT = eval_bach.LABELS, eval_bach.TRAIN_INDEX, eval_bach.VAL_INDEX
@@ -71,7 +72,7 @@ def test_odd_size_and_damaged_file(bach):
         eval_bach.load_pixels(bach)
     for damaged in (good[: len(good) // 2], b"not an image", b""):
         path.write_bytes(damaged)
-        with one_line("iv033.tif: not a readable image .*again"):
+        with one_line("iv033.tif: not a readable image: .*again"):
             eval_bach.load_pixels(bach)
 
 
@@ -341,6 +342,13 @@ def test_an_image_of_another_mode_is_read_as_rgb_and_one_of_16_bits_refused(tmp_
     for mode in ("L", "RGBA"):
         Image.new("RGB", (64, 48), (90, 90, 90)).convert(mode).save(tmp_path / "x.tif")
         assert (eval_bach.read_image(tmp_path / "x.tif")[0] == 90).all()
+    rgba = Image.new("RGBA", (64, 48), (90, 90, 90, 0))
+    rgba.paste((90, 20, 160, 255), (0, 0, 64, 24))
+    for ending in ("png", "tif"):  # the bug: black here, white in training
+        rgba.save(tmp_path / f"x.{ending}")
+        pixels = eval_bach.read_image(tmp_path / f"x.{ending}")[0]
+        want = eval_bach.shrink(torch.from_numpy(sources.decode(tmp_path / f"x.{ending}", "")).permute(2, 0, 1))
+        assert (pixels[:, 130:] == 255).all() and torch.equal(pixels, want)
     Image.fromarray(np.full((48, 64), 40_000, np.uint16)).save(tmp_path / "x.tif")  # would saturate to white
     with pytest.raises(ValueError, match="x.tif: .*more than 8 bits per channel"):
         eval_bach.read_image(tmp_path / "x.tif")

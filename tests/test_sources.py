@@ -6,9 +6,11 @@ import math
 import multiprocessing
 import os
 import signal
+import struct
 import sys
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -569,6 +571,40 @@ def test_transparent_pixels_of_a_tile_are_white_and_other_depths_are_refused(tmp
         Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "b.tif")
         with pytest.raises(OSError, match=f"b: ValueError: {mode} pixels"):
             sources.decode(str(tmp_path / "b.tif"), "b")
+
+
+def png_of_16_bits(colours, channels):
+    """Bytes of an 8 x 8 PNG of 16 bits, all 5."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, colours, 0, 0, 0)),
+             (b"IDAT", zlib.compress((b"\0" + 8 * channels * b"\0\5") * 8)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + kind + data +
+                                            struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts)
+
+
+def test_no_image_of_16_bits_is_read_by_its_upper_8(tmp_path):
+    """The bug: 12 bits of a camera became a nearly black tile; bands in planes of their own became noise."""
+    tifffile = pytest.importorskip("tifffile")
+    pixels = np.random.default_rng(0).integers(0, 4096, (8, 8, 3)).astype(np.uint16)
+    for i, (array, keys) in enumerate([(pixels, {}), (pixels, dict(byteorder=">")),
+                                       (pixels.transpose(2, 0, 1), dict(planarconfig="separate")),
+                                       (np.dstack([pixels, pixels[..., 0]]), dict(extrasamples=["unassalpha"]))]):
+        tifffile.imwrite(tmp_path / f"{i}.tif", array, photometric="rgb", **keys)
+        with pytest.raises(OSError, match="a: ValueError: RGBA? pixels of more than 8 bits per channel"):
+            sources.decode(tmp_path / f"{i}.tif", "a")
+    for colours, channels in ((0, 1), (2, 3), (4, 2), (6, 4)):
+        with pytest.raises(OSError, match="a: ValueError: .* pixels of more than 8 bits per channel"):
+            sources.decode(png_of_16_bits(colours, channels), "a")
+    tifffile.imwrite(tmp_path / "8.tif", np.uint8(pixels >> 4).transpose(2, 0, 1), photometric="rgb",
+                     planarconfig="separate")
+    assert np.array_equal(sources.decode(tmp_path / "8.tif", "a"), pixels >> 4)
+
+
+def test_a_colour_that_a_png_calls_transparent_is_white(tmp_path):
+    pixels = np.full((8, 8, 3), (200, 90, 160), np.uint8)
+    pixels[:, :4] = 0
+    Image.fromarray(pixels).save(tmp_path / "a.png", transparency=(0, 0, 0))
+    pixels[:, :4] = 255
+    assert np.array_equal(sources.decode(tmp_path / "a.png", "a"), pixels)
 
 
 def test_a_damaged_tile_is_named_in_one_line(tmp_path):
