@@ -13,6 +13,7 @@ with rotary positions predicts their features. The number to watch is loss/neigh
 mean of visible neighbours: at 1 nothing has been learnt. A step is a pure function of (config, seed, step).
 """
 import functools
+import json
 import math
 import signal
 import sys
@@ -201,6 +202,9 @@ if __name__ == "__main__":
 
     if task not in ("train", "embed") or device not in ("", "cpu", "cuda") or not 0 < mask_share < 1:
         stop("task is train or embed, device is cpu or cuda, mask_share lies between 0 and 1")
+    if not 1 <= mask_block[0] <= mask_block[1] or not 1 <= mask_share * window < window - 1 or hide in (1, -1):
+        stop(f"window = {window}, mask_share = {mask_share}, mask_block = {mask_block}, hide = {hide}: some places are "
+             "hidden and some seen, blocks are (fewest, most), and hide is 0, or 2 or more")
     if width % (4 * heads) or depth < 1:
         stop(f"width = {width}, heads = {heads}, depth = {depth}: give 1 block or more, and a multiple of 4 x heads")
     if task == "embed" and not (weights and out):
@@ -215,12 +219,11 @@ if __name__ == "__main__":
         mesh = sharding.begin(dev)
         slides, about, found = places.training_set(features.split(","), train_slides, window, dev, say)
         if shuffle:
-            maps = [[np.memmap(*slide.maps[0])] for slide in slides]
-            slides = [slide._replace(centres=places.shuffled(slide.centres, own)) for slide, own in zip(slides, maps)]
+            slides = [places.shuffle_slide(slide) for slide in slides]
         lock = checkpoint.claim(out_dir, resume, say)  # of this run until the process ends
     except (ValueError, OSError) as e:
         stop(e)
-    config["slides"] = len(slides)  # a resumed run says if there are others
+    names = json.dumps([slide.name for slide in slides])  # eval_slides.py refuses patients of these
     counts = [scale["count"] for scale in about]
     mean, square = found.mean(0)  # (scales, C); every slide counts the same, as in windows
     std = (square - mean.square()).clamp(min=1e-8).sqrt()
@@ -232,11 +235,12 @@ if __name__ == "__main__":
     saver = checkpoint.Saver(f"{out_dir}/ckpt", 2, 0, say)
 
     def state():
-        return {**checkpoint.tensors(net, optimizer), "mean": mean, "std": std, "progress": dict(progress)}
+        tensors = checkpoint.tensors(net, optimizer)
+        return {**tensors, "mean": mean, "std": std, "progress": dict(progress), "slides": names}
 
     def save(done, wait):
         try:
-            header = {"config": config, "about": about, "slides": [slide.name for slide in slides]}
+            header = {"config": config, "about": about, "slides": json.loads(names)}
             header |= {"step": done, "mean": mean.cpu(), "std": std.cpu()}
             checkpoint.export(out_dir, sharding.gathered(net["backbone"]), header)
             saver.save(done, state())
@@ -262,6 +266,8 @@ if __name__ == "__main__":
             checkpoint.load(f"{out_dir}/ckpt", loaded, say)
         except ValueError as e:
             stop(e)
+        if loaded["slides"] != names:
+            stop("resume: the run was trained on other slides than are there now: give it those, or start anew")
         progress |= loaded["progress"]
     if rank == 0:
         checkpoint.begin_folder(out_dir, config, progress["step"] if resume else None, say)
@@ -308,8 +314,9 @@ if __name__ == "__main__":
             speed = (done - before) * windows / (time.time() - began)
             ratio = log(means, {**progress, "lr": lr, "grad_norm": norms.item(), "windows_per_s": speed})
             began, before = time.time(), done
-        if last and not ratio < 1:
-            say(f"loss/neighbours = {ratio:.3f}: nothing was learnt that a mean of visible neighbours does not tell")
+        if last and not (means[:, 0] < means[:, 1:].amin(1)).all():
+            say(f"loss/neighbours = {ratio:.3f}: nothing was learnt that a guess without a network does not tell: zero "
+                "or the mean, also of visible neighbours")
         if saving or preempted:
             save(done, wait=last or preempted)
         if preempted and not last:

@@ -27,6 +27,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import statistics
 import zlib
 from collections import Counter
@@ -42,7 +43,7 @@ import model
 import wsi
 from configurator import configure
 from context import embed_slide, load_encoder, random_encoder
-from places import files_of, open_features
+from places import agreeing, files_of, open_features
 
 # ---- the protocol, with that of the heads in eval_bach.py: changing any of these invalidates earlier rows ------------
 FOLDS = 5                       # fewer where a class has fewer groups, at least 3
@@ -338,6 +339,7 @@ class Labels(NamedTuple):
     groups: torch.Tensor  # (n,) 0 .. G - 1, one per patient
     patients: list        # G names, sorted
     folds: torch.Tensor   # (repeats, n)
+    owners: dict          # {slide: patient} of all slides in the csv, also of those without features
     time: np.ndarray      # float (n,), of survival; else zeros
 
 
@@ -352,7 +354,9 @@ def find_labels(config, files):
     kept = ["x", "y"] if config["places"] else []
     if missing := {column, *kept} - set(columns):
         raise ValueError(f"{path}: there is no column {min(missing)} among {columns}; --label names the labels' column")
-    absent = sorted({row["slide"] for _, row in lines} - set(files))
+    owners = {row["slide"]: row["patient"] for _, row in lines}
+    files = sound(files, owners)
+    absent = sorted(set(owners) - set(files))
     if absent:
         print(f"{path}: {len(absent)} slides have no features, such as {absent[0]}: left out")
     lines = [(line, row) for line, row in lines if row["slide"] in files]
@@ -360,7 +364,7 @@ def find_labels(config, files):
     slides = [row["slide"] for row in rows]
     if unlabelled := sorted(set(files) - set(slides)):
         print(f"{path}: {len(unlabelled)} slides with features have no label, such as {unlabelled[0]}: left out")
-    check_lines(path, lines, column, not kept)
+    check_lines(path, lines, column, [*kept, *({"fold", "time"} & set(columns))], not kept)
     classes = sorted({row[column] for row in rows})
     patients = sorted({row["patient"] for row in rows})
     if len(classes) < 2:
@@ -377,16 +381,34 @@ def find_labels(config, files):
     check_classes(path, labels, classes, folds)
     where = np.array([[row[key] for key in kept] for row in rows], float)
     time = np.array([row["time"] if survival else 0 for row in rows], float)
-    return Labels(slides, where, labels, classes, groups, patients, folds, time)
+    return Labels(slides, where, labels, classes, groups, patients, folds, owners, time)
 
 
-def check_lines(path, lines, column, one_each):
-    """ValueError if a line (number, row) has no patient or label; or a slide two lines, where it may have one each."""
+def sound(files, names):
+    """Of files {slide: path}, those that are readable, finite and of one kind; the named ones that are not are said."""
+    slides, _ = agreeing([files], sorted(set(files) & set(names)), print, apart=False)
+    good = set()
+    for slide in slides:
+        if np.isfinite(np.memmap(*slide.maps[0])).all():
+            good.add(slide.name)
+        else:
+            print(f"left out: {slide.name}: features that are not finite")
+    return {name: path for name, path in files.items() if name in good or name not in names}
+
+
+def check_lines(path, lines, column, numbers, one_each):
+    """
+    ValueError if a line (number, row) has no patient or label, or no number where one must be; or a slide two lines,
+    where it may have one each.
+    """
     times = Counter(row["slide"] for _, row in lines)
     for line, row in lines:
         patient, label, slide = row["patient"], row[column], row["slide"]
         if not patient or not label:
             raise ValueError(f"{path}, line {line}: patient '{patient}', {column} '{label}'; give both")
+        for key in numbers:
+            if not re.fullmatch(r"-?[0-9.]+(e[-+]?[0-9]+)?", row[key].strip()):
+                raise ValueError(f"{path}, line {line}: {key} is '{row[key]}', not a number")
         if one_each and times[slide] > 1:
             raise ValueError(f"{path}, line {line}: slide {slide} is listed twice; delete one of the lines")
 
@@ -413,14 +435,12 @@ def check_classes(path, labels, classes, folds):
 def check_unseen(found, slides, allowed, pattern):
     """A text if the encoder was trained on a slide of these patients, each of whom is tested in some fold; else "".
     ValueError unless that is allowed."""
-    tested = {wsi.patient_of(name, pattern) for name in found.slides}
-    trained = {wsi.patient_of(name, pattern) for name in slides}
+    tested = set(found.patients) | {wsi.patient_of(name, pattern) for name in found.slides}
+    trained = {found.owners.get(name, name) for name in slides} | {wsi.patient_of(name, pattern) for name in slides}
     seen = sorted(tested & trained)
-    for slide in set(found.slides) & set(slides):
-        seen.append(found.patients[found.groups[found.slides.index(slide)]])
     if not seen:
         return ""
-    text = f"the encoder was trained on slides of {len(set(seen))} of these patients, such as {seen[0]}"
+    text = f"the encoder was trained on slides of {len(seen)} of these patients, such as {seen[0]}"
     if not allowed:
         raise ValueError(f"{text}; train it without them (context.py --train_slides), or --allow_seen=true")
     return text
@@ -636,7 +656,7 @@ def train_mil(bags, labels, classes, setting, seed):
         for part in torch.randperm(len(bags)).split(batch):
             optimizer.zero_grad()
             for i in part.tolist():
-                some = torch.randperm(len(bags[i][0]))[:BAG]
+                some = torch.randperm(len(bags[i][0]))[:BAG].numpy()
                 logits = net(*(tensor(t, some) for t in bags[i]))
                 loss = F.cross_entropy(logits, labels[i]) * weights[labels[i]]
                 (loss / len(part)).backward()
@@ -693,12 +713,15 @@ def concordance(predicted, found, weights):
         higher = risk[:, None] > risk
         right = pairs * (higher.double() + 0.5 * (risk[:, None] == risk))
         both = [((drawn @ counted) * drawn).sum(1) for counted in (right, pairs)]
-        scores.append(both[0] / both[1].clamp(min=1))
+        scores.append(torch.where(both[1] > 0, both[0] / both[1], 0.5))  # without a pair there is nothing to tell
     return torch.stack(scores).mean(0)
 
 
 def area_under_curve(predicted, found):
-    """Macro AUROC, one class against the rest: mean over folds, and a class counts in a fold that has it and others."""
+    """
+    Macro AUROC, one class against the rest: mean over folds, and a class counts in a fold that has it and others. None
+    if no fold has two classes.
+    """
     from sklearn.metrics import roc_auc_score
     onehot = F.one_hot(found.labels).numpy()
     areas = []
@@ -708,7 +731,7 @@ def area_under_curve(predicted, found):
             told = (share > 0) & (share < 1)
             if told.any():
                 areas.append(roc_auc_score(onehot[test][:, told], own[test][:, told], average="macro"))
-    return statistics.mean(areas)
+    return statistics.mean(areas) if areas else None
 
 
 def compare(name, predicted, mean, found):
@@ -785,7 +808,7 @@ def show(row, is_mean=False):
     """Print a row of the table, and return it."""
     text = f"{row['row']:27}"
     for key in ("balanced", "auroc", "tuned"):
-        text += f"{row[key]:9.3f}" if key in row else " " * 9
+        text += " " * 9 if row.get(key) is None else f"{row[key]:9.3f}"
     if not is_mean:
         low, high = row["low"], row["high"]
         text += f"   {row['difference']:+8.3f}"

@@ -54,14 +54,15 @@ def open_features(path, name="features"):
         about = {key: np.asarray(value).tolist() for key, value in stated.items()}
         extent = about["patch_size_level0"]
         side = about["mpp"] * about["tile_px"]
-    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as e:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as e:
         raise ValueError(f"{path}: not features as prepare/features.py writes them ({e})") from None
     if len(shape) != 2 or coords.shape != (shape[0], 2):
         raise ValueError(f"{path}: features {shape} and coords {coords.shape}: not (N, C) and (N, 2)")
     if not shape[0]:
         raise ValueError(f"{path}: no place in it")
     if offset is None:
-        raise ValueError(f"{path}: features are chunked or compressed and cannot be mapped; write them again")
+        raise ValueError(f"{path}: features are chunked, compressed or by column and cannot be mapped: write them "
+                         "again")
     about["width"], about["side"] = shape[1], side
     about["pitch"] = side * (1 - about.get("overlap", 0) / about["tile_px"])
     um = about.get("level0_mpp", side / extent)  # the latter is off by the rounding of the extent
@@ -86,28 +87,30 @@ def stored_npy(path, name):
     """(shape, dtype, offset) of an array in an .npz, which is a zip; np.savez does not compress it."""
     with zipfile.ZipFile(path) as archive, archive.open(name) as array, open(path, "rb") as f:
         np.lib.format.read_magic(array)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(array)
+        shape, by_column, dtype = np.lib.format.read_array_header_1_0(array)
         entry = archive.getinfo(name)
         f.seek(entry.header_offset + 26)
         before = 30 + sum(struct.unpack("<HH", f.read(4)))  # the zip's header ends with two texts of these lengths
         offset = entry.header_offset + before + array.tell()
-        return shape, dtype, None if entry.compress_type else offset
+        return shape, dtype, None if entry.compress_type or by_column else offset
 
 
-def check(centres, about, trained):
+def check(centres, about, trained, apart=True):
     """
     ValueError, for a user, where features are of another kind than those that were trained on (`trained` is `about` of
-    those), or coordinates in another unit: a place's nearest neighbour lies about a pitch away.
+    those), or coordinates in another unit: a place's nearest neighbour lies about a pitch away. `apart`: tiles may not
+    overlap.
     """
     if about["width"] != trained["width"]:
         raise ValueError(f"features of another encoder: {about['width']} wide, not {trained['width']}")
-    if about.get("overlap"):
+    if apart and about.get("overlap"):
         raise ValueError("its tiles overlap, so one shows what another hides: write features with --overlap=0")
     for key in STATED:
         value, expected = about.get(key), trained.get(key)
         if None in (value, expected) or value == expected:
             continue
-        if isinstance(value, str) or not np.allclose(value, expected, rtol=0.02):  # um/px of slides differ a little
+        text = isinstance(value, str) or isinstance(expected, str) or np.shape(value) != np.shape(expected)
+        if text or not np.allclose(value, expected, rtol=0.02):  # um/px of slides differ a little
             raise ValueError(f"features of another encoder, norm or scale: {key} is {value}, not {expected}")
     if len(centres) == 1:
         return
@@ -144,7 +147,9 @@ def embed_file(path, name, file, part, config, header, embed, others):
         raise ValueError("not in every folder of features")
     paths = [path, *(files[name] for files in others)]
     features, centres, about = zip(*map(open_features, paths))
-    for scale in zip(centres, about, header["about"], strict=True):
+    if len(paths) != len(header["about"]):
+        raise ValueError(f"{len(paths)} folders of features, and the encoder reads {len(header['about'])} scales")
+    for scale in zip(centres, about, header["about"]):
         check(*scale)
     context = embed(features, centres)
     means = [own.mean(0, np.float32) for own in features]
@@ -201,9 +206,26 @@ def training_set(folders, names_file, window, dev, say):
 
 def open_slides(files, names, window, say):
     """
-    ([Slide], [about per scale]), of the named slides that can be trained on: those that state what most state. A
-    scale's `about` gets `count`, its places per window: as many as cover the area of the first scale's `window`.
+    ([Slide], [about per scale]), of the named slides that can be trained on. A scale's `about` gets `count`, its places
+    per window: as many as cover the area of the first scale's `window`.
     """
+    slides, trained = agreeing(files, names, say)
+    enough = []
+    for scale in trained:
+        ratio = trained[0]["side"] / scale["side"]
+        scale["count"] = max(round(window * ratio**2), 4)
+    for slide in slides:
+        for centres, scale in zip(slide.centres, trained):
+            if len(centres) < scale["count"]:
+                say(f"left out: {slide.name}: {len(centres)} places, and a window has {scale['count']}")
+                break
+        else:
+            enough.append(slide)
+    return enough, trained
+
+
+def agreeing(files, names, say, apart=True):
+    """([Slide], [about per scale]) of the named slides that state what most of them state; the others are said."""
     opened, slides = [], []
     for name in names:
         try:
@@ -220,15 +242,10 @@ def open_slides(files, names, window, say):
     kinds = Counter(stated)
     most = max(kinds, key=kinds.get, default="")
     trained = next((list(about) for (_, about), own in zip(opened, stated) if own == most), [])
-    for scale in trained:
-        ratio = trained[0]["side"] / scale["side"]
-        scale["count"] = max(round(window * ratio**2), 4)
     for slide, about in opened:
         try:
-            for centres, own, scale in zip(slide.centres, about, trained):
-                check(centres, own, scale)
-                if len(centres) < scale["count"]:
-                    raise ValueError(f"{len(centres)} places, and a window has {scale['count']}")
+            for scale in zip(slide.centres, about, trained):
+                check(*scale, apart)
         except ValueError as e:
             say(f"left out: {slide.name}: {e}")
         else:
@@ -328,6 +345,11 @@ def shuffled(centres, features):
     """
     seed = zlib.crc32(np.ascontiguousarray(features[0][0]).tobytes())
     return [np.random.default_rng(seed).permutation(own) for own in centres]
+
+
+def shuffle_slide(slide):
+    """A Slide without its arrangement. Its features do not stay open."""
+    return slide._replace(centres=shuffled(slide.centres, [np.memmap(*slide.maps[0])]))
 
 
 def turn(rng, points, free):

@@ -349,21 +349,39 @@ def test_bad_slides_are_left_out_one_line_each(tmp_path, monkeypatch, capsys):
         write(tmp_path / f"T_{name}.npz", x, cells, **about)
     (tmp_path / "T_cut.npz").write_bytes((tmp_path / "S0.npz").read_bytes()[:500])
     np.savez_compressed(tmp_path / "T_packed.npz", **np.load(tmp_path / "S0.npz"))
+    write(tmp_path / "T_columns_first.npz", np.asfortranarray(waves(9, CELLS)), CELLS)
+    (tmp_path / "T_empty.npz").touch()
+    write(tmp_path / "T_words.npz", waves(9, CELLS), CELLS, norm="imagenet")
     write(tmp_path / "A_odd.npz", waves(8, CELLS), CELLS, mpp=2.0)  # the first slide is not what the others must be
     large = grid(250, 400)
     write(tmp_path / "U_large.npz", waves(0, large, 16), large)
     found = run(monkeypatch, features=tmp_path, out_dir=tmp_path / "run", max_steps=1)
     assert [slide.name for slide in found["slides"]] == ["S0", "S1", "U_large"]
     expected = {name: text for name, (_, _, text) in BAD.items()}
-    expected |= {"cut": "not features as prepare", "packed": "chunked or compressed", "A_odd": "mpp is 2.0, not 1.0"}
+    expected |= {"columns_first": "by column", "empty": "not features as prepare", "words": "norm is imagenet"}
+    expected |= {"cut": "not features as prepare", "packed": "chunked, compressed or by column"}
+    expected["A_odd"] = "mpp is 2.0, not 1.0"
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
-    assert len(lines) == len(expected) == 14
+    assert len(lines) == len(expected) == 17
     for line in lines:
         assert expected[line.split(":")[1].strip().removeprefix("T_")] in line
     (tmp_path / "U_large.npz").unlink()
-    with pytest.raises(SystemExit, match="13 of 16 slides failed"):
+    with pytest.raises(SystemExit, match="16 of 19 slides failed"):
         run(monkeypatch, task="embed", features=tmp_path, weights=tmp_path / "run/1.pth", out=tmp_path / "out")
     assert "T_one.npz: 1 places" in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_its_slides(folder, tmp_path, monkeypatch):
+    """Otherwise the file would not list all that it was trained on, and eval_slides.py would test on them."""
+    names = tmp_path / "names.txt"
+    keys = dict(features=folder, out_dir=tmp_path / "run", train_slides=names)
+    names.write_text("S0\nS1\n")
+    run(monkeypatch, **keys, max_steps=1)
+    names.write_text("S1\nS2\n")
+    with pytest.raises(SystemExit, match="trained on other slides"):
+        run(monkeypatch, **keys, max_steps=2, resume="true")
+    with pytest.raises(SystemExit, match="blocks are .fewest, most."):
+        run(monkeypatch, **keys, mask_block="(5,4)")
 
 
 def test_what_users_state_wrongly_ends_in_one_line(folder, tmp_path, monkeypatch):

@@ -238,7 +238,7 @@ def found_of(labels, time, folds):
     """Labels of patients with one slide each."""
     n = len(labels)
     return eval_slides.Labels([f"s{i}" for i in range(n)], np.zeros((n, 0)), torch.tensor(labels), ["0", "1"],
-                              torch.arange(n), [f"p{i}" for i in range(n)], torch.tensor([folds]), np.array(time))
+                              torch.arange(n), [f"p{i}" for i in range(n)], torch.tensor([folds]), {}, np.array(time))
 
 
 def test_scores_compare_samples_of_one_fold():
@@ -259,6 +259,46 @@ def test_the_c_index_by_hand():
     weights = torch.tensor([[1, 1, 1, 1], [2, 1, 0, 1]]).double()
     # pairs: 0 before 1, 2, 3, right; 1 before 2, wrong; 1 before 3, a tie. Drawn twice, a pair counts twice.
     assert np.allclose(eval_slides.concordance(predicted, found, weights), [3.5 / 5, 4.5 / 5])
+
+
+def test_controls_are_of_the_untrained_net_and_of_shuffled_places(monkeypatch):
+    calls = []
+    monkeypatch.setattr(eval_slides, "embed_slide", lambda *args, hide: calls.append((*args, hide)) or args[2])
+    raw, centres = np.zeros((9, 2)), np.arange(18.0).reshape(9, 2)
+    eval_slides.contexts_of("s", None, ("trained", "untrained", {}, "cpu"), raw, centres, 3)
+    (first, _, _, at, _, hide), (second, _, _, moved, _, _) = calls
+    assert (first, second, hide) == ("untrained", "trained", 3) and np.array_equal(at, centres)
+    assert not np.array_equal(moved, centres) and sorted(moved.tolist()) == centres.tolist()
+
+
+def test_a_patient_is_known_by_the_csv_too(world):
+    """The encoder was trained on another slide of a tested patient, one whose features are not there."""
+    (world / "context/keys.json").write_text(json.dumps({"encoder": "x", "trained_on": ["gone"]}))
+    with open(world / "labels.csv", "a") as f:
+        f.write("gone,P03,b\n")
+    with pytest.raises(ValueError, match="trained on slides of 1 of these patients, such as P03"):
+        score(world, labels=world / "labels.csv")
+
+
+def test_slides_that_cannot_be_scored_are_left_out_by_name(world, capsys):
+    """NaN, another width, no place: one line each. A slide with one place is scored."""
+    for number, (count, width, value) in enumerate([(30, 8, np.nan), (30, 4, 0), (0, 8, 0), (1, 8, 0)]):
+        path = str(world / f"features/P0{number}-{2 * number}.npz")
+        write(path, np.full((count, width), value), np.stack([np.arange(count), np.arange(count)], 1) * 100)
+    rows, found = score(world, labels=world / "labels.csv", context="")
+    assert "21 of 12 patients" in found["protocol"] and "attention MIL" in rows
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
+    assert [line.split(": ")[1] for line in sorted(lines)] == ["P00-0", "P01-2", "P02-4"]
+
+
+@pytest.mark.parametrize("column, value", [("x", ""), ("y", "nan"), ("fold", "a")])
+def test_a_number_that_is_none_is_named(world, column, value):
+    with open(world / "places.csv") as f:
+        rows = [row | {"fold": "0"} for row in csv.DictReader(f)]
+    rows[4][column] = value
+    table(world / "places.csv", list(rows[0]), [row.values() for row in rows])
+    with pytest.raises(ValueError, match=f"places.csv, line 6: {column} is '{value}', not a number"):
+        score(world, places=world / "places.csv")
 
 
 def test_the_command_ends_with_one_json_object(world, capsys, monkeypatch):
