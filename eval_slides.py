@@ -437,7 +437,7 @@ def check_unseen(found, slides, allowed, pattern):
     ValueError unless that is allowed."""
     tested = set(found.patients) | {wsi.patient_of(name, pattern) for name in found.slides}
     trained = {found.owners.get(name, name) for name in slides} | {wsi.patient_of(name, pattern) for name in slides}
-    seen = sorted(tested & trained)
+    seen = sorted({found.owners.get(name, name) for name in tested & trained})
     if not seen:
         return ""
     text = f"the encoder was trained on slides of {len(seen)} of these patients, such as {seen[0]}"

@@ -1,7 +1,7 @@
 """
 What context adds on the toy slides: readouts of raw features, of a slide encoder, and controls, by patient.
 
-    python prepare/toy_slides.py                      # and prepare/features.py, see there
+    python prepare/toy_slides.py      # and prepare/features.py, see there; once more --mpp=1.0 --out=.../features_2
     python bench/toy_context.py                       # an hour on two cores; the last lines are the table
 
 Patients are in 5 folds. Seed s trains encoders on the slides outside fold s, without labels, and tests on fold s, so

@@ -277,7 +277,10 @@ def test_a_patient_is_known_by_the_csv_too(world):
     with open(world / "labels.csv", "a") as f:
         f.write("gone,P03,b\n")
     with pytest.raises(ValueError, match="trained on slides of 1 of these patients, such as P03"):
-        score(world, labels=world / "labels.csv")
+        score(world, labels=world / "labels.csv", patient="the csv alone knows them")
+    (world / "context/keys.json").write_text(json.dumps({"encoder": "x", "trained_on": ["P03-6", "P03-7", "P04-8"]}))
+    with pytest.raises(ValueError, match="trained on slides of 2 of these patients, such as P03"):
+        score(world, labels=world / "labels.csv", patient="the csv alone knows them")
 
 
 def test_slides_that_cannot_be_scored_are_left_out_by_name(world, capsys):
