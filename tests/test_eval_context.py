@@ -166,8 +166,8 @@ def test_controls_are_rows_and_a_seen_patient_is_refused(world):
         score(world, **keys, encoder=leak)
     with pytest.raises(ValueError, match="trained on slides of 1"):
         score(world, **keys)  # without --encoder, too
-    _, found = score(world, **keys, encoder=leak, allow_seen=True)
-    assert "P03" in found["seen"]
+    rows, found = score(world, **keys, encoder=leak, allow_seen=True)
+    assert "P03" in found["seen"] and all("P03" in row["seen"] for row in rows.values())
     (world / "context/keys.json").write_text(json.dumps({"encoder": "another", "trained_on": []}))
     with pytest.raises(ValueError, match="with which --context was made"):
         score(world, **keys, encoder=leak)
