@@ -1,7 +1,7 @@
 """
 Labelled toy slides, cells on a grid. The labels differ in what a reader has to see: amounts, places or distances.
 
-    python prepare/toy_slides.py                                         # writes data/toy_slides: a minute on one core
+    python prepare/toy_slides.py                                      # writes data/toy_slides: 10 seconds on two cores
     python prepare/features.py --slides='data/toy_slides/slides/*' --weights=out/toy/teacher/300.pth \\
         --out=data/toy_slides/features --tile_px=28 --workers=0          # the places are the cells
 
