@@ -45,7 +45,8 @@ MAX_ENLARGE = 1.10       # level-0 mpp / target mpp; above this the slide does n
 MIN_MPP, MAX_MPP = 0.05, 20.0  # um/px; other values are not believable: 72 dpi would be 353
 MAX_MASK_CELLS = 1e8     # a 25 x 75 mm slide has 3e7 cells of 8 um, so more means a wrong mpp
 MARGIN = 6               # px read around a region to invert the interpolation: at 2x e <= 1/4, and (1/3)^7 is nothing
-REGION_BYTES = 12        # memory per pixel of a region: RGBA, RGB and the sharpened copy
+BLOCK = 1200             # px of a level: tiles of a square of this side are read one after the other
+CACHE = 32 << 20         # bytes of decoded tiles per process; a tile needs 2 MB
 STRIP = 32               # rows sharpened at a time, so that their float copies stay in the cache
 
 TISSUE = {               # how the tissue mask is made; edit it here
@@ -163,6 +164,13 @@ def _openslide(path):
     return openslide
 
 
+@functools.cache
+def _tile_cache(pid):
+    """What all slides of a process share; OpenSlide's own would hold 32 MiB for each. A fork makes its own."""
+    import openslide
+    return openslide.OpenSlideCache(CACHE)
+
+
 class Slide:
     """One open slide. Raises SlideError if the file is missing, is not a slide, is damaged, or has no mpp.
     mpp: um/px of level 0 on both axes, as stated by the user; None = what the file says.
@@ -209,7 +217,7 @@ class Slide:
         return self.__dict__ | {"_slide": None, "_pid": None}  # an unpickled slide opens its own handle
 
     def close(self):
-        """Free OpenSlide's handle and its tile cache (32 MiB); a later read opens a new one."""
+        """Free OpenSlide's handle; a later read opens a new one."""
         if self._pid == os.getpid():
             self._slide.close()
         self._pid = None
@@ -222,6 +230,7 @@ class Slide:
         try:
             open(self.path, "rb").close()  # the system says why it cannot be opened, OpenSlide does not
             self._slide = openslide.OpenSlide(self.path)
+            self._slide.set_cache(_tile_cache(os.getpid()))
         except OSError as error:
             raise Unreachable(f"{self.path}: {error.strerror}") from error
         except openslide.OpenSlideUnsupportedFormatError:
@@ -279,45 +288,26 @@ class Slide:
         xy = np.stack([starts[0][column], starts[1][row]], 1)
         return xy, share[row, column].astype(np.float32)
 
-    def regions(self, xy, size, mpp, region_mb=16):
-        """Indices into xy (N, 2), grouped into neighbours that one read of at most region_mb megabytes covers."""
-        level, extent = self._plan(size, mpp)
-        side = max(math.sqrt(region_mb * 1e6 / REGION_BYTES) - max(extent), 1)
-        blocks = np.reshape(xy, (-1, 2)) // (side * self.level_scale[level])
+    def regions(self, xy, size, mpp):
+        """Indices into xy (N, 2), grouped into blocks of neighbours: what OpenSlide decodes for an unaligned tile
+        belongs half to its neighbours, and is still in the cache when a block is read, unlike after a wide slide's
+        row."""
+        level, _ = self._plan(size, mpp)
+        blocks = np.reshape(xy, (-1, 2)) // (BLOCK * self.level_scale[level])
         groups = {}
         for index, (column, row) in enumerate(blocks.tolist()):
             groups.setdefault((row, column), []).append(index)
         return [np.array(groups[place]) for place in sorted(groups)]
 
     def read_tiles(self, xy, size, mpp):
-        """(tiles, errors) at xy (N, 2): uint8 (N, size, size, 3), and {index: message} of tiles that are damaged.
-        Tiles that lie close together are read at once, because half of what OpenSlide decodes for an unaligned tile
-        belongs to its neighbours. Memory grows with the area; `regions` bounds it."""
-        xy = np.reshape(xy, (-1, 2))
+        """(tiles, errors) at xy (N, 2): uint8 (N, size, size, 3), and {index: message} of tiles that are damaged."""
+        self._plan(size, mpp)  # raises SlideError for all
         tiles, errors = np.empty((len(xy), size, size, 3), np.uint8), {}
-        level, extent = self._plan(size, mpp)
-        w, h = np.ceil(extent).astype(int)
-        at = np.rint(xy / self.level_scale[level]).astype(int)  # in the level's px
-        groups = [np.arange(len(xy))]
-        while groups:
-            rows = groups.pop()
-            corner, alone = at[rows].min(0), len(rows) == 1
-            area = at[rows].max(0) + (w, h) - corner
-            dense = area.prod() <= 1.2 * len(rows) * w * h and (self.exact_reads or level == 0)
+        for i, (x, y) in enumerate(xy):
             try:
-                if alone:
-                    tiles[rows[0]] = self.read(*xy[rows[0]], size, mpp)
-                elif dense:  # in float64, for tiles that are bit-equal to those cut before; single reads take float32
-                    region = self._stored(corner, area, level, np.float64)
-                    for row, (x, y) in zip(rows, at[rows] - corner):
-                        tiles[row] = _shrink(region[y:y + h, x:x + w], size, extent)
+                tiles[i] = self.read(x, y, size, mpp)
             except SlideError as error:
-                dense = False  # one damaged place must not cost its neighbours
-                if alone:
-                    errors[int(rows[0])] = str(error)
-            if not (alone or dense):
-                order = rows[np.argsort(at[rows, area.argmax()], kind="stable")]
-                groups += np.array_split(order, 2)[::-1]
+                errors[i] = str(error)
         return tiles, errors
 
     def _plan(self, size, mpp):
@@ -351,18 +341,18 @@ class Slide:
             region[top:, left:] = self._read_rgb(at + skip * scale, size - skip, level)
         return region
 
-    def _stored(self, at, size, level, dtype=np.float32):
+    def _stored(self, at, size, level):
         """Pixels as stored at a level, from `at` in that level's pixels: uint8 (h, w, 3), white outside the slide."""
         low = np.maximum(at, 0)
         high = np.minimum(at + size, self._inside[level])
         region = _white(size)
         if (low < high).all():
             (left, top), (right, bottom) = low - at, high - at
-            region[top:bottom, left:right] = self._exact(low, high - low, level, dtype)
+            region[top:bottom, left:right] = self._exact(low, high - low, level)
         return region
 
-    def _exact(self, at, size, level, dtype):
-        """The same inside the level: one read with a margin, sharpened in strips of rows with sums of this dtype."""
+    def _exact(self, at, size, level):
+        """The same inside the level: one read with a margin, sharpened in strips of rows."""
         downsample = self._handle().level_downsamples[level]  # OpenSlide uses one factor for both axes
         before = np.minimum(at, MARGIN)
         start = at - before
@@ -375,7 +365,7 @@ class Slide:
         pixels = np.empty((h, w, 3), np.uint8)
         for y in range(0, h, STRIP):
             rows = min(STRIP, h - y)
-            strip = blurred[y:y + top + rows + MARGIN].astype(dtype)
+            strip = blurred[y:y + top + rows + MARGIN].astype(np.float32)
             strip = _sharpen(strip, shift_y, top, rows)
             strip = _sharpen(strip.swapaxes(0, 1), shift_x, left, w).swapaxes(0, 1)
             pixels[y:y + rows] = strip.clip(0, 255) + 0.5

@@ -34,7 +34,6 @@ coords = ""         # folder of TRIDENT's or CLAM's .h5 to take the places from;
 batch_size = 64     # tiles per forward pass
 device = ""         # "cuda" or "cpu"; "" = cuda if there is one
 workers = 2         # processes that read ahead of the GPU; slides come one after the other
-region_mb = 16      # memory of one read per worker; larger reads leave the cache and are slower
 
 
 def read_region(slide, xy, size, mpp, rows):
@@ -57,7 +56,7 @@ def encode(slide, xy, size, mpp, encoder, config):
         except RuntimeError as error:  # such as a full GPU: the next slide would fare no better, so stop
             raise OSError(f"the encoder failed: {' '.join(str(error).split())[:300]}") from error
 
-    regions = slide.regions(xy, size, mpp, config["region_mb"])
+    regions = slide.regions(xy, size, mpp)
     collate = functools.partial(read_region, slide, xy, size, mpp)
     loader = torch.utils.data.DataLoader(regions, batch_size=None, num_workers=config["workers"], collate_fn=collate)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):

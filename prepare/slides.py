@@ -38,7 +38,7 @@ mask_dir = ""       # folder that keeps tissue masks for these scripts and for t
 overlap = 0         # px of a tile that its neighbour repeats
 min_tissue = 0.25   # share of a tile's area in the tissue mask
 
-FREE = """slides out part workers mask_dir region_mb batch_size device weights norm slide_mpp
+FREE = """slides out part workers mask_dir batch_size device weights norm slide_mpp
 mpp_table trust_mpp mpp_from_objective""".split()  # that a rerun may change: each result says what it was made with
 
 

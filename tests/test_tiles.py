@@ -142,7 +142,7 @@ def test_a_rerun_does_nothing_and_other_keys_are_refused_before_anything_is_done
     cut()
     before = {f: os.stat(f"out/{f}").st_mtime_ns for f in os.listdir("out")}
     monkeypatch.setattr(tiles, "write_tiles", lambda *a: 1 / 0)  # may not even be tried
-    cut(workers=2, region_mb=9, mask_dir="x")
+    cut(workers=2, mask_dir="x")
     with pytest.raises(ValueError, match=r"keys.json: tile_px was 128 and is 64 now; use another --out"):
         cut(tile_px=64)
     with pytest.raises(ValueError, match="script was 'tiles' and is 'coords' now; use another --out"):
@@ -174,7 +174,7 @@ def test_slides_that_would_share_a_name_are_refused():
 def test_a_random_sample_is_of_the_grid_and_a_function_of_the_seed_and_the_slides_name():
     path = write()
     sample = {"tiles_per_slide": 9, "tissue_share": 0.3, "mpps": (0.5, 0.8)}
-    for i, keys in enumerate([{}, {"region_mb": 1}, {"seed": 1}, {"mpps": (0.8,)}]):
+    for i, keys in enumerate([{}, {}, {"seed": 1}, {"mpps": (0.8,)}]):
         cut(str(i), **sample | keys)
     found = [shard(str(i)) for i in range(4)]
     assert [sum(mpp == wanted for _, _, mpp in found[0]) for wanted in (0.5, 0.8)] == [9, 9]  # shard: all distinct
@@ -399,10 +399,11 @@ def direct(path, xy, mean=(0.5,) * 3, std=(0.5,) * 3):
         return vit((torch.tensor(x).permute(0, 3, 1, 2) / 255 - mean) / std)["cls"].numpy()
 
 
-def test_features_are_the_encoders_of_the_grid_in_its_order(encoder):
+def test_features_are_the_encoders_of_the_grid_in_its_order(encoder, monkeypatch):
+    monkeypatch.setattr(wsi, "BLOCK", 150)  # several, so that workers return them out of the grid's order
     h5py = pytest.importorskip("h5py")
     path = write("a.b.tif", size=(512, 384))
-    keys = config(features, **encoder, workers=2, region_mb=1, batch_size=5)
+    keys = config(features, **encoder, workers=2, batch_size=5)
     features.main(keys)
     with h5py.File("out/a.b.h5") as h5:
         found, xy, about, attrs = h5["features"][:], h5["coords"][:], dict(h5["features"].attrs), h5["coords"].attrs
