@@ -736,8 +736,10 @@ def read_header(path):
 
 
 def header_of(stored):
-    """The header in a file's dictionary. Other people's files have an "arch" and a "config" too, which are not ours."""
-    ours = "teacher" in stored and isinstance(stored.get("config", {}), dict)
+    """The header in a file's dictionary. Other people's files have an "arch" and a "config" too, of their own kinds."""
+    arch, config = stored.get("arch") or "", stored.get("config", {})
+    known = isinstance(arch, str) or isinstance(arch, dict) and arch.keys() <= ViTConfig.__dataclass_fields__.keys()
+    ours = "teacher" in stored and known and isinstance(config, dict)
     return {k: stored[k] for k in ("arch", "step", "config") if ours and k in stored}
 
 

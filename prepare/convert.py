@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import warnings
@@ -130,7 +129,7 @@ def read_pickle(path, zipped):
         # DINO, iBOT and MAE keep their flags in a Namespace
         with open(path, "rb") as f, torch.serialization.safe_globals([argparse.Namespace]):
             stored = torch.load(path if mapped else f, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, AttributeError, OSError) as e:
+    except Exception as e:  # a damaged pickle raises anything
         refused = re.search(r"GLOBAL (\S+)", str(e))
         why = f"fetch it again ({str(e).partition(chr(10))[0][:120]})"
         if refused:
@@ -144,11 +143,12 @@ def read_pickle(path, zipped):
 
 
 def all_tensors(stored, at=""):
-    """{keys, with / between, and name: tensor} of all tensors in a file, however deep its dictionaries."""
+    """{keys, with / between, and name: tensor} of all tensors in a file, however deep its dictionaries and lists."""
     tensors = {}
     for key, value in stored.items():
-        if isinstance(value, dict):
-            tensors |= all_tensors(value, f"{at}{key}/")
+        inner = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
+        if isinstance(inner, dict):
+            tensors |= all_tensors(inner, f"{at}{key}/")
         elif torch.is_tensor(value):
             tensors[f"{at}{key}"] = value
     return tensors
@@ -157,7 +157,7 @@ def all_tensors(stored, at=""):
 def backbone_tensors(path, stored):
     """
     {name: tensor} of the backbone in a weight file's dictionary, without the keys and prefixes that training adds, and
-    without heads. Beside a student or raw weights, a teacher or an average is taken, and a warning says so.
+    without heads. Beside a student or raw weights, a teacher or an average is taken. A warning says what is not.
     """
     tensors = all_tensors(stored)
     tokens = [name for name in tensors if re.search(r"(^|[./])cls_token$", name)]
@@ -179,9 +179,10 @@ def backbone_tensors(path, stored):
         raise ValueError(f"{path}: its class token is called {names[root]}, so it is a part of some other model, or a "
                          "student alone; save the tensors of its vision transformer alone, without that prefix")
     left = [names[other] for other in words if other not in states]
+    if not averaged:  # averages without a backbone's names, as those in lists
+        left += [name for name, t in tensors.items() if t.dim() > 1 and re.search(r"(^|[./_])(ema|teacher)[./_]", name)]
     if left and os.environ.get("RANK", "0") == "0":
-        warnings.warn(f"{path}: the backbone of {names[root]} is taken, as a teacher or an average, and not that of "
-                      f"{', '.join(left)}")
+        warnings.warn(f"{path}: the backbone of {names[root]} is taken, and not that of {', '.join(left[:3])}")
     return state
 
 
@@ -205,8 +206,8 @@ def equal(a, b):
 def check_values(path, state):
     """ValueError unless all tensors are whole and hold finite floating-point numbers."""
     for name, t in state.items():
-        whole = type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta
-        if not whole or name.endswith("cls_token") and t.dim() != 3:  # a rank of FSDP saves DTensors or flat rows
+        flat = t.dim() < 2 and "patch_embed" in name and name.endswith("weight")
+        if flat or t.is_meta or type(t) not in (torch.Tensor, torch.nn.Parameter):  # FSDP's DTensors, or flat rows
             raise ValueError(f"{path}: {name} is no whole tensor but {type(t).__name__} {tuple(t.shape)}, as one rank "
                              "of several saves it; gather the model first (get_model_state_dict, full_state_dict=True) "
                              "or take the teacher that its trainer exports")

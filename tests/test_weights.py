@@ -91,6 +91,8 @@ def test_a_released_file_that_lacks_a_tensor_is_refused_by_its_name(key, tmp_pat
 
 def test_a_teacher_of_this_project_brings_its_architecture_and_normalisation(tmp_path):
     vit = fill(ViT(ARCHS["toy"]))
+    deeper = save(tmp_path / "4.pth", {"teacher": vit.state_dict(), "arch": None, "config": {"norm": "half"}})
+    assert model.stored_norm(deeper) == model.NORMS["half"] and model.read_header(deeper)["arch"] is None
     for config, norm in (({"norm": "half"}, model.NORMS["half"]), ({}, model.NORMS["imagenet"]),
                          ({"norm_mean": [0.1, 0.2, 0.3], "norm_std": [0.4, 0.5, 0.6]},
                           ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))):
@@ -202,8 +204,15 @@ def test_of_raw_and_averaged_weights_the_averaged_are_taken_and_named_or_both_ar
         with one_line("several backbones, and no name tells .*: those of .*cls_token, .*cls_token; save one"):
             model.load_backbone(save(tmp_path / "w.pth", data | {"message_hub": {}}))
         return
-    with pytest.warns(UserWarning, match=rf"of {averaged}cls_token is taken, .*, and not that of {raw}cls_token$"):
+    with pytest.warns(UserWarning, match=rf"of {averaged}cls_token is taken, and not that of {raw}cls_token$"):
         same(model.load_backbone(save(tmp_path / "w.pth", data)), vit)
+
+
+@pytest.mark.parametrize("beside", [{"ema": {"shadow": [torch.ones(2, 2)]}}, {"ema_cls_token": torch.ones(1, 1, 2)}])
+def test_averages_that_have_no_names_of_a_backbone_are_said_to_be_left(beside, tmp_path):
+    vit = released(V2)
+    with pytest.warns(UserWarning, match="of model/cls_token is taken, and not that of (ema/shadow/0|ema_cls_token)"):
+        same(model.load_backbone(save(tmp_path / "w.pth", {"model": vit.state_dict(), **beside})), vit)
 
 
 @pytest.mark.parametrize("roots", [("backbone.", "encoder."), ("model/", "net/"), ("teacher.", "model_ema."),
@@ -239,6 +248,14 @@ def test_heads_counters_and_wrappers_of_blocks_are_left_out(prefix, tmp_path):
     data = {f"{prefix}{k}": v for k, v in state.items()} | {"n_averaged": torch.tensor(3)}
     same(model.load_backbone(save(tmp_path / "w.pth", {**data, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}},
                                                        "config": "lr: 1", "args": argparse.Namespace(lr=1)})), vit)
+
+
+@pytest.mark.parametrize("header", [{"arch": {"name": "vit_l"}}, {"arch": ["vit"]}, {"config": "lr: 1"}, {"config": 3}])
+def test_what_others_call_arch_and_config_is_not_our_header(header, tmp_path):
+    vit = released(V2)
+    path = save(tmp_path / "w.pth", {"teacher": vit.state_dict(), **header})
+    same(model.load_backbone(path), vit)
+    assert model.stored_norm(path) == model.NORMS["imagenet"] and not model.read_header(path)
 
 
 def test_a_students_file_and_one_without_a_backbone_say_what_they_hold(tmp_path):
@@ -278,7 +295,8 @@ def test_what_one_rank_of_several_saves_is_refused(tmp_path, monkeypatch):
     for key, value in (("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
         monkeypatch.setenv(key, value)
     state = released(V2).state_dict()
-    parts = {"cls_token": state["cls_token"].flatten(), "norm.bias": state["norm.bias"].to("meta")}
+    name = "patch_embed.proj.weight"
+    parts = {name: state[name].flatten()[:5], "norm.bias": state["norm.bias"].to("meta")}
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
