@@ -722,7 +722,7 @@ def stored_norm(path):
     """
     from prepare import convert
     stored = {} if is_hugging_face(path) else convert.read_stored(path)
-    config = header_of(stored).get("config", {})
+    config = convert.header_of(stored).get("config", {})
     if not config and not (stored and convert.released_names(convert.backbone_tensors(path, stored))):
         return norm_values(convert.stored_norm(path), f"{path}: norm")
     former = (config["norm_mean"], config["norm_std"]) if "norm_mean" in config else None  # keys of older teachers
@@ -732,15 +732,7 @@ def stored_norm(path):
 def read_header(path):
     """What this project's teacher file states about itself: {"arch", "step", "config"}; {} for any other file."""
     from prepare import convert
-    return {} if is_hugging_face(path) else header_of(convert.read_stored(path))
-
-
-def header_of(stored):
-    """The header in a file's dictionary. Other people's files have an "arch" and a "config" too, of their own kinds."""
-    arch, config = stored.get("arch") or "", stored.get("config", {})
-    known = isinstance(arch, str) or isinstance(arch, dict) and arch.keys() <= ViTConfig.__dataclass_fields__.keys()
-    ours = "teacher" in stored and known and isinstance(config, dict)
-    return {k: stored[k] for k in ("arch", "step", "config") if ours and k in stored}
+    return {} if is_hugging_face(path) else convert.header_of(convert.read_stored(path))
 
 
 def sha256_of(path):
@@ -756,7 +748,7 @@ def open_weights(path, arch=None):
     """({name: tensor} under our ViT's names, its ViTConfig) of a weight file; see load_backbone."""
     from prepare import convert
     asked, stored = known_arch(path, arch), convert.read_stored(path)
-    header = header_of(stored)
+    header = convert.header_of(stored)
     told = header.get("arch") or {}  # a name in ARCHS, or {field of ViTConfig: value} from prepare/convert.py
     if isinstance(told, str):
         asked, told = asked or known_arch(path, told), {}

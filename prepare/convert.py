@@ -142,6 +142,14 @@ def read_pickle(path, zipped):
     return stored
 
 
+def header_of(stored):
+    """{"arch", "step", "config"} of this project's teacher file, {} for others, whose arch and config are their own."""
+    arch, config = stored.get("arch") or "", stored.get("config", {})
+    fields = model.ViTConfig.__dataclass_fields__.keys()
+    known = isinstance(config, dict) and (isinstance(arch, str) or isinstance(arch, dict) and arch.keys() <= fields)
+    return {k: stored[k] for k in ("arch", "step", "config") if known and "teacher" in stored and k in stored}
+
+
 def all_tensors(stored, at=""):
     """{keys, with / between, and name: tensor} of all tensors in a file, however deep its dictionaries and lists."""
     tensors = {}
