@@ -182,9 +182,27 @@ def differences(arch, to):
     return ""
 
 
+def bach_text(weights, step):
+    """The part of the card with the BACH rows of the run up to `step`; "" if no bach.jsonl lies with the weights."""
+    rows = curves.read_rows(weights.parent / "bach.jsonl") or curves.read_rows(weights.parent.parent / "bach.jsonl")
+    rows = {at: row for at, row in rows.items() if at <= step}
+    if not rows:
+        return ""
+    return f"""
+## BACH in training
+
+The images that select also score, so the number is optimistic, and a difference below 0.02 is no evidence. \
+Protocol: {rows[max(rows)].get("protocol")}.
+
+```
+{curves.curve_table(curves.Run("", rows, {}, {}))}
+```
+"""
+
+
 def model_card(config, arch, norm, px, header):
     """README.md of the export."""
-    to, weights, trained = config["to"], Path(config["weights"]), header.get("config", {})
+    to, weights, trained = config["to"], Path(config["weights"]).resolve(), header.get("config", {})
     name = os.path.basename(os.path.normpath(trained.get("out_dir") or weights.stem))
     step = f", step {header['step']}" if "step" in header else ""
     scale = f" at {', '.join(map(str, trained['mpps']))} um/px" if trained.get("mpps") else ""
@@ -207,20 +225,7 @@ Input: {px} x {px} px{scale}, RGB from 0 to 1, mean {list(norm[0])}, std {list(n
 {LOAD[to].replace("FOLDER", folder)}
 ```
 """
-    rows = curves.read_rows(weights.parent / "bach.jsonl") or curves.read_rows(weights.parent.parent / "bach.jsonl")
-    rows = {step: row for step, row in rows.items() if step <= header.get("step", -1)}
-    if rows:
-        protocol = next(reversed(rows.values())).get("protocol")
-        text += f"""
-## BACH in training
-
-The images that select also score, so the number is optimistic, and a difference below 0.02 is no evidence. \
-Protocol: {protocol}.
-
-```
-{curves.curve_table(curves.Run("", rows, {}, {}))}
-```
-"""
+    text += bach_text(weights, header.get("step", -1))
     if trained:
         text += f"\n## Config of the run\n\n```json\n{json.dumps(trained, indent=1)}\n```\n"
     return text
