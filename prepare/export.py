@@ -259,7 +259,8 @@ def main(config):
     for name, text in files.items():
         (part / name).write_text(text)
     os.replace(part, out)
-    print(f"{out}: {about.get('architecture') or about['architectures'][0]}, input {px} px, norm {norm}")
+    kind = about.get("architecture") or about["architectures"][0]
+    print(f"{out}: {kind}, input {px} px, norm {norm}. {differences(arch, to)}".strip())
     if header.get("config"):
         print(f"{out}/README.md states the run's config, with its paths: read it before you publish")
 
