@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import eval_bach
 import model
 import wsi
 from configurator import configure
@@ -422,6 +423,28 @@ def test_features_are_the_encoders_of_the_grid_in_its_order(encoder, monkeypatch
     features.main(keys | {"coords": "out", "out": "again"})  # from the places of a features file
     with h5py.File("again/a.b.h5") as h5:
         assert np.array_equal(h5["coords"][:], xy) and np.abs(h5["features"][:] - found).max() < 0.01
+
+
+def test_tiles_that_do_not_divide_into_patches_are_resized_to_the_encoders_input_and_it_is_said(encoder):
+    """TRIDENT's 256 px with patches of 14 px, in small: places of 120 px for an encoder that was trained at 112 px."""
+    h5py = pytest.importorskip("h5py")
+    path = write(size=(512, 384))
+    stored = torch.load("5.pth")
+    torch.save(stored | {"config": stored["config"] | {"global_px": 112}}, "5.pth")
+    coords.main(config(coords, "places", tile_px=120))
+    keys = config(features, **encoder | {"tile_px": 0})
+    features.main(keys | {"coords": "places"})
+    with h5py.File("out/a.h5") as h5:
+        found, xy, about = h5["features"][:], h5["coords"][:], dict(h5["features"].attrs)
+    assert (about["tile_px"], about["input_px"], about["mpp"]) == (120, 112, 0.5)
+    vit, slide = model.load_backbone("5.pth").eval(), wsi.Slide(path)
+    pixels = torch.tensor(np.stack([slide.read(x, y, 120, 0.5) for x, y in xy.tolist()])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = vit(torch.stack([eval_bach.resize(image, 112, 112) for image in pixels]) / 255 * 2 - 1)["cls"]
+    assert np.abs(found - expected.numpy()).max() < 0.02 and np.ptp(found, axis=0).max() > 0.05
+    features.main(keys | {"out": "grid"})  # its own tile size, where none is stated
+    with h5py.File("grid/a.h5") as h5:
+        assert h5["features"].attrs["tile_px"] == h5["features"].attrs["input_px"] == 112
 
 
 def test_a_killed_reader_costs_its_own_slide(encoder, monkeypatch):
