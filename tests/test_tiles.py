@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import one_line
 from PIL import Image
 
 import eval_bach
@@ -166,8 +168,8 @@ def test_keys_that_make_no_sense_are_refused(keys):
 def test_slides_that_would_share_a_name_are_refused():
     for folder in "ab":
         write("s.1.tif", size=(256, 256), folder=folder)
-    assert slides.slides_of(config(tiles, slides="a/*")) == {"a/s.1.tif": "s_1"}
-    assert slides.slides_of(config(tiles, slides="a/*"), dots=True) == {"a/s.1.tif": "s.1"}
+    assert slides.slides_of(config(tiles, slides="a/*"), {}) == {"a/s.1.tif": "s_1"}
+    assert slides.slides_of(config(tiles, slides="a/*"), {}, dots=True) == {"a/s.1.tif": "s.1"}
     with pytest.raises(ValueError, match="a/s.1.tif and b/s.1.tif would share the name s_1: give each folder its own"):
         cut(slides="[ab]/*")
 
@@ -213,6 +215,19 @@ def test_bad_slides_are_listed_with_reasons_the_others_are_done_and_a_repaired_o
     Path("in/cut.tif").write_bytes(whole)
     assert "3 of 5" in fails(tiles)
     assert set(failures()) == {"short.tif", "glass.tif", "bare.tif"} and shard("out", "cut")
+
+
+def test_what_could_not_be_found_is_in_the_list_of_failures_but_fails_nothing(capsys):
+    """The bug: a link that leads nowhere was said once among a thousand lines, and no file had it."""
+    write()
+    Path("in/gone.tif").symlink_to("nowhere.tif")
+    Path("in/twice.tif").symlink_to("a.tif")
+    Path("mpp.csv").write_text("slide,mpp\na,0.5\nb,0.5\n")
+    cut(mpp_table="mpp.csv")
+    assert failures() == {"gone.tif": "a link to nowhere.tif: No such file or directory"} and shard()
+    assert "left out: mpp.csv: 1 of 2 rows match no slide, such as 'b'" in capsys.readouterr().out
+    cut("parts", part="2/2")
+    assert not Path("parts/failed.2of2.csv").exists(), "named by the first part alone"
 
 
 def test_a_damaged_tile_is_counted_and_never_written_and_a_slide_of_them_fails(capsys, monkeypatch):
@@ -367,6 +382,31 @@ def test_places_of_another_slide_or_of_another_tool_are_refused(xy, attrs, reaso
         os.truncate("a.h5", 99)
     text = fails(tiles, coords=".")
     assert "a.h5: " in text and reason in text
+
+
+@pytest.mark.parametrize("xy, attrs, reason", [
+    ([(0, 512.5)], {}, "coords are float64 and no whole px, such as [0.0, 512.5]"),
+    ([(b"0", b"512")], {}, "coords are |S3 and no whole px"), (5, {}, "scalar"), (np.zeros((0, 2)), {}, "N > 0"),
+    ([(0, 512)], {"patch_size": 256.5}, "patch_size is np.float64(256.5), not 1 whole numbers"),
+    ([(0, 512)], {"patch_size": "256"}, "patch_size is '256'"), ([(0, 512)], {"patch_size": None}, "coords lack"),
+    ([(0, 512)], {"patch_size_level0": np.nan}, "patch_size_level0 is np.float64(nan)"),
+    ([(0, 512)], {"patch_size_level0": None, "patch_level": [0, 1]}, "patch_level is array([0, 1])"),
+    ([(0, 512)], {"patch_size_level0": None, "patch_level": 0, "level_dim": 5}, "not 2 whole numbers"),
+    (None, {}, "group")])
+def test_coordinates_of_odd_types_are_refused_in_one_line_and_never_cut_to_whole_numbers(xy, attrs, reason):
+    h5py, slide = pytest.importorskip("h5py"), wsi.Slide(write())
+    with h5py.File("a.h5", "w") as h5:
+        coords_of = h5.create_group("coords") if xy is None else h5.create_dataset("coords", data=np.array(xy))
+        coords_of.attrs.update({key: value for key, value in (TRIDENT | attrs).items() if value is not None})
+    with one_line(re.escape(reason)):
+        coords.read_coords("a.h5", slide)
+
+
+def test_coordinates_in_whole_floats_are_read():
+    odd = {"patch_size": 256.0, "patch_size_level0": np.array([512]), "level0_width": 1024.0}
+    write_h5([(0.0, 512.0)], TRIDENT | odd)
+    xy, size, mpp = coords.read_coords("a.h5", wsi.Slide(write()))
+    assert xy.tolist() == [[0, 512]] and xy.dtype == np.int32 and (size, type(size), mpp) == (256, int, 1.0)
 
 
 def test_without_h5py_coordinates_say_what_to_install_and_slides_without_a_file_fail_alone(monkeypatch):
