@@ -389,7 +389,7 @@ def test_a_table_of_another_kind_is_refused_by_its_name(content, message, slides
 
 def test_rows_of_a_table_that_match_no_slide_or_disagree_are_said(slides):
     table = f"{slides}/mpp.csv"
-    Path(table).write_text(f'slide,mpp\na,0.25\na.svs,"0,25"\nb,0.5\nb.svs,0.25\nC,1\nd,1\n')
+    Path(table).write_text('slide,mpp\na,0.25\na.svs,"0,25"\nb,0.5\nb.svs,0.25\nC,1\nd,1\n')
     source = open_source(slides=f"{slides}/*.svs", mpp_table=table)
     assert source.paths == [f"{slides}/a.svs", f"{slides}/c.svs"] and FakeSlide.keys[source.paths[0]][0] == 0.25
     assert source.left_out == {table: "2 of 6 rows match no slide, such as 'C'", f"{slides}/b.svs":
