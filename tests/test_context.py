@@ -17,6 +17,7 @@ import torch.distributed as dist
 import context
 import model
 import places
+import sharding
 from configurator import configure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,6 +119,13 @@ def test_only_the_distances_of_places_matter_and_they_do():
         assert predicted.shape == (72, 16) and torch.equal(net([other], nm, hidden)[0], out)
 
 
+def test_waves_are_as_long_as_the_key_says():
+    net = context.random_encoder(HEADER | {"about": [HEADER["about"][0] | {"pitch": 100.0}]}, 0)
+    for band, pitches in enumerate((4, 8, 16, 32)):
+        sin, _ = net.rope(places.to_nm(np.array([[0, 0], [100.0 * pitches / 2, 0]]))[None])
+        close(sin[0, 0, :, band], torch.tensor([-1.0, 1.0]))  # half a wave apart, around the middle
+
+
 def test_places_of_two_scales_differ_by_the_embedding_alone():
     about = [{**HEADER["about"][0], "mpp": mpp} for mpp in (1.0, 2.0)]
     x, nm, hidden = torch.randn(1, 4, 16), places.to_nm(grid(2, 2) * 224.0)[None], torch.tensor([[True, False] * 4])
@@ -160,12 +168,15 @@ def test_losses_are_finite_where_nothing_is_seen_or_all_places_are_alike():
 
 def test_a_window_hides_exactly_its_share_in_blocks():
     cells = grid(16, 16) * 224.0
+    times = 0
     for seed in range(30):
         rng = np.random.default_rng(seed)
         hidden, wanted = places.hide(rng, [cells], [300.0], 0.3, (4, 25))  # tiles that overlap are no other scale
         assert hidden.sum() == round(0.3 * 256) and np.array_equal(hidden, wanted)
         beside = np.abs(cells[hidden][:, None] - cells[hidden]).sum(2) == 224
         assert beside.sum() / hidden.sum() > 2  # of 4 neighbours; 1.2 where places are hidden one by one
+        times = times + hidden
+    assert times.min() > 0, "anywhere"
     block = cells[places.draw_blocks(np.random.default_rng(0), cells, 9, (9, 9))]
     assert np.ptp(block, 0).max() <= 4 * 224 and len(block) == 9
 
@@ -179,6 +190,8 @@ def test_no_scale_shows_what_another_hides():
         assert not (apart & wanted[:256, None] & ~hidden[256:]).any()
         assert not (apart & ~hidden[:256, None] & wanted[256:]).any()
         assert shift or wanted.sum() == hidden.sum() == 32 + 4 * 32
+        swapped, _ = places.hide(np.random.default_rng(1), [wide + shift, fine], [448.0, 224.0], 0.5, (2, 6))
+        assert np.array_equal(swapped, np.roll(hidden, 64)), "the order of scales does not matter"
 
 
 def test_tiles_overlap_by_a_tenth_of_the_smaller_or_more():
@@ -207,6 +220,7 @@ def test_windows_are_the_nearest_places_the_same_for_any_ranks(folder):
     for key, value in whole.items():
         assert torch.equal(value, torch.cat([half[key] for half in halves])), key
     assert whole["features"].shape == (8, 36, 16) and (whole["hidden"].sum(1) == 18).all()
+    assert not torch.equal(whole["features"], places.Windows(slides, about, config | {"seed": 4})[1]["features"])
     for keys, on_grid in (({}, False), ({"free_rotation": False}, True), ({"turns": False}, True)):
         windows = places.Windows(slides, about, config | keys)[1]["places"]
         assert (windows % 224_000 == 0).all() == on_grid
@@ -232,6 +246,8 @@ def test_features_are_mapped_and_the_same_from_both_kinds_of_file(tmp_path):
         assert isinstance(features, np.memmap) and np.array_equal(features, values) and features.dtype == np.float16
         assert centres.dtype == np.float32 and np.array_equal(centres, (cells + 0.5) * 224)
         assert about["pitch"] == about["side"] == 224 and np.allclose(about["norm"], ABOUT["norm"])
+    write(tmp_path / "b.npz", values, cells, overlap=56)
+    assert places.open_features(f"{tmp_path}/b.npz")[2]["pitch"] == 168
 
 
 def test_it_learns_what_neighbours_do_not_tell(folder, tmp_path, monkeypatch):
@@ -257,12 +273,12 @@ def test_a_row_says_what_the_exported_network_makes_of_the_batch(keys, tmp_path,
         cells = [grid(size // mpp, 12 // mpp) for mpp in (1, 2)]
         stored.append([waves(i, own) + np.float16(2 * i) for own in cells])
         for x, own, mpp in zip(stored[i], cells, (1.0, 2.0)):
-            x[3] *= 9  # far out
+            x[3], x[:, 5] = 9 * x[3], 1  # far out, and dead
             (tmp_path / f"{mpp:g}").mkdir(exist_ok=True)
             write(tmp_path / f"{mpp:g}/S{i}.npz", x, own, mpp=mpp)
         centres.append([np.float32((own + 0.5) * 224 * mpp) for own, mpp in zip(cells, (1, 2))])
-    features = f"{tmp_path}/1,{tmp_path}/2"
-    found = run(monkeypatch, features=features, out_dir=tmp_path / "run", base_lr=0.0, max_steps=1, **keys)
+    keys = keys | dict(features=f"{tmp_path}/1,{tmp_path}/2", base_lr=0.0, clip_grad=0.05, max_steps=1)
+    found = run(monkeypatch, **keys, out_dir=tmp_path / "run")
     shuffled = [places.shuffled(*slide) for slide in zip(centres, stored)]
     for slide, own in zip(found["slides"], shuffled if "shuffle" in keys else centres, strict=True):
         assert all(map(np.array_equal, slide.centres, own))
@@ -270,7 +286,7 @@ def test_a_row_says_what_the_exported_network_makes_of_the_batch(keys, tmp_path,
     for scale, x in enumerate(batch["features"].split([36, 9], 1)):
         of_slides = [slide[scale].astype(np.float64) for slide in stored]
         mean = np.mean([x.mean(0) for x in of_slides], 0)
-        std = np.sqrt(np.mean([(x**2).mean(0) for x in of_slides], 0) - mean**2)
+        std = np.sqrt(np.maximum(np.mean([(x**2).mean(0) for x in of_slides], 0) - mean**2, 1e-8))
         of_slides = np.stack([((x.mean(0) - mean) / std).clip(-5, 5) for x in of_slides])
         z = ((x.numpy() - mean) / std).clip(-5, 5)
         centred = z - of_slides[batch["slide"]][:, None]
@@ -284,7 +300,12 @@ def test_a_row_says_what_the_exported_network_makes_of_the_batch(keys, tmp_path,
     for scale, values in zip("12", losses.tolist()):
         assert values == pytest.approx([row[f"{guess}_{scale}"] for guess in ("loss", "zero", "mean", "neighbours")])
     assert found["loss"].item() == pytest.approx((losses[:, 0] / losses[:, 3]).mean().item())
-    assert row["loss/neighbours"] == pytest.approx(found["loss"].item())
+    assert row["loss/neighbours"] == pytest.approx(found["loss"].item()) and row["grad_norm"] > 0.05
+    moments = found["optimizer"].state.values()  # by betas, of the clipped gradient
+    first = sum(sharding.local(own["exp_avg"]).square().sum().item() for own in moments)
+    second = sum(sharding.local(own["exp_avg_sq"]).sum().item() for own in moments)
+    assert all(own["exp_avg"].any() for own in moments), "something is not trained"
+    assert [first, second] == pytest.approx([(0.1 * 0.05) ** 2, 0.05 * 0.05**2], rel=1e-3)
 
 
 @pytest.mark.parametrize("scales", [1, 2])
@@ -299,7 +320,10 @@ def test_six_steps_equal_three_resume_three_bit_for_bit(scales, folder, tmp_path
     with pytest.raises(SystemExit, match="this run needs none; go back to its arch"):
         run(monkeypatch, **keys, out_dir=tmp_path / "b", resume=True, depth=1)
     resumed = run(monkeypatch, **keys, out_dir=tmp_path / "b", resume=True)
-    assert resumed["optimizer"].param_groups[0]["betas"] == (0.9, 0.95)
+    groups = resumed["optimizer"].param_groups
+    assert groups[0]["betas"] == (0.9, 0.95) and {group["weight_decay"] for group in groups} == {0, 0.05}
+    rates = [model.cosine_schedule(step, 0.1 * (8 / 1024) ** 0.5, 0.0, 6, 10) for step in range(6)]
+    assert [row["lr"] for row in rows(tmp_path / "b")] == pytest.approx(rates)
     bit_equal(tmp_path / "a/6.pth", tmp_path / "b/6.pth")
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
 
@@ -372,13 +396,14 @@ def test_a_place_read_while_hidden_is_not_told_by_its_own_feature():
 
 
 def test_tiles_of_other_scales_are_hidden_with_a_place():
-    fine, wide = grid(8, 8) * 224.0, grid(4, 4) * 448.0 + 112
+    fine, wide = grid(8, 8) * 224.0, grid(4, 4) * 448.0 + [100, 192]
     times = np.zeros(64, int)
     for read, hidden in places.in_turn([fine, wide], [224.0, 448.0], 9):
         times += read
         assert np.array_equal(hidden[:64], read)
         apart = np.abs(fine[read][:, None] - wide).max(2)
         assert np.array_equal(hidden[64:], (apart < 300).any(0))
+        assert np.ptp(np.diff(np.flatnonzero(read))), "no raster"
     assert (times == 1).all()
     (read, hidden), = places.in_turn([fine, wide], [224.0, 448.0], 0)
     assert read.all() and not hidden.any()
@@ -424,7 +449,7 @@ BAD = {"none": (CELLS[:0], {}, "no place in it"),
        "nan": (CELLS, {"poison": True}, "features that are not finite"),
        "encoder": (CELLS, {"weights_sha256": "b" * 64}, "weights_sha256 is bbbb"),
        "width": (CELLS, {"channels": 8}, "8 wide, not 16"),
-       "scale": (CELLS, {"mpp": 0.5}, "mpp is 0.5, not 1.0"),
+       "scale": (CELLS, {"mpp": 1.05}, "mpp is 1.05, not 1.0"),
        "norm": (CELLS, {"norm": ((0, 0, 0), (1, 1, 1))}, "norm is"),
        "overlap": (CELLS, {"overlap": 112}, "its tiles overlap"),
        "level": (CELLS, {"level0_mpp": 1.0}, "another unit than level-0 px? Neighbours are 2 tiles apart"),
@@ -434,8 +459,9 @@ BAD = {"none": (CELLS[:0], {}, "no place in it"),
 
 
 def test_bad_slides_are_left_out_one_line_each(tmp_path, monkeypatch, capsys):
-    for i in range(2):
-        write(tmp_path / f"S{i}.npz", waves(i, CELLS), CELLS)
+    write(tmp_path / "S0.npz", waves(0, CELLS), CELLS)
+    scattered = np.where(CELLS[:, :1] < 4, 3 * CELLS - 100, CELLS)
+    write(tmp_path / "S1.npz", waves(1, scattered), scattered, mpp=1.01)  # as slides are: this one is no bad one
     for name, (cells, about, _) in BAD.items():
         about = dict(about)
         x = waves(7, cells, about.pop("channels", 16))
