@@ -180,22 +180,27 @@ def embed_slide(net, header, features, centres_um, device="cpu", hide=0):
         raise ValueError(f"features of {len(features)} scales, and the encoder reads {len(header['about'])}")
     if header["config"].get("shuffle"):
         centres_um = shuffled(centres_um, features)
+
+    def standard(arrays):
+        scales = zip(map(torch.from_numpy, arrays), header["mean"], header["std"])
+        return [standardise(*scale).to(device) for scale in scales]
+
     net = net.to(device)
-    means = [torch.from_numpy(own.mean(0, np.float32)) for own in features]
-    slide_means = [standardise(*scale) for scale in zip(means, header["mean"], header["std"])]
+    slide_means = standard([own.mean(0, np.float32) for own in features])
     sides = [scale["side"] for scale in header["about"]]
+    counts = [scale["count"] for scale in header["about"]]
     total = np.zeros((len(centres_um[0]), header["config"]["width"]), np.float32)
     visits = np.zeros((len(total), 1), np.float32)
-    for at, rows in cover(centres_um, [scale["count"] for scale in header["about"]]):
-        tiles = [torch.from_numpy(own[r])[None] for own, r in zip(features, rows)]
-        parts = [standardise(*scale).to(device) for scale in zip(tiles, header["mean"], header["std"])]
+    for at, rows in cover(centres_um, counts):
+        parts = standard([own[r][None] for own, r in zip(features, rows)])
         if header["config"]["centre"]:
-            parts = [part - own.to(device) for part, own in zip(parts, slide_means)]
+            parts = [part - own for part, own in zip(parts, slide_means)]
         points = [own[r] - at for own, r in zip(centres_um, rows)]
         nm = to_nm(np.concatenate(points))[None].to(device)
         for read, hidden in in_turn(points, sides, hide):
             x, _ = net(parts, nm, torch.from_numpy(hidden)[None].to(device))
-            total[rows[0][read]] += x[0, : len(read)].float().cpu().numpy()[read]
+            own = x[0, : len(read)].float().cpu().numpy()
+            total[rows[0][read]] += own[read]
         visits[rows[0]] += 1
     return total / visits
 
@@ -345,9 +350,9 @@ def hide(rng, points, sides, share, block):
     hidden = []
     for i, own in enumerate(points):
         hides = wanted[i].copy()
-        for j in range(len(points)):
+        for j, other in enumerate(points):
             if j != i:
-                hides |= touches(own, sides[i], points[j][wanted[j]], sides[j])
+                hides |= touches(own, sides[i], other[wanted[j]], sides[j])
         hidden.append(hides)
     return np.concatenate(hidden), np.concatenate(wanted)
 
@@ -357,11 +362,14 @@ def in_turn(points, sides, passes):
     Yield (read, hidden) until each place of the first scale was read once, while it was hidden, bool (n,) and (N,).
     passes = 0: all at once, nothing is hidden. Tiles of other scales are hidden where they show the same pixels.
     """
-    numbers = np.random.default_rng(0).permutation(len(points[0])) % max(passes, 1)
-    for number in range(max(passes, 1)):
+    turns = max(passes, 1)
+    numbers = np.random.default_rng(0).permutation(len(points[0])) % turns
+    for number in range(turns):
         read = numbers == number
         hidden = read if passes else np.zeros_like(read)
-        rest = [touches(own, side, points[0][hidden], sides[0]) for own, side in zip(points[1:], sides[1:])]
+        region = points[0][hidden]
+        others = zip(points[1:], sides[1:])
+        rest = [touches(own, side, region, sides[0]) for own, side in others]
         yield read, np.concatenate([hidden, *rest])
 
 
