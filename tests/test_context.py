@@ -108,6 +108,8 @@ def test_only_the_distances_of_places_matter_and_they_do():
     hidden = torch.zeros(2, 36, dtype=torch.bool)
     hidden[:, :9] = True
     order = torch.from_numpy(rng.permutation(36))
+    assert all((t == 1).all() for name, t in net.named_parameters() if "norm.w" in name or name.endswith("gamma"))
+    assert not torch.equal(net.output.weight, context.random_encoder(HEADER, 1).output.weight)
     with torch.no_grad():
         out, predicted = net([x], nm, hidden)
         close(net([x], nm + 5_000_000, hidden)[0], out)
@@ -120,8 +122,9 @@ def test_only_the_distances_of_places_matter_and_they_do():
 
 
 def test_waves_are_as_long_as_the_key_says():
-    net = context.random_encoder(HEADER | {"about": [HEADER["about"][0] | {"pitch": 100.0}]}, 0)
-    for band, pitches in enumerate((4, 8, 16, 32)):
+    config, about = HEADER["config"] | {"periods": (4.0, 108.0)}, [HEADER["about"][0] | {"pitch": 100.0}]
+    net = context.random_encoder({"config": config, "about": about}, 0)
+    for band, pitches in enumerate((4, 12, 36, 108)):
         sin, _ = net.rope(places.to_nm(np.array([[0, 0], [100.0 * pitches / 2, 0]]))[None])
         close(sin[0, 0, :, band], torch.tensor([-1.0, 1.0]))  # half a wave apart, around the middle
 
@@ -439,6 +442,8 @@ def test_embed_writes_each_slide_once_as_embed_slide_has_it(folder, tmp_path, mo
     made = json.loads((tmp_path / "out/keys.json").read_text())
     assert made["trained_on"] == header["slides"] and made["encoder"] == model.sha256_of(keys["weights"])
     assert np.array_equal(places.open_features(str(tmp_path / "out/S3.npz"))[1], centres[0])
+    with pytest.raises(SystemExit, match="features of 1 scales, and the encoder reads 2"):
+        run(monkeypatch, **keys | {"features": folder, "out": tmp_path / "one"})
     with pytest.raises(SystemExit, match="encoder was"):
         run(monkeypatch, **keys | {"weights": tmp_path / "run1/1.pth"})
 
@@ -500,6 +505,9 @@ def test_a_resumed_run_keeps_its_slides(folder, tmp_path, monkeypatch):
     names.write_text("S1\nS2\n")
     with pytest.raises(SystemExit, match="trained on other slides"):
         run(monkeypatch, **keys, max_steps=2, resume="true")
+    names.write_text("S0\nS1\n")
+    found = run(monkeypatch, **keys | {"batch_size": 4}, max_steps=2, resume="true")
+    assert found["dataset"].offset == 8 - 4, "windows go on after those that were drawn"
     with pytest.raises(SystemExit, match="blocks are .fewest, most."):
         run(monkeypatch, **keys, mask_block="(5,4)")
 
@@ -512,6 +520,7 @@ def test_what_users_state_wrongly_ends_in_one_line(folder, tmp_path, monkeypatch
     torch.save({"teacher": {}}, tmp_path / "tile.pth")
     for text, keys in {"no .h5 or .npz in ''": dict(features=""), "task is": dict(task="test"),
                        "no slide encoder": dict(task="embed", weights=tmp_path / "tile.pth", out="x"),
+                       "embed needs --weights": dict(task="embed"), "multiple of 4 x heads": dict(width=36),
                        "mask_share": dict(mask_share=1.0), "no slide is left": dict(window=300),
                        "No such file": dict(train_slides="x.txt")}.items():
         with pytest.raises(SystemExit, match=text):
