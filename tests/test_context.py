@@ -214,8 +214,9 @@ def test_windows_are_turned_by_quarters_or_freely_and_half_are_flipped(free, kin
 
 def test_windows_are_the_nearest_places_the_same_for_any_ranks(folder):
     files = places.files_of(folder)
-    about = places.open_slides([files, places.files_of(folder + "2")], sorted(files), 36, print)[1]
-    assert [scale["count"] for scale in about] == [36, 9], "places of the same area"
+    for window, counts in ((36, [36, 9]), (4, [4, 4])):  # places of the same area, and some to hide and to see
+        about = places.open_slides([files, places.files_of(folder + "2")], sorted(files), window, print)[1]
+        assert [scale["count"] for scale in about] == counts
     slides, about = places.open_slides([files], sorted(files), 36, print)
     config = {**TINY, "seed": 3, "mask_share": 0.5, "turns": True, "free_rotation": True}
     whole = places.Windows(slides, about, config)[1]
@@ -251,6 +252,8 @@ def test_features_are_mapped_and_the_same_from_both_kinds_of_file(tmp_path):
         assert about["pitch"] == about["side"] == 224 and np.allclose(about["norm"], ABOUT["norm"])
     write(tmp_path / "b.npz", values, cells, overlap=56)
     assert places.open_features(f"{tmp_path}/b.npz")[2]["pitch"] == 168
+    files = [{"b": str(tmp_path / "b.npz")}]
+    assert [len(places.agreeing(files, ["b"], print, apart)[0]) for apart in (True, False)] == [0, 1]
 
 
 def test_it_learns_what_neighbours_do_not_tell(folder, tmp_path, monkeypatch):
@@ -444,6 +447,10 @@ def test_embed_writes_each_slide_once_as_embed_slide_has_it(folder, tmp_path, mo
     assert np.array_equal(places.open_features(str(tmp_path / "out/S3.npz"))[1], centres[0])
     with pytest.raises(SystemExit, match="features of 1 scales, and the encoder reads 2"):
         run(monkeypatch, **keys | {"features": folder, "out": tmp_path / "one"})
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few/S3.npz").symlink_to(folder + "2/S3.npz")
+    with pytest.raises(SystemExit, match="not in every folder of features"):
+        run(monkeypatch, **keys | {"features": f"{folder},{tmp_path}/few", "out": tmp_path / "few_out"})
     with pytest.raises(SystemExit, match="encoder was"):
         run(monkeypatch, **keys | {"weights": tmp_path / "run1/1.pth"})
 
@@ -476,6 +483,7 @@ def test_bad_slides_are_left_out_one_line_each(tmp_path, monkeypatch, capsys):
     np.savez_compressed(tmp_path / "T_packed.npz", **np.load(tmp_path / "S0.npz"))
     write(tmp_path / "T_columns_first.npz", np.asfortranarray(waves(9, CELLS)), CELLS)
     (tmp_path / "T_empty.npz").touch()
+    write(tmp_path / "T_short.npz", waves(9, CELLS), CELLS[:99])
     write(tmp_path / "T_words.npz", waves(9, CELLS), CELLS, norm="imagenet")
     write(tmp_path / "A_odd.npz", waves(8, CELLS), CELLS, mpp=2.0)  # the first slide is not what the others must be
     large = grid(250, 400)
@@ -484,14 +492,15 @@ def test_bad_slides_are_left_out_one_line_each(tmp_path, monkeypatch, capsys):
     assert [slide.name for slide in found["slides"]] == ["S0", "S1", "U_large"]
     expected = {name: text for name, (_, _, text) in BAD.items()}
     expected |= {"columns_first": "by column", "empty": "not features as prepare", "words": "norm is imagenet"}
+    expected["short"] = "not (N, C) and (N, 2)"
     expected |= {"cut": "not features as prepare", "packed": "chunked, compressed or by column"}
     expected["A_odd"] = "mpp is 2.0, not 1.0"
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
-    assert len(lines) == len(expected) == 18
+    assert len(lines) == len(expected) == 19
     for line in lines:
         assert expected[line.split(":")[1].strip().removeprefix("T_")] in line
     (tmp_path / "U_large.npz").unlink()
-    with pytest.raises(SystemExit, match="17 of 20 slides failed"):
+    with pytest.raises(SystemExit, match="18 of 21 slides failed"):
         run(monkeypatch, task="embed", features=tmp_path, weights=tmp_path / "run/1.pth", out=tmp_path / "out")
     assert sorted(path.stem for path in (tmp_path / "out").glob("[ST]*")) == ["S0", "S1", "T_one"]
 
@@ -518,8 +527,11 @@ def test_what_users_state_wrongly_ends_in_one_line(folder, tmp_path, monkeypatch
     found = run(monkeypatch, **good, train_slides=tmp_path / "names.txt")
     assert [slide.name for slide in found["slides"]] == ["S1"]
     torch.save({"teacher": {}}, tmp_path / "tile.pth")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/a.npz").symlink_to("nowhere")
     for text, keys in {"no .h5 or .npz in ''": dict(features=""), "task is": dict(task="test"),
                        "no slide encoder": dict(task="embed", weights=tmp_path / "tile.pth", out="x"),
+                       "a.npz: ": dict(features=tmp_path / "links"),
                        "embed needs --weights": dict(task="embed"), "multiple of 4 x heads": dict(width=36),
                        "mask_share": dict(mask_share=1.0), "no slide is left": dict(window=300),
                        "No such file": dict(train_slides="x.txt")}.items():
