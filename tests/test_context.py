@@ -329,7 +329,7 @@ def test_six_steps_equal_three_resume_three_bit_for_bit(scales, folder, tmp_path
     groups = resumed["optimizer"].param_groups
     assert groups[0]["betas"] == (0.9, 0.95) and {group["weight_decay"] for group in groups} == {0, 0.05}
     rates = [model.cosine_schedule(step, 0.1 * (8 / 1024) ** 0.5, 0.0, 6, 10) for step in range(6)]
-    assert [row["lr"] for row in rows(tmp_path / "b")] == pytest.approx(rates)
+    assert [row["lr"] for row in rows(tmp_path / "b")] == pytest.approx(rates) and groups[0]["lr"] == rates[-1]
     bit_equal(tmp_path / "a/6.pth", tmp_path / "b/6.pth")
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
 
