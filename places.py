@@ -132,7 +132,7 @@ def embed_files(config, net, header, dev):
     from prepare import coords, slides
     first, *others = config["features"].split(",")
     keys = {key: config[key] for key in ("features", "weights", "out", "part", "hide")}
-    keys |= {"slides": first + "/*.[hn][5p]*", "overlap": 0, "tile_px": 1}
+    keys |= {"slides": first + "/*.[hn][5p]*", "overlap": 0, "tile_px": 1, "mpp_table": ""}
     sha256 = model.sha256_of(config["weights"])
     others = [files_of(folder) for folder in others]
     job = functools.partial(embed_file, net=net, header=header, dev=dev, others=others)
