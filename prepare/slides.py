@@ -182,10 +182,9 @@ def walk(script, config, job, ending, workers, more=()):
     A job writes `part`, renames it to `file`, and returns what to say of the slide, if anything. `more` are keys of
     keys.json. Raises SystemExit with the first reasons if any slide failed.
     """
-    lost = {}
+    folder, jobs, failed, lost = part_file(config, ".unfinished"), [], [], {}
     names = slides_of(config, lost, dots=ending != ".json")  # a key in a WebDataset's tar has no dots
     settle(script, config, dict(more))
-    folder, jobs, failed = part_file(config, ".unfinished"), [], []
     for path, name in names.items():
         file = os.path.join(config["out"], name + ending)
         if not os.path.exists(file):
