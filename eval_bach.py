@@ -203,7 +203,7 @@ def context_pool(view, weights):
 
     def pool(of_tiles, image):
         centres = np.array(corners(image.shape[1:], view.px), np.float32)[:, ::-1] + view.px / 2
-        own = slide_encoder.embed_slide(net, header, of_tiles.cpu().numpy(), centres * view.mpp)
+        own = slide_encoder.places.embed_slide(net, header, of_tiles.cpu().numpy(), centres * view.mpp)
         return torch.cat([of_tiles.cpu(), torch.from_numpy(own)], 1).mean(0)
 
     return pool

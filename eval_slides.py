@@ -42,8 +42,8 @@ import listing
 import model
 import wsi
 from configurator import configure
-from context import embed_slide, load_encoder, random_encoder
-from places import agreeing, files_of, open_features
+from context import load_encoder, random_encoder
+from places import agreeing, embed_slide, files_of, open_features
 
 # ---- the protocol, with that of the heads in eval_bach.py: changing any of these invalidates earlier rows ------------
 FOLDS = 5                       # fewer where a class has fewer groups, at least 3

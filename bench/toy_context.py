@@ -76,7 +76,7 @@ def load(folder, names):
 
 def read(net, header, slides, centres, hide=0):
     """Context (S, N, D) of slides, a list with the features (N, C) of each scale for each; centres per scale."""
-    return np.stack([context.embed_slide(net, header, list(scales), centres, hide=hide) for scales in slides])
+    return np.stack([places.embed_slide(net, header, list(scales), centres, hide=hide) for scales in slides])
 
 
 def moments(x):

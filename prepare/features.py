@@ -104,7 +104,7 @@ def write_features(path, name, file, part, config, encoder, about):
         with open(part, "wb") as f:
             np.savez(f, **arrays, **(about | attrs))
     os.replace(part, file)
-    return f"{len(good)} tiles" + (f", {len(bad)} damaged ones left out" if bad else "")
+    return f"{len(bad)} damaged ones left out of {len(xy)} tiles" if bad else ""
 
 
 def main(config):

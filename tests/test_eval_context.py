@@ -12,6 +12,7 @@ import torch
 import context
 import eval_bach
 import eval_slides
+import places
 
 pytest.importorskip("sklearn")
 
@@ -336,7 +337,7 @@ def test_a_bach_image_is_a_small_slide(world):
     tiles = eval_bach.tiles(image, 10)
     of_tiles = eval_bach.embed(Mean(), tiles, (0.5,) * 3, (0.5,) * 3, "cpu", view._replace(context=""))
     centres = np.array([[x, y] for y in (50, 150) for x in (50, 150, 250)], np.float32)
-    own = context.embed_slide(net, header, of_tiles.numpy(), centres)
+    own = places.embed_slide(net, header, of_tiles.numpy(), centres)
     torch.testing.assert_close(features[0, 8:], torch.from_numpy(own.mean(0)))
     assert "context of" in str(view)
     with pytest.raises(ValueError, match="trained on tiles of 100 um"):
