@@ -737,8 +737,13 @@ def read_header(path):
 
 
 def sha256_of(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    """Of a weight file; of a folder, of its files of tensors one after the other."""
+    from prepare import convert
+    digest = hashlib.sha256()
+    for file in convert.tensor_files(path):
+        with open(file, "rb") as f:
+            hashlib.file_digest(f, lambda: digest)  # continues it
+    return digest.hexdigest()
 
 
 def is_hugging_face(path):

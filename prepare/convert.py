@@ -192,13 +192,22 @@ def join_positions(path, state):
     state["pos_embed"] = torch.cat([cls, patches], dim=1)
 
 
-def read_tensors(path):
-    """All tensors of a .safetensors file, or of model*.safetensors or else pytorch_model*.bin in a folder."""
-    files = sorted(Path(path).glob("model*.safetensors")) if Path(path).is_dir() else [Path(path)]
-    if not files and (files := sorted(Path(path).glob("pytorch_model*.bin"))):
-        return {name: t for file in files for name, t in model.read_pth(file).items()}
+def tensor_files(path):
+    """A weight file itself; of a folder its model*.safetensors, or else pytorch_model*.bin. ValueError without any."""
+    if not Path(path).is_dir():
+        files = [Path(path)]
+    else:
+        files = sorted(Path(path).glob("model*.safetensors")) or sorted(Path(path).glob("pytorch_model*.bin"))
     if not files or not files[0].exists():
         raise ValueError(f"{path}: no such weight file, or a folder without model.safetensors and pytorch_model.bin")
+    return files
+
+
+def read_tensors(path):
+    """All tensors of a folder, or of a .safetensors file."""
+    files = tensor_files(path)
+    if files[0].suffix == ".bin":
+        return {name: t for file in files for name, t in model.read_pth(file).items()}
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
