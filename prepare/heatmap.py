@@ -117,8 +117,8 @@ def draw(thumbnail, extent, panels, chosen, label, side, out, title):
         axis.set_title(name)
         axis.set_axis_off()
     figure.suptitle(title)
-    figure.colorbar(drawn, ax=axes, label=label, shrink=0.8)
-    figure.savefig(out, dpi=150)
+    figure.colorbar(drawn, ax=axes, label=label, shrink=0.8, pad=0.01)
+    figure.savefig(out, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
