@@ -125,8 +125,8 @@ def plain(value):
     if isinstance(value, (tuple, list)):
         inside = [plain(v) for v in value]
         return tuple(inside) if isinstance(value, tuple) else inside
-    if isinstance(value, str):
-        return ",".join(map(os.path.expanduser, value.split(",")))
+    if isinstance(value, (str, os.PathLike)):
+        return ",".join(map(os.path.expanduser, str(value).split(",")))
     return value.tolist() if hasattr(value, "tolist") else value  # numpy's
 
 

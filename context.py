@@ -29,6 +29,7 @@ import model
 import places
 import sharding
 from configurator import configure
+from prepare import convert
 
 # ---- run ------------------------------------------------------------------------------------------------------------
 task = "train"           # or "embed": one file per slide with its places' context
@@ -136,7 +137,7 @@ class SlideEncoder(nn.Module):
 
 def load_encoder(path):
     """(SlideEncoder on the CPU, header) of an export of training. Raises ValueError if it is another file."""
-    header = model.read_pth(path)
+    header = convert.read_stored(path)
     if "slides" not in header:
         raise ValueError(f"{path}: no slide encoder; context.py writes them to out_dir/<step>.pth")
     net = SlideEncoder(header["config"], header["about"])

@@ -23,6 +23,7 @@ from torch.utils.data import default_collate, get_worker_info
 
 import model
 import sources
+import wsi
 
 ATTEMPTS = 100  # tiles to draw for one sample before the run stops
 
@@ -77,6 +78,7 @@ class Batches(torch.utils.data.Dataset):
         masked         int64 (M), the indices of the masked patches among all 2B * N
         mask_weights   float32 (M), one over the number of masked patches in the same crop
         bad            messages about unreadable tiles, which were replaced; nothing else if one could not be replaced
+        left_out       messages about slides that turned out to be of no use when they were first drawn
 
     config: train.py's keys. grid: patches along the side of a global crop. offset: samples consumed minus step x
     current global batch; nonzero only after resuming with other ranks or another batch.
@@ -94,10 +96,9 @@ class Batches(torch.utils.data.Dataset):
         if get_worker_info():
             torch.set_num_threads(1)
         config = self.config
-        bad = []
+        batch = {"bad": [], "left_out": []}
         numbers = sample_numbers(step, self.rank, self.world, config["batch_size"], self.offset)
-        images = [self.image(n, bad) for n in numbers]
-        batch = {"bad": bad}
+        images = [self.image(n, batch) for n in numbers]
         if None in images:
             return batch
         flat = list(itertools.chain(*zip(*images)))  # crop-major (crop, colour) pairs
@@ -113,10 +114,10 @@ class Batches(torch.utils.data.Dataset):
         batch["mask_weights"] = (1 / counts).repeat_interleave(counts)
         return batch
 
-    def image(self, n, bad):
+    def image(self, n, batch):
         """Sample n as (crop, colour) pairs: the two global crops, then the local ones. None if no tile was found."""
         config = self.config
-        tile, about = self.tile(n, bad)
+        tile, about = self.tile(n, batch)
         if tile is None:
             return None
         pixels = as_tensor(tile)
@@ -132,17 +133,18 @@ class Batches(torch.utils.data.Dataset):
         colours = [colour_parameters(rng, config, blur) for _, blur in views]
         return list(zip(crops, colours))
 
-    def tile(self, n, bad):
-        """What the source reads for sample n; (None, {}) after ATTEMPTS draws. Each failure is a message in `bad`."""
+    def tile(self, n, batch):
+        """What the source reads for sample n; (None, {}) after ATTEMPTS draws. The batch holds why others failed."""
         for attempt in range(ATTEMPTS):
             try:
                 return self.source.read(n, attempt)
-            except sources.Unsuitable as e:
-                reason = str(e)
             except sources.READ_ERRORS as e:
                 reason = " ".join(str(e).split())
-                bad.append(reason)
-        bad.append(reason)
+                if isinstance(e, wsi.Unusable):
+                    batch["left_out"].append(reason)
+                elif not isinstance(e, sources.Unsuitable):
+                    batch["bad"].append(reason)
+        batch["bad"].append(reason)
         return None, {}
 
 

@@ -5,8 +5,8 @@ Which files a key names: a folder, whose whole tree is meant, or a pattern.
     slides/**/*.svs       ** stands for any folders, also none
 
 Links are followed, also in a circle. A file that several names lead to counts once. Hidden files and folders, such as
-._a.svs, .snapshot or .ipynb_checkpoints, do not count. What should have been there and cannot be used is named with a
-reason: links that lead nowhere, folders that may not be read, names that are not UTF-8.
+._a.svs or .snapshot, count only where the pattern names the dot. What should have been there and cannot be used is
+named with a reason: links that lead nowhere, folders that may not be read, names that are not UTF-8.
 """
 import csv
 import fnmatch
@@ -18,11 +18,8 @@ SHOWN = 20  # of what is left out, in the log
 
 
 def find(pattern, key, endings=("",)):
-    """
-    (sorted paths of files, {path: why it is left out}). Raises ValueError naming the key if there is no file.
-
-    A folder needs `endings`, of whatever case; a pattern may do without.
-    """
+    """(sorted paths of files, {path: why it is left out}). Raises ValueError naming the key if there is no file.
+    A folder needs `endings`, of whatever case; a pattern may do without."""
     left_out, is_folder = {}, os.path.isdir(pattern)
     parts = pattern.split("/")
     if is_folder and any(endings):
@@ -34,8 +31,10 @@ def find(pattern, key, endings=("",)):
     hint = "".join(f"; left out: {path}: {reason}" for path, reason in list(left_out.items())[:1])
     if is_folder and not any(endings):
         hint = f"; it is a folder: try '{pattern}/*.svs'"
-    elif "[" in pattern:
+    if "[" in pattern:
         hint += "; [ begins a set of characters there: write [[] where a name has a bracket"
+    if "{" in pattern:
+        hint += "; {a,b} is the shell's alone: give one pattern for all, or train.py several in mix"
     ending = f" with {' '.join(endings)}" if any(endings) else ""
     raise ValueError(f"{key}: no file matches {pattern}{ending}{hint}")
 
@@ -79,21 +78,23 @@ def tree(folder, left_out):
 def matches(folder, part, left_out):
     """[(path, whether it is a folder, whether it is a link)] of what a part other than ** names in a folder."""
     path = os.path.join(folder, part)
-    if not glob.has_magic(part) or os.path.lexists(path):  # a folder may really be called batch[1]
-        kind = kind_of(path, left_out) if os.path.lexists(path) else None
+    there = os.path.lexists(path)
+    if there and "[" in part or not glob.has_magic(part):  # a folder may really be called batch[1]
+        kind = there and kind_of(path, left_out)
         return [(path, kind == stat.S_IFDIR, os.path.islink(path))] if kind else []
-    return [item for item in scan(folder, left_out) if fnmatch.fnmatchcase(os.path.basename(item[0]), part)]
+    items = scan(folder, left_out, part[0] == ".")
+    return [item for item in items if fnmatch.fnmatchcase(os.path.basename(item[0]), part)]
 
 
-def scan(folder, left_out):
+def scan(folder, left_out, hidden=False):
     """[(path, whether it is a folder, whether it is a link)] of the files and folders in a folder, links followed."""
     found = []
     try:
         with os.scandir(folder or ".") as entries:
-            entries = [entry for entry in entries if entry.name[0] != "."]
+            entries = [entry for entry in entries if entry.name.startswith(".") == hidden]
     except OSError as e:
         left_out[folder] = f"cannot be listed: {e.strerror}"
-        return found
+        entries = []
     for entry in entries:
         path = os.path.join(folder, entry.name)
         plain = entry.is_file(follow_symlinks=False)  # known without asking the file system again
@@ -138,14 +139,15 @@ def printable(path):
     return path.encode(errors="backslashreplace").decode()
 
 
-def say_left_out(left_out, say, file=""):
-    """Say what is left out and why. The whole list goes into a csv, where one is given."""
-    reasons = {path: reason.removeprefix(f"{path}: ") for path, reason in left_out.items()}
-    for path, reason in list(reasons.items())[:SHOWN]:
+def say_left_out(left_out, say, file="", mode="w"):
+    """Say what is left out and why. The whole list goes into a csv, where one is given; mode "a" adds to it."""
+    rows = [(path, reason.removeprefix(f"{path}: ")) for path, reason in left_out.items()]
+    for path, reason in rows[:SHOWN]:
         say(f"left out: {path}: {reason}")
-    if len(reasons) > SHOWN:
-        say(f"left out: {len(reasons) - SHOWN} more" + f", see {file}" * bool(file))
-    if not file or not (reasons or os.path.exists(file)):
-        return
-    with open(file, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f, lineterminator="\n").writerows([("path", "reason"), *reasons.items()])
+    if len(rows) > SHOWN:
+        where = f", see {file}" if file else ""
+        say(f"left out: {len(rows) - SHOWN} more{where}")
+    if file and (rows or os.path.exists(file)):
+        with open(file, mode, newline="", encoding="utf-8") as f:
+            header = [] if f.tell() else [("path", "reason")]
+            csv.writer(f, lineterminator="\n").writerows(header + rows)

@@ -12,8 +12,7 @@ L local crops per image. Batches are crop-major: crop 0 of every image, then cro
 import hashlib
 import math
 import os
-import pickle
-import zipfile
+import pathlib
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -723,8 +722,9 @@ def stored_norm(path):
     (ValueError). A .pth with Meta's names gets ImageNet's; DINOv3's satellite models and Hibou's differ: pass theirs.
     """
     from prepare import convert
-    config = read_header(path).get("config", {})
-    if not config and (is_hugging_face(path) or not convert.has_released_names(path, read_pth(path))):
+    stored = {} if is_hugging_face(path) else convert.read_stored(path)
+    config = convert.header_of(stored).get("config", {})
+    if not config and not (stored and convert.released_names(convert.backbone_tensors(path, stored))):
         return norm_values(convert.stored_norm(path), f"{path}: norm")
     former = (config["norm_mean"], config["norm_std"]) if "norm_mean" in config else None  # keys of older teachers
     return norm_values(config.get("norm", former), f"{path}: norm")
@@ -732,15 +732,15 @@ def stored_norm(path):
 
 def read_header(path):
     """What this project's teacher file states about itself: {"arch", "step", "config"}; {} for any other file."""
-    stored = {} if is_hugging_face(path) else read_pth(path)
-    return {k: stored[k] for k in ("arch", "step", "config") if k in stored and "teacher" in stored}
+    from prepare import convert
+    return {} if is_hugging_face(path) else convert.header_of(convert.read_stored(path))
 
 
 def sha256_of(path):
-    """Of a weight file; of a folder, of its files of tensors one after the other."""
+    """Of a weight file; of a folder or of shards, of all files one after the other."""
     from prepare import convert
     digest = hashlib.sha256()
-    for file in convert.tensor_files(path):
+    for file in convert.weight_files(pathlib.Path(path)):
         with open(file, "rb") as f:
             hashlib.file_digest(f, lambda: digest)  # continues it
     return digest.hexdigest()
@@ -750,29 +750,18 @@ def is_hugging_face(path):
     return os.path.isdir(path) or str(path).endswith(".safetensors")
 
 
-def read_pth(path):
-    """The dictionary in a .pth file, {} if it holds something else. ValueError if it is missing, cut or untrusted."""
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such weight file") from None
-    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, AttributeError, OSError) as e:
-        raise ValueError(f"{path}: not a file of plain tensors, and weights_only=True refuses any other "
-                         f"({type(e).__name__}); fetch it again, or save its state dict alone") from None
-    return stored if isinstance(stored, dict) else {}
-
-
 def open_weights(path, arch=None):
     """({name: tensor} under our ViT's names, its ViTConfig) of a weight file; see load_backbone."""
     from prepare import convert
-    asked = known_arch(path, arch)
-    stored = convert.read_tensors(path) if is_hugging_face(path) else read_pth(path)
-    header = stored if "teacher" in stored else {}  # other people's files have an "arch" too, which is not ours
+    asked, stored = known_arch(path, arch), convert.read_stored(path)
+    header = convert.header_of(stored)
     told = header.get("arch") or {}  # a name in ARCHS, or {field of ViTConfig: value} from prepare/convert.py
     if isinstance(told, str):
         asked, told = asked or known_arch(path, told), {}
     told = told | POS_INTERP.get(header.get("config", {}).get("pos_interp"), {})
-    state, more = convert.released(path, convert.backbone_tensors(path, stored), asked)
+    tensors = convert.backbone_tensors(path, stored)
+    convert.check_values(path, tensors)
+    state, more = convert.released(path, tensors, asked)
     return state, fitting_arch(path, state, asked, told | more)
 
 

@@ -3,29 +3,26 @@ Where tiles come from. A run has exactly one source, named by a key of train.py:
 
     slides = "data/TCGA/**/*.svs"   whole slides: tiles at a target mpp from random places with tissue, read on the fly
     sample_list = "list.txt"        lines `path x y level`: x y in level-0 pixels, tile_px pixels at that pyramid level
-                                    (OpenMidnight's; two more fields, the level's mpp, are allowed and ignored)
+                                    (OpenMidnight's; two more fields, the level's mpp, are ignored)
     tiles = "data/tiles"            folder tree of .jpg .png .tif tiles, each used whole
     shards = "data/shards"          folder or glob of the .tar + .json that prepare/tiles.py writes, read in place
     parquet = "data/parquet"        folder or glob of .parquet with medarc/TCGA-12K-parquet's columns; needs pyarrow
     mix = (("slides", "data/TCGA/**/*.svs", 0.8), ("shards", "data/cptac", 0.2))    several, by weight
 
-Your own source: write a class, name it in SOURCES, and add a key of the same name to train.py, "" = off. The class is
-called with the key's value and train.py's keys. It has `about`, one line for the log, and may have `left_out`, {path:
-reason}, for the log too. Its read(n, attempt) returns (uint8 (H, W, 3), {"slide", "x", "y" in level-0 px, "mpp" or
-nan}) or raises OSError or wsi.SlideError. With wide_field, slides also give "wide", a tile as large in px around the
-same centre; other sources cannot, and refuse.
+Your own source: write a class, name it in SOURCES, and add a key of the same name to train.py, "" = off. It is called
+with the key's value and train.py's keys. It has `about`, a line for the log, and may have `left_out`, {path: reason}.
+Its read(n, attempt) returns (uint8 (H, W, 3), {"slide", "x", "y" in level-0 px, "mpp" or nan}) or raises OSError or
+wsi.SlideError. With wide_field, slides also give "wide", a tile as large in px around the same centre.
 
-n counts the samples of the run without end, and sample n depends only on n and the seed. If a sample could not be read,
-attempt counts its replacements. Every index appears exactly once per pass, except for slides and mixes, which are
-sampled at random.
+n counts the samples of the run without end, and sample n depends only on n and the seed; attempt counts its
+replacements. Every index appears exactly once per pass, except for slides and mixes, which are sampled at random.
 
 Patients. holdout = 0.1 excludes a tenth of the patients from training. A hash of the patient's name decides, so every
 source, node and seed excludes the same ones. The patient is what the regular expression `patient` finds in the file's
 name, else the slide itself.
 
-Memory. Lists and shards are tables of 13 and 28 bytes per tile. The first rank of a node builds them, and all ranks and
-workers map the same file: 29 million lines take 377 MB of page cache once. A worker keeps open_slides slides open, or
-2 * WINDOW row groups of parquet files in memory.
+Memory. Lists and shards are tables of 13 and 28 bytes per tile, which all ranks and workers of a node map: 29 million
+lines take 377 MB once. A worker keeps open_slides slides open, or 2 * WINDOW row groups of parquet files in memory.
 """
 import functools
 import hashlib
@@ -37,22 +34,23 @@ import re
 import struct
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 import listing
 import wsi
 
 READ_ERRORS = (wsi.SlideError, OSError)  # an unreadable tile or slide: another one is drawn
+LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # others may pass
 TISSUE_DRAWS = 20   # places tried in a slide for one tile; inside the mask 9 in 10 pass at 0.5 um/px, fewer at 2
 OPEN_SHARDS = 256   # files per process; the usual limit is 1024
 WINDOW = 16         # parquet row groups among which the order of rows is random; a worker holds twice as many
 GROUP_BYTES = 100e6 # of a row group, uncompressed, beyond which a parquet file is refused
 SCALE_KEYS = "mpp_table slide_mpp mpp_from_objective trust_mpp mpps mpp_range eval_mpp eval_share".split()
 COLUMNS = ("slide_path", "x", "y", "image_bytes")  # of parquet files
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # pillow tells their depth; in JPEG 2000 and PPM 16 bits pass for 8
 
 
 class Unsuitable(wsi.SlideError):
@@ -98,11 +96,11 @@ def held_out(path, config):
 
 
 def training_files(paths, config, kind):
-    """(the paths that are not held out, a line about them). Raises ValueError if there are none."""
+    """The paths that are not held out. Raises ValueError if there are none."""
     kept = [path for path in paths if not held_out(path, config)]
     if not kept:
         raise ValueError(f"{kind}: holdout = {config['holdout']} leaves none of {len(paths)} files")
-    return kept, f"{len(kept):,} of {len(paths):,} {kind} ({listed(kept)})"
+    return kept
 
 
 def listed(paths):
@@ -117,53 +115,84 @@ def decode(file, name):
     so that equal files are equal pixels. Raises OSError with `name` if it is damaged, or if it would be misread.
     """
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            if image.mode[0] in "IF" or is_deep(image):
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+            bits = image.tag_v2.get(258, 1) if image.format == "TIFF" else 8  # pillow keeps the upper 8 of 16
+            if image.mode[0] in "IF" or np.max(bits) > 8 or ";16" in str(image.tile):
                 raise ValueError(f"{image.mode} pixels of more than 8 bits per channel; save it with 8")
+            size, frames = image.size, getattr(image, "n_frames", 1)
+            image.seek(min(frames - 1, 1))
+            if frames > 1 and image.size == size:  # smaller ones are a pyramid's
+                raise ValueError(f"{frames} images of one size; save each alone")
+            image.seek(0)
             if image.has_transparency_data:  # saved from read_region: outside the slide is white, not black
-                white = Image.new("RGBA", image.size, "white")
+                white = Image.new("RGBA", size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return np.array(image.convert("RGB"))
     except Exception as e:  # pillow raises OSError, SyntaxError, KeyError, struct.error, ... on a damaged file
-        raise OSError(f"{name}: {type(e).__name__}: {' '.join(str(e).split())}") from None
-
-
-def is_deep(image):
-    """Whether an opened image has 16 bits per channel. Pillow keeps the upper 8, and 12 bits in them would be black."""
-    if image.format == "TIFF":
-        return np.max(image.tag_v2.get(258, 1)) > 8  # BitsPerSample
-    return ";16" in str(image.tile)
+        unknown = isinstance(e, UnidentifiedImageError)
+        reason = f"not a {', '.join(FORMATS)} of 8 bits per channel" if unknown else " ".join(str(e).split())
+        raise OSError(f"{name}: {type(e).__name__}: {reason}") from None
 
 
 def keep_open(open_one, size):
-    """
-    open_one(path) with an LRU cache. A slide that failed is not tried again in this process and fails as before, except
-    one whose file could not be reached: its disk may have been away for a moment.
-    """
+    """open_one(path) with an LRU cache. A slide that fails is of no use: wsi.Unusable names it, once. If its file could
+    not be reached, it is tried again."""
     cached, failed = functools.lru_cache(size)(open_one), {}
 
     def opened(path):
         if path in failed:
-            raise wsi.SlideError(failed[path])
+            raise Unsuitable(failed[path])
         try:
             return cached(path)
         except wsi.Unreachable:
             raise
         except wsi.SlideError as e:
             failed[path] = str(e)
-            raise
+            raise wsi.Unusable(failed[path]) from None
 
     return opened
+
+
+def usable_slides(key, found, config, open_one):
+    """
+    (numbers of the files that are slides to train on, {path: why another one is left out}).
+
+    All are opened, 16 at a time; that takes 4 to 9 ms per slide from a local disk. So the run knows what it can use,
+    and its list is the same on all ranks. One whose disk is away for a moment is tried again when it is drawn.
+    """
+    def reason(path):
+        if listing.printable(path) != path:
+            return "its name is not UTF-8; rename it"
+        try:
+            open_one(path).close()
+        except wsi.SlideError as e:
+            away = isinstance(e, wsi.Unreachable) and not isinstance(e.__cause__, LASTING)
+            return "" if away else str(e)
+        return ""
+
+    def build():
+        left_out = {}
+        slides = training_files(wsi.one_each(found, left_out) if key == "slides" else found, config, key)
+        with ThreadPoolExecutor(wsi.OPENERS) as pool:
+            reasons = dict(zip(slides, pool.map(reason, slides)))
+        left_out |= {listing.printable(path): text for path, text in reasons.items() if text}
+        rows = [i for i, path in enumerate(found) if reasons.get(path) == ""]
+        if not rows:
+            text = reasons[slides[0]]
+            raise ValueError(f"{key}: none of {len(slides)} can be used (give --tiles=FOLDER for tiles): {text}")
+        return np.array(rows, np.uint32), left_out
+
+    inputs = [wsi.__file__, *filter(None, [config["mpp_table"]]), *found]
+    return shared_table(key, inputs, config, np.uint32, build, ("holdout", "patient", *SCALE_KEYS))
 
 
 def shared_table(kind, inputs, config, dtype, build, keys=("holdout", "patient")):
     """
     What build() returns: (rows, names), an array of `dtype` that is mapped from a file, and a JSON value.
 
-    The first rank of each node builds the table while the others wait at a barrier; the page cache then holds one copy
-    for all ranks and workers. The file lies in the temporary folder (TMPDIR) and may be deleted between runs. A digest
-    of what it was made from, the files and the keys, is in its name, so that an outdated one is never used. Raises
-    ValueError if it is empty.
+    The first rank of each node builds the table while the others wait; the page cache then holds one copy for all. The
+    file lies in the temporary folder (TMPDIR) and may be deleted between runs. A digest of what it was made from, files
+    and keys, is in its name, so that an outdated one is never used. Raises ValueError if it is empty.
     """
     import torch.distributed as dist
     about = repr((dtype, [config[key] for key in keys], [listing.state_of(path) for path in inputs]))
@@ -193,62 +222,28 @@ def shared_table(kind, inputs, config, dtype, build, keys=("holdout", "patient")
 
 
 class Slides:
-    """
-    Random tissue tiles of tile_px pixels, at one of several mpp or at any mpp of a range. Slides are equally likely.
-
-    tiles_per_visit consecutive samples come from one slide, because opening it and masking its tissue takes a second.
-    """
+    """Random tissue tiles of tile_px pixels, at one of several mpp or any mpp of a range. Slides are equally likely.
+    tiles_per_visit consecutive samples come from one slide, because opening and masking it takes a second."""
 
     def __init__(self, pattern, config):
         self.config = config
-        found, self.left_out = listing.find(pattern, "slides")
-        inputs = [wsi.__file__, *filter(None, [config["mpp_table"]]), *found]
-        build = functools.partial(self.usable, found)
-        keys = ("holdout", "patient", *SCALE_KEYS)
-        rows, unusable = shared_table("slides", inputs, config, np.uint32, build, keys)
-        self.paths = [found[i] for i in rows]
+        self.found, self.left_out = listing.find(pattern, "slides")
+        rows, unusable = usable_slides("slides", self.found, config, self.open)
+        self.paths = [self.found[i] for i in rows]
         self.left_out |= unusable
-        self.about = f"{len(self.paths):,} of {len(found):,} slides ({listed(self.paths)})"
+        self.about = f"{len(self.paths):,} of {len(self.found):,} slides ({listed(self.paths)})"
         self.visit = keep_open(self.open_with_tissue, config["open_slides"])
 
-    def usable(self, found):
-        """
-        (numbers of the files that are slides to train on, {path: why another one is left out}).
-
-        All are opened, 16 at a time; that takes 4 to 9 ms per slide from a local disk. So the run knows what it can
-        use, and its list is the same on all ranks.
-        """
-        left_out = {}
-        slides, _ = training_files(wsi.one_each(found, left_out), self.config, "slides")
-        with ThreadPoolExecutor(wsi.OPENERS) as pool:
-            reasons = dict(zip(slides, pool.map(self.unusable, slides)))
-        left_out |= {path: reason for path, reason in reasons.items() if reason}
-        rows = [i for i, path in enumerate(found) if reasons.get(path) == ""]
-        if not rows:
-            reason = reasons[slides[0]]
-            raise ValueError(f"slides: none of {len(slides)} can be used (give --tiles=FOLDER for tiles): {reason}")
-        return np.array(rows, np.uint32), left_out
-
-    def unusable(self, path):
-        """Why a slide can serve no target, "" if it can. One that cannot be reached now is tried when it is drawn."""
-        try:
-            with closing(wsi.open_slide(path, self.config)) as slide:
-                self.check_scale(slide)
-        except wsi.SlideError as e:
-            away = isinstance(e, wsi.Unreachable) and not isinstance(e.__cause__, PermissionError)
-            return "" if away else str(e)
-        return ""
-
-    def check_scale(self, slide):
+    def open(self, path):
+        slide = wsi.open_slide(path, self.config)
         if draw_mpp(np.random.default_rng(0), max(slide.mpp_xy), self.config) is None:
-            raise wsi.SlideError(f"{slide.path}: {slide.mpp:.3f} um/px is too coarse for every target in mpps or "
-                                 "mpp_range")
+            slide.close()
+            raise wsi.SlideError(f"{path}: {slide.mpp:.3f} um/px is too coarse for every target in mpps or mpp_range")
+        return slide
 
     def open_with_tissue(self, path):
-        """The slide with its tissue mask. Raises SlideError if it has no tissue or is too coarse for every target."""
-        slide = wsi.open_slide(path, self.config)
-        self.check_scale(slide)
-        slide.random_point(np.random.default_rng(0))  # makes the mask
+        slide = self.open(path)
+        slide.random_point(np.random.default_rng(0))  # makes the mask; SlideError if it has no tissue
         return slide
 
     def read(self, n, attempt=0):
@@ -300,14 +295,19 @@ class SampleList:
 
     def __init__(self, file, config):
         self.file, self.config = file, config
-        self.table, self.paths = shared_table("sample_list", [file], config, self.ROW, self.parse)
-        self.about = f"{len(self.table):,} tiles of a sample list of {len(self.paths):,} slides"
+        self.table, self.found = shared_table("sample_list", [file], config, self.ROW, self.parse)
+        used, self.left_out = usable_slides("sample_list", self.found, config, self.open)
+        of_used = np.isin(self.table["slide"], used)
+        if not of_used.all():
+            inputs = [self.table.filename, used.filename]
+            self.table, _ = shared_table("sample_list", inputs, config, self.ROW, lambda: (self.table[of_used], None))
+        self.about = f"{len(self.table):,} tiles of a sample list of {len(used):,} slides"
         self.visit = keep_open(self.open, config["open_slides"])
 
     def parse(self):
         """Takes about 24 s for 29 million lines."""
         rows, slides, pack = bytearray(), {}, struct.Struct("<IiiB").pack
-        with open(self.file, encoding="utf-8", errors="surrogateescape") as lines:
+        with open(self.file, encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
                 if line.isspace():
                     continue
@@ -319,7 +319,7 @@ class SampleList:
                     raise ValueError(f"{self.file}, line {number}: not 'path x y level': {line.strip()!r}") from None
         rows = np.frombuffer(rows, self.ROW)
         kept = np.array([not held_out(path, self.config) for path in slides], bool)
-        return rows[kept[rows["slide"]]], list(slides)
+        return rows[kept[rows["slide"]]], list(map(os.path.expanduser, slides))
 
     def fields(self, line):
         """(path, x, y, level). A path may hold spaces, so the two more fields are there if what would be x y is."""
@@ -331,8 +331,6 @@ class SampleList:
     def open(self, path):
         try:
             return wsi.open_slide(path, self.config)
-        except wsi.Unreachable:
-            raise
         except wsi.SlideError:
             slide = wsi.Slide(path, 1.0, self.config["exact_reads"])
             slide.level_mpp = [math.nan] * len(slide.level_mpp)  # no mpp is known
@@ -340,7 +338,7 @@ class SampleList:
 
     def read(self, n, attempt=0):
         i, x, y, level = self.table[pick(n, attempt, len(self.table), self.config["seed"])].item()
-        slide, px = self.visit(self.paths[i]), self.config["tile_px"]
+        slide, px = self.visit(self.found[i]), self.config["tile_px"]
         if level < len(slide.level_mpp) and slide.outside([(x, y)], px * slide.level_scale[level])[0]:
             raise wsi.SlideError(f"{slide.path}: the line '... {x} {y} {level}' of {self.file} lies outside the slide "
                                  f"of {slide.dimensions} px; was the list made of another scan?")
@@ -361,8 +359,8 @@ class Tiles:
             if not re.search(config["patient"], os.path.basename(path)):  # each tile would be its own patient
                 raise ValueError(f"tiles: holdout needs patients, but the name of {path} has none: rename the tiles, "
                                  "or find the patient with --patient=REGEX")
-        self.config = config
-        self.paths, self.about = training_files(found, config, "tiles in a folder")
+        self.config, self.paths = config, training_files(found, config, "tiles")
+        self.about = f"{len(self.paths):,} of {len(found):,} tiles in a folder ({listed(self.paths)})"
 
     def read(self, n, attempt=0):
         path = self.paths[pick(n, attempt, len(self.paths), self.config["seed"])]
@@ -387,14 +385,14 @@ class Shards:
     def index(self):
         rows, slides = [np.zeros(0, self.ROW)], []
         for i, tar in enumerate(self.tars):
-            side, of_tar = read_sidecar(tar, self.ROW)
+            slide, stated, of_tar = read_sidecar(tar, self.ROW)
             of_tar["shard"] = i
-            slides.append(side["slide"])
-            patient = wsi.patient_of(side["slide"], self.config["patient"])
-            if self.config["holdout"] and side["patient"] != patient:
-                raise ValueError(f"{sidecar(tar)}: patient {side['patient']}, but --patient={self.config['patient']} "
-                                 f"finds {patient}: hold out with the pattern that the shards were made with")
-            if not held_out(side["slide"], self.config):
+            slides.append(slide)
+            pattern = self.config["patient"]
+            if self.config["holdout"] and stated != wsi.patient_of(slide, pattern):
+                raise ValueError(f"{sidecar(tar)}: patient {stated}, but --patient={pattern} finds another in {slide}: "
+                                 "hold out with the pattern that the shards were made with")
+            if not held_out(slide, self.config):
                 rows.append(of_tar)
         return np.concatenate(rows), slides
 
@@ -414,10 +412,11 @@ def sidecar(tar):
 
 
 def read_sidecar(tar, dtype):
-    """(the .json of a finished tar, its rows of `dtype` with the first column empty)."""
+    """(slide and patient of a finished tar by its .json, its rows of `dtype` with the first column empty)."""
     try:
         side = json.loads(Path(sidecar(tar)).read_text())
-        rows, stated = np.zeros(len(side["offset"]), dtype), side["bytes"]
+        slide, patient, stated = os.fspath(side["slide"]), side["patient"], side["bytes"]
+        rows = np.zeros(len(side["offset"]), dtype)
         for name in dtype.names[1:]:
             rows[name] = side[name]
     except (ValueError, KeyError, TypeError, OverflowError) as e:
@@ -426,14 +425,12 @@ def read_sidecar(tar, dtype):
     if size != stated:
         raise ValueError(f"{tar} has {size:,} bytes, its .json says {stated:,}: copy it again, or delete both and "
                          "run prepare/tiles.py again")
-    return side, rows
+    return slide, patient, rows
 
 
 class Parquet:
-    """
-    Rows of parquet files. A row cannot be read without its row group, so a pass takes the groups in a random order and
-    shuffles the rows of about WINDOW groups at a time. Each worker reads every group.
-    """
+    """Rows of parquet files. A row cannot be read without its row group, so a pass takes the groups in a random order
+    and shuffles the rows of about WINDOW groups at a time. Each worker reads every group."""
 
     ROW = np.dtype([("file", "<u4"), ("group", "<u4"), ("rows", "<i8")])
 
@@ -479,6 +476,8 @@ class Parquet:
     def kept(self, columns):
         """The rows to train on."""
         slides = columns["slide_path"].to_pylist()
+        if not all(isinstance(slide, str) for slide in slides):
+            raise ValueError("slide_path is not text in every row")
         return [row for row, slide in enumerate(slides) if not held_out(slide, self.config)]
 
     def walk(self, turn):
@@ -509,17 +508,16 @@ class Parquet:
         try:
             columns, kept = self.load(self.files[i], g)
             slide, x, y, blob = (columns[name][kept[nth]].as_py() for name in COLUMNS)
+            if not isinstance(blob, bytes):
+                raise TypeError(f"image_bytes of row {kept[nth]} is of type {type(blob).__name__}")
         except Exception as e:  # pyarrow's, or the file has changed since
             raise OSError(f"{place}: {' '.join(str(e).split())}") from None
         return decode(blob, f"{place}, row {kept[nth]}"), {"slide": slide, "x": x, "y": y, "mpp": math.nan}
 
 
 class Mix:
-    """
-    Several sources by weight: one is drawn for each tiles_per_visit consecutive samples, and is asked for sample n.
-
-    A source of weight 0.2 is asked for a random fifth of the samples, so its indices do not appear once per pass.
-    """
+    """Several sources by weight: one is drawn for each tiles_per_visit consecutive samples, and is asked for sample n.
+    One of weight 0.2 is asked for a random fifth of the samples, so its indices do not appear once per pass."""
 
     def __init__(self, entries, config):
         self.config, self.sources, weights = config, [], []
@@ -565,6 +563,8 @@ def open_source(config):
     except re.error as e:
         raise ValueError(f"patient = {config['patient']!r} is no regular expression: {e}") from None
     source = SOURCES[named[0]](config[named[0]], config)
+    found = [path for own in getattr(source, "sources", [source]) for path in getattr(own, "found", [])]
+    source.left_out = getattr(source, "left_out", {}) | wsi.rows_without_slide(config["mpp_table"], found)
     if config["wide_field"] and not isinstance(source, Slides):
         raise ValueError(f"{named[0]}: wide_field reads around a tile, which only slides can; give --slides")
     return source

@@ -255,7 +255,7 @@ next_centers = {}  # they replace `centers` only if the step is finite
 progress = {"step": 0, "bad_steps": 0, "samples": 0, "images": images}  # samples consumed; images per step
 bad_steps = torch.zeros((), dtype=torch.int64, device=dev)  # counted on the device, so that no step waits for it
 bad_tiles = {}     # file -> first message, of all ranks
-bad_messages = []  # of this rank, since the last exchange
+bad_messages, useless = [], []  # of this rank, since the last exchange: unreadable tiles; slides of no use
 signals = []       # SIGTERM, or SIGUSR1 some time before it (sbatch --signal=USR1@300): save and end
 
 # ---- what happens at log points and saves ---------------------------------------------------------------------------
@@ -286,16 +286,23 @@ def exchange():
     if progress["bad_steps"] > max_bad_steps:
         stop(f"{progress['bad_steps']} steps were not finite (max_bad_steps = {max_bad_steps})")
     everyone = [None] * world
-    dist.all_gather_object(everyone, (bad_messages, len(signals)))
+    dist.all_gather_object(everyone, (bad_messages, useless, len(signals)))
     bad_messages.clear()
-    for message in sum((messages for messages, _ in everyone), []):
+    useless.clear()
+    unreadable, unused, signalled = zip(*everyone)
+    for message in sum(unused, []):
+        file = message.split(": ")[0]
+        if file not in source.left_out:
+            source.left_out[file] = message
+            listing.say_left_out({file: message}, say, f"{out_dir}/left_out.csv" if rank == 0 else "", "a")
+    for message in sum(unreadable, []):
         file = message.split(": ")[0]
         if file not in bad_tiles:
             bad_tiles[file] = message
             say(f"unreadable, another tile was drawn instead: {message}")
     if len(bad_tiles) > max_bad_tiles:
         stop(f"{len(bad_tiles)} unreadable files (max_bad_tiles = {max_bad_tiles}):\n" + "\n".join(bad_tiles.values()))
-    return any(signalled for _, signalled in everyone)
+    return any(signalled)
 
 
 def log(done, losses, norms, now, cls):
@@ -379,7 +386,7 @@ if wandb_project and rank == 0:  # before any file changes: what wandb refuses c
     checkpoint.begin_wandb(wandb, wandb_project, out_dir, config)
 if rank == 0:
     checkpoint.begin_folder(out_dir, config, progress["step"] if resume else None, say)
-    listing.say_left_out(getattr(source, "left_out", {}), say, f"{out_dir}/left_out.csv")
+    listing.say_left_out(source.left_out, say, f"{out_dir}/left_out.csv")
 if bach_dir:
     pixels = pixels.to(dev)
     dist.broadcast(pixels, 0)
@@ -446,6 +453,7 @@ for step in range(progress["step"], max_steps):
     bad_steps += ~finite
     optimizer.zero_grad()
     bad_messages += batch["bad"]
+    useless += batch["left_out"]
     progress["step"] = done = step + 1
     progress["samples"] += images
     bar.update()

@@ -9,22 +9,19 @@ Whole-slide images: open one, learn its scale, find its tissue, read tiles from 
         tiles, errors = slide.read_tiles(xy[rows], 224, 0.5)
 
 Scale. A tile has size x size pixels of mpp micrometres; (x, y) is its top-left in level-0 pixels. We do not say "20x",
-which is anything from 0.44 to 0.55 um/px, depending on the scanner. A slide without a believable mpp is refused,
-because a guess would mix scales silently.
+which is anything from 0.44 to 0.55 um/px. A slide without a believable mpp is refused: a guess would mix scales.
 
 Levels. We read the coarsest level that is at most 3 % coarser than the target. An axis within 3 % is used as stored,
 because resampling 0.499 to 0.5 um/px would only blur it. Otherwise the exact larger region is read and shrunk with
 PIL's antialiased BILINEAR, in training and inference alike. Only a level 0 that is too coarse is enlarged, by at most
-10 %. Levels of 4.002x are 4x with the last pixels cut off, and levels of 3.906x may be 4x padded to whole tiles, so
-factors are whole where that explains the dimensions. A level that does not show what level 0 shows is left out, with a
-warning.
+10 %. Levels of 4.002x are 4x with the last pixels cut off, and levels of 3.906x may be 4x padded to whole tiles. A
+level that does not show what level 0 shows is left out, with a warning.
 
 Exact reads. OpenSlide reads a level > 0 at location / downsample, which is fractional, and interpolates between the
-stored pixels. This blurs each place by another amount: a nuisance for the encoder, a difference between random and grid
-reads, and a periodic shortcut for context models. We start reads as close to a whole level pixel as level-0 pixels
-allow. The fraction e that remains is known, and _sharpen inverts its kernel [1 - e, e]. exact_reads=False leaves
-OpenSlide's own result; docs/data.md has both measured. Everything outside the slide, and every transparent pixel (areas
-not scanned), is white; OpenSlide leaves them black.
+stored pixels. This blurs each place by another amount: a difference between random and grid reads, and a periodic
+shortcut for context models. We start reads as close to a whole level pixel as level-0 pixels allow. The fraction e that
+remains is known, and _sharpen inverts its kernel [1 - e, e]. exact_reads=False leaves OpenSlide's own result;
+docs/data.md has both measured. What was not scanned, or lies outside, is white; OpenSlide leaves it black.
 """
 import csv
 import functools
@@ -45,7 +42,8 @@ MAX_ENLARGE = 1.10       # level-0 mpp / target mpp; above this the slide does n
 MIN_MPP, MAX_MPP = 0.05, 20.0  # um/px; other values are not believable: 72 dpi would be 353
 MAX_MASK_CELLS = 1e8     # a 25 x 75 mm slide has 3e7 cells of 8 um, so more means a wrong mpp
 MARGIN = 6               # px read around a region to invert the interpolation: at 2x e <= 1/4, and (1/3)^7 is nothing
-REGION_BYTES = 12        # memory per pixel of a region: RGBA, RGB and the sharpened copy
+BLOCK = 1200             # px of a level: tiles of a square of this side are read one after the other
+CACHE = 32 << 20         # bytes of decoded tiles per process; a tile needs 2 MB
 STRIP = 32               # rows sharpened at a time, so that their float copies stay in the cache
 
 TISSUE = {               # how the tissue mask is made; edit it here
@@ -75,14 +73,18 @@ class SlideError(ValueError):
     """A slide that cannot be used as asked; the message names the file, the reason and the remedy."""
 
 
+class Unusable(SlideError):
+    """A slide or level that serves nobody, although it is intact: training leaves it out and counts no damage."""
+
+
 class Unreachable(SlideError):
     """The system cannot open the file: its disk may be away for a moment, so it is worth another try."""
 
 
 def find_mpp(properties, override=None, from_objective=False, trust=False):
-    """(mpp_x, mpp_y, source) in um/px. The user's override wins, then the first of MPP_KEYS whose value is believable,
-    then 10 / objective power, if from_objective allows it. source says which. Raises SlideError if there is none, or
-    if it contradicts the objective power by more than 30 % (20x is about 0.5), unless we are to trust it."""
+    """(mpp_x, mpp_y, source) in um/px: the user's override, else of the first of MPP_KEYS that is believable, else 10 /
+    objective power, if from_objective allows it. Raises SlideError if there is none, or if it contradicts the objective
+    power by more than 30 % (20x is about 0.5), unless we are to trust it."""
     if override is not None:
         if not MIN_MPP <= override <= MAX_MPP:
             raise SlideError(f"the stated mpp={override} is not within {MIN_MPP}-{MAX_MPP} um/px; {REMEDY}")
@@ -105,12 +107,9 @@ def find_mpp(properties, override=None, from_objective=False, trust=False):
 
 
 def level_scale(dimensions, size, tile):
-    """
-    (level-0 px per px of a level along x and y, whether the dimensions tell it). All three are (w, h) in px.
-
-    Dimensions hide the scale in two ways. The last pixels may be cut off: then a factor of 4.002 is 4. Or the level is
-    padded to whole tiles: then a factor of 3.906 is 4. If several whole numbers explain that, it is the power of two.
-    """
+    """(level-0 px per px of a level along x and y, whether the dimensions tell it). All three are (w, h) in px.
+    Dimensions hide the scale in two ways. The last pixels may be cut off: then 4.002 is 4. Or the level is padded to
+    whole tiles: then 3.906 is 4. If several whole numbers explain that, it is the power of two."""
     factor = np.divide(dimensions, size)
     whole = np.rint(factor)
     cut_off = abs(dimensions / whole - size) < 1
@@ -163,11 +162,17 @@ def _openslide(path):
     return openslide
 
 
+@functools.cache
+def _tile_cache(pid):
+    """What all slides of a process share; OpenSlide's own would hold 32 MiB for each. A fork makes its own."""
+    import openslide
+    return openslide.OpenSlideCache(CACHE)
+
+
 class Slide:
     """One open slide. Raises SlideError if the file is missing, is not a slide, is damaged, or has no mpp.
-    mpp: um/px of level 0 on both axes, as stated by the user; None = what the file says.
-    rule: how the tissue mask is made, like TISSUE. None = take what mask_dir holds, whatever its rule, else TISSUE.
-    mask_dir: folder that keeps masks, one small file per slide."""
+    mpp: um/px of level 0, as stated by the user; None = what the file says. mask_dir: folder that keeps tissue masks.
+    rule: how the tissue mask is made, like TISSUE. None = take what mask_dir holds, whatever its rule, else TISSUE."""
 
     def __init__(self, path, mpp=None, exact_reads=True, mpp_from_objective=False, rule=None, mask_dir="",
                  trust_mpp=False):
@@ -185,8 +190,11 @@ class Slide:
             raise SlideError(f"{self.path}: {error}") from None
         self.mpp_xy = mpp_x, mpp_y
         self.mpp = (mpp_x + mpp_y) / 2
-        scales = [level_scale(self.dimensions, size, self._tile(level))
-                  for level, size in enumerate(self.level_dimensions)]
+        scales = []
+        for level, size in enumerate(self.level_dimensions):
+            keys = (f"openslide.level[{level}].tile-{side}" for side in ("width", "height"))
+            tile = np.array([int(self.properties.get(key, 1)) for key in keys])
+            scales.append(level_scale(self.dimensions, size, tile))
         self.level_scale = np.array([scale for scale, _ in scales], float)  # (levels, 2): level-0 px per px, x and y
         self.level_mpp = (self.level_scale * self.mpp_xy).mean(1).tolist()
         inside = np.ceil(self.dimensions / self.level_scale).astype(int)
@@ -195,10 +203,6 @@ class Slide:
         for level, (_, told) in enumerate(scales):
             if not told:
                 self._leave_out(level, "has another aspect than level 0, so it shows another picture or is padded")
-
-    def _tile(self, level):
-        keys = (f"openslide.level[{level}].tile-{side}" for side in ("width", "height"))
-        return np.array([int(self.properties.get(key, 1)) for key in keys])
 
     def _leave_out(self, level, reason):
         self.left_out[level] = reason
@@ -209,7 +213,7 @@ class Slide:
         return self.__dict__ | {"_slide": None, "_pid": None}  # an unpickled slide opens its own handle
 
     def close(self):
-        """Free OpenSlide's handle and its tile cache (32 MiB); a later read opens a new one."""
+        """Free OpenSlide's handle; a later read opens a new one."""
         if self._pid == os.getpid():
             self._slide.close()
         self._pid = None
@@ -222,6 +226,7 @@ class Slide:
         try:
             open(self.path, "rb").close()  # the system says why it cannot be opened, OpenSlide does not
             self._slide = openslide.OpenSlide(self.path)
+            self._slide.set_cache(_tile_cache(os.getpid()))
         except OSError as error:
             raise Unreachable(f"{self.path}: {error.strerror}") from error
         except openslide.OpenSlideUnsupportedFormatError:
@@ -239,10 +244,8 @@ class Slide:
         return _shrink(self._region((x, y), extent, level), size, extent)
 
     def outside(self, xy, extent):
-        """bool (N,): which tiles of (w, h) level-0 px with their top-left at xy (N, 2) do not touch the slide.
-        A place that is not a number is outside."""
-        inside = (np.add(xy, extent) > 0) & (np.asarray(xy) < self.dimensions)
-        return ~inside.all(1)
+        """bool (N,): which tiles of (w, h) level-0 px at xy (N, 2) do not touch the slide. NaN is outside."""
+        return ~((np.add(xy, extent) > 0) & (np.asarray(xy) < self.dimensions)).all(1)
 
     def read_level(self, x, y, size, level):
         """The tile of size px as stored at a pyramid level, (x, y) still in level-0 px: uint8 (size, size, 3).
@@ -251,7 +254,7 @@ class Slide:
         if level not in range(levels):
             raise SlideError(f"{self.path}: no level {level}, it has {levels} levels, from 0 on")
         if level in self.left_out:
-            raise SlideError(f"{self.path}: level {level} {self.left_out[level]}")
+            raise Unusable(f"{self.path}: level {level} {self.left_out[level]}")
         return self._region((x, y), (size, size), level)
 
     def extent(self, size, mpp):
@@ -261,8 +264,8 @@ class Slide:
 
     def grid(self, size, mpp, min_tissue=0.25, overlap=0):
         """Tiles side by side, row by row: (xy int32 (N, 2) in level-0 px, tissue float32 (N,), share of the tile).
-        overlap: px of a tile that its neighbour repeats. Tiles with less than min_tissue are left out. So are tiles
-        that lie by more than half outside the slide, or outside the scanned bounds that some vendors state."""
+        overlap: px of a tile that its neighbour repeats. Tiles with less than min_tissue are left out, and those by
+        more than half outside the slide, or outside the scanned bounds that some vendors state."""
         mask, cell = self.tissue_mask()
         extent = self.extent(size, mpp)
         starts, sums = [], mask
@@ -279,45 +282,26 @@ class Slide:
         xy = np.stack([starts[0][column], starts[1][row]], 1)
         return xy, share[row, column].astype(np.float32)
 
-    def regions(self, xy, size, mpp, region_mb=16):
-        """Indices into xy (N, 2), grouped into neighbours that one read of at most region_mb megabytes covers."""
-        level, extent = self._plan(size, mpp)
-        side = max(math.sqrt(region_mb * 1e6 / REGION_BYTES) - max(extent), 1)
-        blocks = np.reshape(xy, (-1, 2)) // (side * self.level_scale[level])
+    def regions(self, xy, size, mpp):
+        """Indices into xy (N, 2), grouped into blocks of neighbours: what OpenSlide decodes for an unaligned tile
+        belongs half to its neighbours, and is still in the cache when a block is read, unlike after a wide slide's
+        row."""
+        level, _ = self._plan(size, mpp)
+        blocks = np.reshape(xy, (-1, 2)) // (BLOCK * self.level_scale[level])
         groups = {}
         for index, (column, row) in enumerate(blocks.tolist()):
             groups.setdefault((row, column), []).append(index)
         return [np.array(groups[place]) for place in sorted(groups)]
 
     def read_tiles(self, xy, size, mpp):
-        """(tiles, errors) at xy (N, 2): uint8 (N, size, size, 3), and {index: message} of tiles that are damaged.
-        Tiles that lie close together are read at once, because half of what OpenSlide decodes for an unaligned tile
-        belongs to its neighbours. Memory grows with the area; `regions` bounds it."""
-        xy = np.reshape(xy, (-1, 2))
+        """(tiles, errors) at xy (N, 2): uint8 (N, size, size, 3), and {index: message} of tiles that are damaged."""
+        self._plan(size, mpp)  # raises SlideError for all
         tiles, errors = np.empty((len(xy), size, size, 3), np.uint8), {}
-        level, extent = self._plan(size, mpp)
-        w, h = np.ceil(extent).astype(int)
-        at = np.rint(xy / self.level_scale[level]).astype(int)  # in the level's px
-        groups = [np.arange(len(xy))]
-        while groups:
-            rows = groups.pop()
-            corner, alone = at[rows].min(0), len(rows) == 1
-            area = at[rows].max(0) + (w, h) - corner
-            dense = area.prod() <= 1.2 * len(rows) * w * h and (self.exact_reads or level == 0)
+        for i, (x, y) in enumerate(xy):
             try:
-                if alone:
-                    tiles[rows[0]] = self.read(*xy[rows[0]], size, mpp)
-                elif dense:  # in float64, for tiles that are bit-equal to those cut before; single reads take float32
-                    region = self._stored(corner, area, level, np.float64)
-                    for row, (x, y) in zip(rows, at[rows] - corner):
-                        tiles[row] = _shrink(region[y:y + h, x:x + w], size, extent)
+                tiles[i] = self.read(x, y, size, mpp)
             except SlideError as error:
-                dense = False  # one damaged place must not cost its neighbours
-                if alone:
-                    errors[int(rows[0])] = str(error)
-            if not (alone or dense):
-                order = rows[np.argsort(at[rows, area.argmax()], kind="stable")]
-                groups += np.array_split(order, 2)[::-1]
+                errors[i] = str(error)
         return tiles, errors
 
     def _plan(self, size, mpp):
@@ -326,9 +310,8 @@ class Slide:
         level = self._coarsest(ratios.max(1) <= 1 + TOLERANCE)
         ratio = ratios[level]
         if ratio.max() > MAX_ENLARGE:
-            finest = max(self.mpp_xy) / MAX_ENLARGE
             raise SlideError(f"{self.path}: asked for {mpp:.4g} um/px, but the slide has {self.mpp:.4g} "
-                             f"({self.mpp_source}); ask for {finest:.4g} or coarser")
+                             f"({self.mpp_source}); ask for {max(self.mpp_xy) / MAX_ENLARGE:.4g} or coarser")
         return level, np.where(abs(ratio - 1) <= TOLERANCE, size, size / ratio)
 
     def _coarsest(self, fine):
@@ -351,18 +334,18 @@ class Slide:
             region[top:, left:] = self._read_rgb(at + skip * scale, size - skip, level)
         return region
 
-    def _stored(self, at, size, level, dtype=np.float32):
+    def _stored(self, at, size, level):
         """Pixels as stored at a level, from `at` in that level's pixels: uint8 (h, w, 3), white outside the slide."""
         low = np.maximum(at, 0)
         high = np.minimum(at + size, self._inside[level])
         region = _white(size)
         if (low < high).all():
             (left, top), (right, bottom) = low - at, high - at
-            region[top:bottom, left:right] = self._exact(low, high - low, level, dtype)
+            region[top:bottom, left:right] = self._exact(low, high - low, level)
         return region
 
-    def _exact(self, at, size, level, dtype):
-        """The same inside the level: one read with a margin, sharpened in strips of rows with sums of this dtype."""
+    def _exact(self, at, size, level):
+        """The same inside the level: one read with a margin, sharpened in strips of rows."""
         downsample = self._handle().level_downsamples[level]  # OpenSlide uses one factor for both axes
         before = np.minimum(at, MARGIN)
         start = at - before
@@ -375,7 +358,7 @@ class Slide:
         pixels = np.empty((h, w, 3), np.uint8)
         for y in range(0, h, STRIP):
             rows = min(STRIP, h - y)
-            strip = blurred[y:y + top + rows + MARGIN].astype(dtype)
+            strip = blurred[y:y + top + rows + MARGIN].astype(np.float32)
             strip = _sharpen(strip, shift_y, top, rows)
             strip = _sharpen(strip.swapaxes(0, 1), shift_x, left, w).swapaxes(0, 1)
             pixels[y:y + rows] = strip.clip(0, 255) + 0.5
@@ -409,9 +392,9 @@ class Slide:
                 return self._read_rgb(at, size, level, retry=False)
             raise SlideError(f"{self.path}: cannot read x={x} y={y} level={level}: {error} (damaged, or a download cut "
                              "short? compare its size or checksum with the source)") from error
-        image = Image.new("RGB", rgba.size, "white")
-        image.paste(rgba, mask=rgba)
-        return np.array(image)
+        white = Image.new("RGB", rgba.size, "white")
+        white.paste(rgba, mask=rgba)
+        return np.array(white)
 
     def check_levels(self, places=5):
         """Compare each level with the next finer one, in about 10 ms, and leave out those that differ at half of the
@@ -453,8 +436,7 @@ class Slide:
 
     def tissue_mask(self):
         """(mask, cell): bool (h, w), and the (x, y) size of its cells in level-0 px, floats; about 8 um, see TISSUE.
-        mask[j, i] covers level-0 x from i * cell[0] and y from j * cell[1]. Making it takes 1 s for a large slide with
-        low levels, 35 s for 10^9 pixels without; reading it from mask_dir takes 3 ms."""
+        Making it takes 1 s for a large slide with low levels, 35 s for 10^9 px without; reading it, 3 ms."""
         bits, (h, w), cell = self._tissue()
         return np.unpackbits(bits, count=h * w).reshape(h, w).astype(bool), cell
 
@@ -553,16 +535,14 @@ def _shrink(pixels, size, extent):
     """The top-left `extent` (w, h), floats, of pixels uint8 (H, W, 3), resized to (size, size, 3)."""
     if (extent == size).all():
         return pixels
-    image = Image.fromarray(pixels)
-    image = image.resize((size, size), Image.BILINEAR, (0, 0, *extent), reducing_gap=2.0)
-    return np.array(image)
+    box = 0, 0, *extent
+    return np.array(Image.fromarray(pixels).resize((size, size), Image.BILINEAR, box, reducing_gap=2.0))
 
 
 def _sharpen(pixels, e, before, count):
     """Invert OpenSlide's bilinear shift by e px along axis 0 of floats (n, ...): `count` pixels from `before` on.
     A read at fraction e > 0 gives r[i] = (1 - e) p[i] + e p[i + 1]. Hence p[i] = sum over k >= 0 of
-    (-e / (1 - e))^k r[i + k] / (1 - e), and mirrored for e < 0. Terms below 1/1000 are left out. The result is as exact
-    as the whole grey levels of r allow: 0.3 levels on average, measured."""
+    (-e / (1 - e))^k r[i + k] / (1 - e), mirrored for e < 0. Terms below 1/1000 are left out. Error: 0.3 grey levels."""
     sign, terms = (1, MARGIN) if e >= 0 else (-1, before)
     e = abs(e)
     weight = 1 / (1 - e)
@@ -587,9 +567,9 @@ def _sums(mask, start, length):
 
 
 def is_tissue(tile, share=0.6, rule=None):
-    """Whether more than `share` of the pixels of a tile, uint8 (H, W, 3), have a colour of H&E: Midnight's rule.
-    It drops glass, green ink and very dark pixels, but also brown (DAB, melanin). It keeps blue ink.
-    rule: that of the slide's mask, None = TISSUE; where its "hue" is False, all hues count. A share of 0 is no test."""
+    """Whether more than `share` of the pixels of a tile, uint8 (H, W, 3), have a colour of H&E: Midnight's rule. It
+    drops glass, green ink, dark pixels and brown (DAB, melanin), and keeps blue ink. A share of 0 is no test.
+    rule: that of the slide's mask, None = TISSUE; where its "hue" is False, all hues count."""
     return not share or bool(tissue_share(tile, rule) > share)
 
 
@@ -628,13 +608,9 @@ def _is_tissue_colour(thumbnail, rule):
 
 
 def _threshold(saturation, rule):
-    """
-    The saturation above which there is tissue. Otsu's threshold is clamped, because on a slide that is all tissue or
-    all glass it would cut through it.
-
-    Tinted glass can still be above it: half of its noise, or all of it beside areas that were not scanned. It differs
-    from tissue, however pale, in two ways. Nearly all of it is alike, and no other glass lies far below.
-    """
+    """The saturation above which there is tissue. Otsu's threshold is clamped, because on a slide that is all tissue or
+    all glass it would cut through it. Tinted glass can still be above it: half of its noise, or all of it beside areas
+    that were not scanned. It differs from tissue, however pale: nearly all is alike, no other glass lies far below."""
     count = np.bincount(saturation.ravel(), minlength=256).astype(float)
     low, high = rule["otsu"]
     threshold = int(np.clip(_otsu(count), low, high))
@@ -704,56 +680,71 @@ def _load_mask(file, rule):
 
 def open_slide(path, config, rule=None):
     """The Slide as the keys of a run say, which are the same in training and in prepare/slides.py."""
-    mpp = config["slide_mpp"] or None
-    if config["mpp_table"]:
-        table = mpp_table(config["mpp_table"])
-        names = path, os.path.basename(path), Path(path).stem
-        mpp = next((table[name] for name in names if name in table), mpp)
-    return Slide(path, mpp, config["exact_reads"], config["mpp_from_objective"], rule, config["mask_dir"],
+    table = mpp_table(config["mpp_table"])
+    stated = {table[name] for name in names_of(path) if name in table} or {config["slide_mpp"] or None}
+    if len(stated) > 1:
+        raise SlideError(f"{path}: mpp_table={config['mpp_table']} has rows that disagree: {sorted(stated)} um/px")
+    return Slide(path, *stated, config["exact_reads"], config["mpp_from_objective"], rule, config["mask_dir"],
                  config["trust_mpp"])
+
+
+def names_of(path):
+    return path, os.path.basename(path), Path(path).stem
 
 
 @functools.cache
 def mpp_table(file):
-    """{slide: um/px} of a csv with the columns slide and mpp. A slide is a path, a file's name, or that without its
-    ending. Raises ValueError for another kind of file."""
-    table = {}
-    with open(file, newline="", encoding="utf-8-sig") as f:
-        for row in csv.DictReader(f, skipinitialspace=True):
-            slide, mpp = (row.get("slide") or "").strip(), _number(row.get("mpp") or "")
-            if not slide or not MIN_MPP <= mpp <= MAX_MPP or table.setdefault(slide, mpp) != mpp:
-                raise ValueError(f"mpp_table={file}: {row}: give columns slide,mpp, each slide once, and um/px of "
-                                 f"{MIN_MPP}-{MAX_MPP}")
+    """{one of names_of a slide: um/px} of a csv with columns slide,mpp; {} for "". ValueError for another kind."""
+    if not file:
+        return {}
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as f:
+            rows, table = list(csv.DictReader(f, skipinitialspace=True)), {}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"mpp_table={file}: {error}; save it as CSV in UTF-8") from None
+    for row in rows or [{}]:
+        slide, mpp = (row.get("slide") or "").strip(), _number(row.get("mpp") or "")
+        sound = slide and MIN_MPP <= mpp <= MAX_MPP and None not in row  # a decimal comma makes a column more
+        if not sound or table.setdefault(slide, mpp) != mpp:
+            raise ValueError(f"mpp_table={file}: {row or 'no row'}: give columns slide,mpp, each slide once, and "
+                             f"{MIN_MPP}-{MAX_MPP} um/px")
     return table
 
 
+def rows_without_slide(file, paths):
+    """{the mpp_table: how many of its rows match none of the slides}, or {} if all do."""
+    table, known = mpp_table(file), {name for path in paths for name in names_of(path)}
+    lost = [name for name in table if name not in known]
+    return {file: f"{len(lost)} of {len(table)} rows match no slide, such as {lost[0]!r}"} if lost else {}
+
+
 def one_each(paths, left_out):
-    """The paths without those of a slide that is already among them; left_out[path] says so."""
-    first = {}
+    """The paths, one for each slide: that with the finest level. left_out[path] says so of the others."""
     with ThreadPoolExecutor(OPENERS) as pool:
-        for path, name in zip(paths, pool.map(specimen, paths)):
-            if first.setdefault(name, path) != path:
-                left_out[path] = f"the same slide as {first[name]}"
-    return list(first.values())
+        files = list(zip(paths, pool.map(specimen, paths)))
+    first = {}
+    for path, (name, levels) in sorted(files, key=lambda file: file[1][1][:1], reverse=True):  # the finest level first
+        best, known = first.setdefault(name, (path, levels))
+        if not set(levels) <= set(known):
+            left_out[path] = f"levels of {best} in another folder; OpenSlide finds them if all files are in one"
+        elif path != best:
+            left_out[path] = f"the same slide as {best}"
+    return [path for path in paths if path not in left_out]
 
 
 def specimen(path):
-    """What two files of one slide share, else the path. Hard links share a place on the disk. A DICOM series has a file
-    for each level, label and overview, any of which opens it, and OpenSlide's hash is that of the series."""
+    """(what two files of one slide share, else the path; for DICOM the levels' dimensions). Hard links share a place on
+    the disk. A DICOM series has a file for each level, label and overview, any of which opens all in its folder, and
+    OpenSlide's hash is that of the series."""
     try:
         with open(path, "rb") as f:
-            state = os.fstat(f.fileno())
-            dicom = f.read(132)[128:] == b"DICM"
-    except OSError:
-        return path  # it will be named when it is opened, here and below
-    if not dicom:
-        return (state.st_dev, state.st_ino) if state.st_nlink > 1 else path
-    openslide = _openslide(path)
-    try:
-        with openslide.OpenSlide(path) as slide:
-            return slide.properties.get("openslide.quickhash-1", path)
-    except openslide.OpenSlideError:
-        return path
+            state, head = os.fstat(f.fileno()), f.read(132)
+        if head[128:] == b"DICM":
+            with _openslide(path).OpenSlide(path) as slide:
+                return slide.properties.get("openslide.quickhash-1", path), slide.level_dimensions
+        return (state.st_dev, state.st_ino) if state.st_nlink > 1 else path, ()
+    except Exception:  # of any kind: the slide will be named when it is opened
+        return path, ()
 
 
 def patient_of(path, pattern=r"TCGA-\w\w-\w{4}"):

@@ -5,17 +5,21 @@ Hugging Face's and timm's layouts of DINOv2 and DINOv3 -> tensors under Meta's n
     python eval_bach.py --weights=midnight --bach_dir=data/bach    # reads the folder; so does train.py --weights=
     python prepare/convert.py --weights=midnight --out=midnight.pth
 
-It reads a .bin, .pth or .safetensors file, or a folder with model.safetensors, pytorch_model.bin or their shards; of
+It reads a .bin, .pth, .ckpt or .safetensors file, or a folder with model.safetensors, pytorch_model.bin or shards; of
 transformers' Dinov2Model (Midnight is one), Dinov2WithRegistersModel and DINOv3ViTModel, and of timm's vision
 transformers. config.json tells what shapes do not, preprocessor_config.json or config.json the normalisation.
 docs/weights.md lists the models. For the 7B on 8 ranks, write the .pth once: Hugging Face's files have queries, keys
 and values apart, and every rank that reads the folder joins them in memory of its own, 8 GB each. A .pth is mapped, so
 all ranks of a node share it.
 """
+import argparse
 import json
 import math
+import os
 import re
 import sys
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -31,8 +35,14 @@ norm = None   # as train.py's; None = as preprocessor_config.json or config.json
 
 UNTOLD = ("num_heads", "norm_eps", "rope_base", "pos_antialias", "pos_offset")  # fields that shapes do not tell
 
-WRAPPERS = ("teacher", "state_dict", "model", "model_state_dict")  # keys under which files hold the tensors
-PREFIXES = {"model", "teacher", "backbone", "encoder"}  # parts of names in front of a backbone's
+# what stands in front of a backbone's names, as words between dots and underscores
+AVERAGED = {"teacher", "ema", "target", "momentum", "averaged", "swa"}
+ADDED = AVERAGED | {"", *("state dict model module backbone encoder net network ssl params pretrained checkpoint orig "
+                          "mod forward fsdp wrapped vit dinov2 dinov3 with registers").split()}
+WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+UNUSED = re.compile(r"(\w*head\w*|classifier)\.|n_averaged$|.*/")  # names that stand beside a backbone's
+SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")
+IN_FOLDER = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
 
 DINOV2 = {  # their part of a name: ours; replaced in this order
     "embeddings.patch_embeddings.projection": "patch_embed.proj", "embeddings.position_embeddings": "pos_embed",
@@ -49,33 +59,179 @@ PLAIN = {"up_proj": "fc1", "down_proj": "fc2"}
 GATED = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"}
 
 
+def read_stored(path):
+    """The dictionary in a weight file, or the tensors of a folder or of all shards. ValueError names the file."""
+    files = weight_files(Path(path))
+    if len(files) == 1:
+        return read_file(files[0])
+    return {name: t for file in files for name, t in read_file(file).items()}
+
+
+def weight_files(path):
+    """The files of a model, from its folder, its only file, or any of its shards."""
+    folder, name = path.parent, path.name
+    if path.is_dir():
+        held = sorted(file.name for file in path.iterdir())
+        models = [name for name in held if IN_FOLDER.fullmatch(name)]
+        if not models:
+            raise ValueError(f"{path}: a folder without model.safetensors and pytorch_model.bin; it holds "
+                             f"{', '.join(held[:4]) or 'nothing'}; give the weight file itself")
+        folder, name = path, min(models, key=lambda name: (name.startswith("pytorch"), "-of-" in name))
+    if not (shard := SHARD.fullmatch(name)):
+        return [folder / name]
+    start, count, end = shard.groups()
+    shards = [folder / f"{start}-{i:05}-of-{count}{end}" for i in range(1, int(count) + 1)]
+    if missing := [file.name for file in shards if not file.exists()]:
+        raise ValueError(f"{path}: {len(missing)} of {len(shards)} shards are missing, the first is {missing[0]}; "
+                         "fetch them into the same folder")
+    return shards
+
+
+def read_file(path):
+    """The dictionary in a .pth, .bin, .ckpt or .safetensors file; its first bytes tell which it is, not its name."""
+    try:
+        with open(path, "rb") as f:
+            head = f.read(64)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such weight file; none is fetched here, docs/weights.md says how") from None
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be read ({e.strerror})") from None
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1e8:
+        return read_safetensors(path)
+    zipped = zipfile.is_zipfile(path)
+    if zipped or head.startswith(b"\x80"):  # a pickle's first byte
+        return read_pickle(path, zipped)
+    fault = f"begins with {head[:16]!r}"
+    if not head or head.startswith(b"PK"):
+        fault = "is cut short" if head else "is empty"
+    elif head.startswith(b"version https://git-lfs"):
+        fault = "is git LFS's pointer to it: run git lfs pull in its folder"
+    elif head.lstrip().startswith(b"<"):
+        fault = "is a web page: the site may ask for a login, or for its terms to be accepted"
+    raise ValueError(f"{path}: not a whole weight file, as it {fault}; fetch it again, or give the weights' own "
+                     "file or folder")
+
+
+def read_safetensors(path):
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        return load_file(path)
+    except ImportError:
+        raise ValueError(f"{path}: to read it, pip install safetensors") from None
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path}: not a whole .safetensors file, fetch it again ({str(e)[:120]})") from None
+
+
+def read_pickle(path, zipped):
+    mapped = zipped and path.suffix != ".safetensors"  # torch believes that name
+    try:
+        # DINO, iBOT and MAE keep their flags in a Namespace
+        with open(path, "rb") as f, torch.serialization.safe_globals([argparse.Namespace]):
+            stored = torch.load(path if mapped else f, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as e:  # a damaged pickle raises anything
+        refused = re.search(r"GLOBAL (\S+)", str(e))
+        why = f"fetch it again ({str(e).partition(chr(10))[0][:120]})"
+        if refused:
+            why = (f"it holds {refused[1]}; if you trust it, read it with weights_only=False where that code is "
+                   "installed, and save the state_dict() alone, gathered if the model is sharded")
+        raise ValueError(f"{path}: not a whole file of plain tensors: {why}") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path}: holds a {type(stored).__name__} and no dictionary of tensors; save the state dict "
+                         "alone")
+    return stored
+
+
+def header_of(stored):
+    """{"arch", "step", "config"} of this project's teacher file, {} for others, whose arch and config are their own."""
+    arch, config = stored.get("arch") or "", stored.get("config", {})
+    fields = model.ViTConfig.__dataclass_fields__.keys()
+    known = isinstance(config, dict) and (isinstance(arch, str) or isinstance(arch, dict) and arch.keys() <= fields)
+    return {k: stored[k] for k in ("arch", "step", "config") if known and "teacher" in stored and k in stored}
+
+
+def all_tensors(stored, at=""):
+    """{keys, with / between, and name: tensor} of all tensors in a file, however deep its dictionaries and lists."""
+    tensors = {}
+    for key, value in stored.items():
+        inner = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
+        if isinstance(inner, dict):
+            tensors |= all_tensors(inner, f"{at}{key}/")
+        elif torch.is_tensor(value):
+            tensors[f"{at}{key}"] = value
+    return tensors
+
+
 def backbone_tensors(path, stored):
     """
-    {name: tensor} of the backbone in a weight file's dictionary, without the prefixes that training adds; {} if there
-    is none. Heads are left out, and so is a student beside its teacher.
+    {name: tensor} of the backbone in a weight file's dictionary, without the keys and prefixes that training adds, and
+    without heads. Beside a student or raw weights, a teacher or an average is taken. A warning says what is not.
     """
-    tensors = stored
-    while inner := [tensors[key] for key in WRAPPERS if isinstance(tensors.get(key), dict)]:
-        tensors = inner[0]
-    wrapped = re.compile(r"(?<![^.])(module|_orig_mod)\.")
-    tensors = {wrapped.sub("", str(name)): t for name, t in tensors.items() if torch.is_tensor(t)}
-    found = [name.removesuffix("cls_token") for name in tensors if name.endswith("cls_token")]
-    roots = [root for root in found if PREFIXES.issuperset(root.split(".")[:-1])]
-    root = max(roots, key=lambda root: "teacher" in root, default="")
-    if found and not roots and not found[0].endswith("embeddings."):
-        raise ValueError(f"{path}: its class token is called {found[0]}cls_token, so it is a part of some other model; "
-                         "save the tensors of its vision transformer alone, without that prefix")
-    tensors = {name.removeprefix(root): t for name, t in tensors.items() if name.startswith(root)}
-    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): t for name, t in tensors.items()}  # chunked names
+    tensors = all_tensors(stored)
+    tokens = [name for name in tensors if re.search(r"(^|[./])cls_token$", name)]
+    names = {name.removesuffix("cls_token").removesuffix("embeddings."): name for name in tokens}
+    words = {root: set(re.split("[./_]", root)) for root in names}
+    known = [root for root in words if words[root] <= ADDED]
+    # mmengine swaps its two: the average is under state_dict, and ema_state_dict holds what is trained
+    averaged = [root for root in known if words[root] & AVERAGED and "message_hub" not in stored]
+    states = {root: below(path, tensors, root) for root in averaged or words}
+    if not states:
+        held = ", ".join(list(tensors)[:3]) or f"no tensors, but {', '.join(map(str, list(stored)[:5])) or 'nothing'}"
+        raise ValueError(f"{path}: there is no DINOv2 or DINOv3 backbone in this file, as no tensor is called "
+                         f"cls_token; it holds {held}")
+    (root, state), *others = states.items()
+    if unlike := [names[other] for other, its in others if not equal(its, state)]:
+        raise ValueError(f"{path}: holds several backbones, and no name tells which is the teacher or the average: "
+                         f"those of {names[root]}, {', '.join(unlike)}; save one alone, as {{'teacher': its tensors}}")
+    if root not in known:
+        raise ValueError(f"{path}: its class token is called {names[root]}, so it is a part of some other model, or a "
+                         "student alone; save the tensors of its vision transformer alone, without that prefix")
+    left = [names[other] for other in words if other not in states]
+    if not averaged:  # averages without a backbone's names, as those in lists
+        left += [name for name, t in tensors.items() if t.dim() > 1 and re.search(r"(^|[./_])(ema|teacher)[./_]", name)]
+    if left and os.environ.get("RANK", "0") == "0":
+        warnings.warn(f"{path}: the backbone of {names[root]} is taken, and not that of {', '.join(left[:3])}")
+    return state
+
+
+def below(path, tensors, root):
+    """The tensors whose names start with `root`, under the names that a backbone gives them, without heads."""
+    state = {}
+    for name in [name for name in tensors if name.startswith(root)]:
+        ours = WRAPPER.sub("", name.removeprefix(root))
+        ours = re.sub(r"^blocks\.\d+\.(?=\d)", "blocks.", ours)  # blocks in chunks: blocks.CHUNK.BLOCK
+        if ours in state:
+            raise ValueError(f"{path}: holds {root}{ours} twice, under two spellings")
+        if not UNUSED.match(ours):
+            state[ours] = tensors[name]
+    return state
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def check_values(path, state):
+    """ValueError unless all tensors are whole and hold finite floating-point numbers."""
+    for name, t in state.items():
+        flat = t.dim() < 2 and "patch_embed" in name and name.endswith("weight")
+        if flat or t.is_meta or type(t) not in (torch.Tensor, torch.nn.Parameter):  # FSDP's DTensors, or flat rows
+            raise ValueError(f"{path}: {name} is no whole tensor but {type(t).__name__} {tuple(t.shape)}, as one rank "
+                             "of several saves it; gather the model first (get_model_state_dict, full_state_dict=True) "
+                             "or take the teacher that its trainer exports")
+        if t.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{path}: {name} is {t.dtype}, which needs a scale; quantised weights do not load: take "
+                             "the model in fp32, bf16 or fp16")
+    # aminmax reads 3 GB a second on one core; isfinite is ten times as slow
+    bad = [name for name, t in state.items() if t.numel() and not all(end.isfinite() for end in t.aminmax())]
+    if bad:
+        raise ValueError(f"{path}: {len(bad)} of {len(state)} tensors hold NaN or inf, the first is {bad[0]}; the file "
+                         "is damaged or its run had diverged, take an earlier one")
 
 
 def released_names(state):
     """Whether names are Meta's. timm's are alike, but it has no mask token."""
     return "mask_token" in state and "reg_token" not in state
-
-
-def has_released_names(path, stored):
-    return released_names(backbone_tensors(path, stored))
 
 
 def released(path, state, arch):
@@ -85,12 +241,10 @@ def released(path, state, arch):
     """
     if released_names(state):
         return state, {}
-    if any(name.endswith("embeddings.cls_token") for name in state):
+    if "embeddings.cls_token" in state:
         state, told, rope = from_hugging_face(path, state)
-    elif "cls_token" in state:
-        state, told, rope = from_timm(path, state)
     else:
-        return state, {}
+        state, told, rope = from_timm(path, state)
     told |= {"num_heads": arch.num_heads} if arch and "num_heads" not in told else {}
     if "num_heads" not in told:
         raise ValueError(f"{path}: no config.json beside it, which tells the heads; put it there or state arch=...")
@@ -153,7 +307,7 @@ def from_timm(path, tensors):
 
 
 def timm_names(tensors, rope):
-    """The tensors under Meta's names, without a classifier."""
+    """The tensors under Meta's names."""
     up, down = (tensors.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
     packed = None not in (up, down) and len(up) == 2 * down.shape[1]  # SwiGLUPacked: gate and value in one matrix
     table = {"reg_token": "storage_tokens" if rope else "register_tokens",
@@ -162,7 +316,7 @@ def timm_names(tensors, rope):
         table |= {"mlp.fc1.": "mlp.w12."}
     if packed or "blocks.0.mlp.fc1_g.weight" in tensors:
         table |= {"mlp.fc2.": "mlp.w3."}
-    return {renamed(key, table): t for key, t in tensors.items() if not key.startswith("head.")}
+    return {renamed(key, table): t for key, t in tensors.items()}
 
 
 def renamed(name, table):
@@ -192,36 +346,6 @@ def join_positions(path, state):
     state["pos_embed"] = torch.cat([cls, patches], dim=1)
 
 
-def tensor_files(path):
-    """A weight file itself; of a folder its model*.safetensors, or else pytorch_model*.bin. ValueError without any."""
-    if not Path(path).is_dir():
-        files = [Path(path)]
-    else:
-        files = sorted(Path(path).glob("model*.safetensors")) or sorted(Path(path).glob("pytorch_model*.bin"))
-    if not files or not files[0].exists():
-        raise ValueError(f"{path}: no such weight file, or a folder without model.safetensors and pytorch_model.bin")
-    return files
-
-
-def read_tensors(path):
-    """All tensors of a folder, or of a .safetensors file."""
-    files = tensor_files(path)
-    if files[0].suffix == ".bin":
-        return {name: t for file in files for name, t in model.read_pth(file).items()}
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ValueError(f"{path}: to read it, pip install safetensors") from None
-    tensors = {}
-    try:
-        for file in files:
-            tensors |= load_file(file)
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file}: not a whole .safetensors file, fetch it again ({str(e)[:120]})") from None
-    return tensors
-
-
 def read_json(path, name):
     """The JSON object in the file of that name beside the weights, {} if there is none."""
     file = (Path(path) if Path(path).is_dir() else Path(path).parent) / name
@@ -234,17 +358,14 @@ def read_json(path, name):
 
 
 def meta_names(path, tensors, rope):
-    """The tensors under Meta's names, except attention's. A prefix such as "dinov2." and a classifier are dropped."""
-    root = [key.removesuffix("embeddings.cls_token") for key in tensors if key.endswith("embeddings.cls_token")]
-    if len(root) != 1:
-        raise ValueError(f"{path}: not a DINOv2 or DINOv3 of transformers: {len(root)} tensors are its class token")
+    """The tensors under Meta's names, except attention's."""
     mlp = GATED if any("gate_proj." in key for key in tensors) else PLAIN
     table, state = DINOV3 | mlp if rope else DINOV2, {}
     for key, tensor in tensors.items():
-        name = renamed(key.removeprefix(root[0]), table)
+        name = renamed(key, table)
         if name in state:
             raise ValueError(f"{path}: holds {name} twice, under two layouts' names")
-        if tensor.numel() and not name.startswith("classifier."):  # without registers, theirs are an empty tensor
+        if tensor.numel():  # without registers, theirs are an empty tensor
             state[name] = tensor
     state.setdefault("mask_token", torch.zeros_like(state["cls_token"]))  # a model may be saved without one
     state["mask_token"] = state["mask_token"].flatten(0, -2)

@@ -28,6 +28,9 @@ from prepare.slides import open_slide, run, walk
 mpp = 0.5           # um/px of the tiles
 tile_px = 256
 
+ATTRS = {"patch_size": (), "patch_size_level0": (), "level0_width": (), "level0_height": (),  # TRIDENT's, and shapes
+         "patch_level": (), "level_dim": (2,)}                                                # CLAM's
+
 
 def grid(slide, config, mpp):
     """(xy, tissue share) of the tiles in the slide's grid; SlideError if there are none."""
@@ -65,6 +68,14 @@ def find_coords(slide, name, config):
     return xy[np.sort(first)], size, mpp
 
 
+def whole(name, value):
+    """Whole numbers of any type as Python's. Raises ValueError for 512.5, for text, and for another shape."""
+    numbers = np.squeeze(value)
+    if numbers.shape != ATTRS[name] or numbers.dtype.kind not in "iuf" or (numbers % 1 != 0).any():
+        raise ValueError(f"{name} is {value!r}, not {np.prod(ATTRS[name], dtype=int)} whole numbers")
+    return numbers.astype(int).tolist()
+
+
 def read_coords(file, slide):
     """(xy int32 (N, 2) in level-0 px, size, mpp) from TRIDENT's or CLAM's .h5, for slide.read(x, y, size, mpp).
 
@@ -73,22 +84,25 @@ def read_coords(file, slide):
     """
     try:
         with h5py.File(file) as h5:
-            xy, attrs = h5["coords"][:], dict(h5["coords"].attrs)
-    except (OSError, KeyError) as e:
-        raise wsi.SlideError(f"{file}: neither TRIDENT's nor CLAM's: {e}") from None
-    size, level = attrs.get("patch_size", 1), attrs.get("patch_level", len(slide.level_mpp))
-    if xy.ndim != 2 or xy.shape[1] != 2 or size <= 0:
-        raise wsi.SlideError(f"{file}: coords of shape {xy.shape} and patch_size {size}, not (N, 2)")
-    size, (width, height) = int(size), slide.dimensions
+            xy, stored = h5["coords"][:], h5["coords"].attrs
+            attrs = {name: whole(name, stored[name]) for name in ATTRS if name in stored}
+        size, level0_size = attrs.get("patch_size", 1), attrs.get("patch_size_level0", 1)
+        if xy.shape[1:] != (2,) or not len(xy) or min(size, level0_size) <= 0:
+            raise ValueError(f"coords of shape {xy.shape} and patch_size {size}, not (N, 2), N > 0")
+        if xy.dtype.kind not in "iuf" or (xy % 1 > 0).any():
+            raise ValueError(f"coords are {xy.dtype} and no whole px, such as {xy[0].tolist()}")
+    except Exception as e:  # h5py raises errors of any kind where something else is stored
+        raise wsi.SlideError(f"{file}: neither TRIDENT's nor CLAM's: {' '.join(str(e).split())}") from None
+    (width, height), level = slide.dimensions, attrs.get("patch_level")
     same = (attrs.get("level0_width", width), attrs.get("level0_height", height)) == slide.dimensions
-    if "patch_size_level0" in attrs:
-        mpp = float(attrs["patch_size_level0"] / size * slide.mpp)
-    elif level in range(len(slide.level_mpp)):
-        mpp = slide.level_mpp[int(level)]
-        level_size = slide.level_dimensions[int(level)]
-        same = tuple(attrs.get("level_dim", level_size)) == level_size
+    if {"patch_size", "patch_size_level0"} <= attrs.keys():
+        mpp = level0_size / size * slide.mpp
+    elif "patch_size" in attrs and level in range(len(slide.level_mpp)):
+        mpp = slide.level_mpp[level]
+        same = tuple(attrs.get("level_dim", slide.level_dimensions[level])) == slide.level_dimensions[level]
     else:
-        raise wsi.SlideError(f"{file}: coords lack patch_size_level0 (TRIDENT) or a patch_level of this slide (CLAM)")
+        raise wsi.SlideError(f"{file}: coords lack patch_size_level0 (TRIDENT) or a patch_level of this slide (CLAM), "
+                             "or patch_size")
     if not same:
         raise wsi.SlideError(f"{file}: places of another slide; this one has {slide.dimensions} px")
     rows = np.flatnonzero(slide.outside(xy, slide.extent(size, mpp)))

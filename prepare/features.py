@@ -1,10 +1,13 @@
 """
 The tile encoder over whole slides: one file of embeddings per slide, in TRIDENT's layout.
 
-    python prepare/features.py --slides='slides/*.svs' --out=data/features --weights=teacher.pth --tile_px=224
+    python prepare/features.py --slides='slides/*.svs' --out=data/features --weights=teacher.pth
 
     data/features/A.h5    features (N, D) fp16, coords (N, 2) in level-0 px, row by row of the grid; where h5py is
                           missing A.npz with the same names
+
+Places of --coords may have tiles that do not divide into the encoder's patches, such as TRIDENT's of 256 px for patches
+of 14 px. Those are resized to the side of the encoder's own input, and the attribute input_px says so.
 
 A rerun skips the slides whose file is there. Several GPUs take parts of the list: --part=3/8 (prepare/slides.py).
 """
@@ -29,12 +32,11 @@ weights = ""        # the tile encoder: a file or folder, of this project or any
 arch = ""           # of weights that do not say it; "" = found out
 norm = None         # "imagenet", "half", (mean, std); None = the weights' own, else imagenet
 mpp = 0.5           # um/px of the tiles
-tile_px = 224       # a multiple of the encoder's patch
+tile_px = 0         # a multiple of the encoder's patch; 0 = what it was trained at, or 224 where it does not say
 coords = ""         # folder of TRIDENT's or CLAM's .h5 to take the places from; "" = the grid
 batch_size = 64     # tiles per forward pass
 device = ""         # "cuda" or "cpu"; "" = cuda if there is one
 workers = 2         # processes that read ahead of the GPU; slides come one after the other
-region_mb = 16      # memory of one read per worker; larger reads leave the cache and are slower
 
 
 def read_region(slide, xy, size, mpp, rows):
@@ -44,8 +46,11 @@ def read_region(slide, xy, size, mpp, rows):
     return rows[good].tolist(), torch.from_numpy(tiles[good]), {int(rows[i]): errors[i] for i in errors}
 
 
-def encode(slide, xy, size, mpp, encoder, config):
-    """(class tokens fp16 (N, D), {damaged row: message}). Workers read ahead, and a batch spans regions."""
+def encode(slide, xy, size, mpp, px, encoder, config):
+    """
+    (class tokens fp16 (N, D), {damaged row: message}) of tiles of `size`, which enter the encoder at px x px. Workers
+    read ahead, and a batch spans regions.
+    """
     vit, mean, std, device = encoder
     features = torch.zeros(len(xy), vit.arch.embed_dim, dtype=torch.float16, device=device)
     rows, tiles, bad, n = [], [], {}, config["batch_size"]
@@ -53,11 +58,13 @@ def encode(slide, xy, size, mpp, encoder, config):
     def forward(rows, tiles):
         x = torch.stack(tiles).to(device).permute(0, 3, 1, 2).float() / 255
         try:
+            if px != size:
+                x = torch.nn.functional.interpolate(x, (px, px), mode="bilinear", antialias=True)
             features[rows] = vit((x - mean) / std)["cls"].half()
         except RuntimeError as error:  # such as a full GPU: the next slide would fare no better, so stop
             raise OSError(f"the encoder failed: {' '.join(str(error).split())[:300]}") from error
 
-    regions = slide.regions(xy, size, mpp, config["region_mb"])
+    regions = slide.regions(xy, size, mpp)
     collate = functools.partial(read_region, slide, xy, size, mpp)
     loader = torch.utils.data.DataLoader(regions, batch_size=None, num_workers=config["workers"], collate_fn=collate)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
@@ -81,16 +88,16 @@ def write_features(path, name, file, part, config, encoder, about):
         else:
             size, mpp = config["tile_px"], config["mpp"]
             xy, _ = places.grid(slide, config, mpp)
-        if size % about["patch_size"]:
-            raise wsi.SlideError(f"tiles of {size} px do not divide into patches of {about['patch_size']} px")
-        features, bad = encode(slide, xy, size, mpp, encoder, config)
+        px = about["input_px"] if size % about["patch_size"] else size
+        features, bad = encode(slide, xy, size, mpp, px, encoder, config)
         attrs = places.trident_attrs(slide, config, name, size, mpp)
     check_damage(bad, len(xy))
     if not np.isfinite(features).all():
         raise wsi.SlideError("features that are not finite in fp16; are the weights sound?")
     good = np.setdiff1d(np.arange(len(xy)), list(bad))
     arrays = {"features": features[good], "coords": xy[good].astype(np.int64)}
-    about = about | {"mpp": mpp, "tile_px": size, "level0_mpp": slide.mpp, "damaged": len(bad), "name": name}
+    about = about | {"mpp": mpp, "tile_px": size, "input_px": px, "level0_mpp": slide.mpp}
+    about |= {"damaged": len(bad), "name": name}
     if file.endswith(".h5"):
         places.write_h5(part, arrays, {"features": about, "coords": attrs})
     else:
@@ -108,13 +115,14 @@ def main(config):
     if config["coords"]:
         places.need_h5py()
     vit = model.load_backbone(config["weights"], config["arch"] or None).eval()
-    patch = vit.arch.patch_size
+    patch, px = vit.arch.patch_size, model.read_header(config["weights"]).get("config", {}).get("global_px", 224)
+    config["tile_px"] = config["tile_px"] or px
     if config["tile_px"] % patch:
         raise ValueError(f"tile_px={config['tile_px']}: not a multiple of the patch of {patch} px")
     sha256 = model.sha256_of(config["weights"])
     norm = config["norm"]
     mean, std = model.stored_norm(config["weights"]) if norm is None else model.norm_values(norm)
-    about = {"encoder": config["arch"] or Path(config["weights"]).stem, "patch_size": patch,
+    about = {"encoder": config["arch"] or Path(config["weights"]).stem, "patch_size": patch, "input_px": px,
              "weights": Path(config["weights"]).name, "weights_sha256": sha256, "norm": (mean, std)}
     device = torch.device(config["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
     columns = [torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1) for values in (mean, std)]

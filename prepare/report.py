@@ -222,16 +222,19 @@ def summary(rows, config):
 
 def main(config):
     """Write report.csv, in the order of the paths, and print a summary. Returns the rows."""
-    paths, found, rows = slides_of(config), {}, []
+    lost, found = {}, {}
+    paths = slides_of(config, lost)
     jobs = [(path, name, config) for path, name in paths.items()]
     for job, row, error in each(slide_row, jobs, config["workers"]):
         row = row or new_row(*job) | {"error": error}
         found[row["slide"]] = row
         finding = row["error"] or row["defects"] or "no defects"
         print(f"{len(found)} of {len(jobs)}: {row['name']}: {finding}", flush=True)
-        if len(found) % 100 == 0 or len(found) == len(jobs):
-            rows = [found[path] for path in paths if path in found]
-            write_csv(part_file(config, "report.csv"), rows)
+        if len(found) % 100 == 0:
+            write_csv(part_file(config, "report.csv"), [found[path] for path in paths if path in found])
+    rows = [found[path] for path in paths]
+    rows += [new_row(path, Path(path).stem, config) | {"error": reason} for path, reason in lost.items()]
+    write_csv(part_file(config, "report.csv"), rows)
     summary(rows, config)
     return rows
 

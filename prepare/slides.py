@@ -7,7 +7,7 @@ is there. Several nodes share a folder by parts: --part=3/16 takes every 16th sl
 on. Start each part once.
 
     keys.json     the keys that the folder was begun with: a rerun with others is refused
-    failed.csv    the slides that failed, and why; failed.3of16.csv for a part
+    failed.csv    the slides that failed or could not be found, and why; failed.3of16.csv for a part
 """
 import csv
 import json
@@ -38,7 +38,7 @@ mask_dir = ""       # folder that keeps tissue masks for these scripts and for t
 overlap = 0         # px of a tile that its neighbour repeats
 min_tissue = 0.25   # share of a tile's area in the tissue mask
 
-FREE = """slides out part workers mask_dir region_mb batch_size device weights norm slide_mpp
+FREE = """slides out part workers mask_dir batch_size device weights norm slide_mpp
 mpp_table trust_mpp mpp_from_objective""".split()  # that a rerun may change: each result says what it was made with
 
 
@@ -63,10 +63,10 @@ def open_slide(path, config):
     return wsi.open_slide(path, config, wsi.TISSUE)
 
 
-def slides_of(config, dots=False):
+def slides_of(config, lost, dots=False):
     """
     {path: name} of the slides of this part. A name is the file's without its ending; dots become _ unless `dots`.
-    What is left out, such as links that lead nowhere and further files of a DICOM series, is said.
+    What is left out is said. The first part gets {path: reason} of it in `lost`, except for a slide's further names.
 
     Raises ValueError if two slides of any part would share a name, because one would overwrite the other.
     """
@@ -74,7 +74,7 @@ def slides_of(config, dots=False):
         raise ValueError("give --slides='FOLDER/*.svs' and --out=FOLDER")
     found, left_out = listing.find(config["slides"], "slides")
     paths, owners = wsi.one_each(found, left_out), {}
-    listing.say_left_out(left_out, print)
+    listing.say_left_out(left_out | wsi.rows_without_slide(config["mpp_table"], found), print)
     for path in paths:
         name = Path(path).stem if dots else Path(path).stem.replace(".", "_")
         if name in owners:
@@ -84,6 +84,8 @@ def slides_of(config, dots=False):
     if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
         raise ValueError(f"part={config['part']}: of 16 parts the first is 1/16, the last 16/16")
     os.makedirs(config["out"], exist_ok=True)
+    if number == "1":
+        lost.update((path, reason) for path, reason in left_out.items() if not reason.startswith("the same "))
     names = list(owners)[int(number) - 1::int(count)]
     return {owners[name]: name for name in names}
 
@@ -178,7 +180,8 @@ def walk(script, config, job, ending, workers, more=()):
     A job writes `part`, renames it to `file`, and returns what to print. `more` are keys of keys.json. Raises
     SystemExit with the first reasons if any slide failed.
     """
-    names = slides_of(config, dots=ending != ".json")  # a key in a WebDataset's tar has no dots
+    lost = {}
+    names = slides_of(config, lost, dots=ending != ".json")  # a key in a WebDataset's tar has no dots
     settle(script, config, dict(more))
     folder, jobs, failed = part_file(config, ".unfinished"), [], []
     for path, name in names.items():
@@ -200,7 +203,8 @@ def walk(script, config, job, ending, workers, more=()):
     before, file = len(names) - len(jobs), part_file(config, "failed.csv")
     print(f"{script}: {len(jobs) - len(failed)} slides done, {before} were done before, {len(failed)} failed")
     Path(file).unlink(missing_ok=True)
+    if failed or lost:
+        write_csv(file, failed + [{"slide": path, "reason": reason} for path, reason in lost.items()])
     if failed:
-        write_csv(file, failed)
         reasons = "\n".join(f"  {row['slide']}: {row['reason']}" for row in failed[:5])
         raise SystemExit(f"{reasons}\n{script}: {len(failed)} of {len(names)} slides failed, see {file}")

@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import listing
 import sources
 import wsi
 from configurator import configure, train_keys
@@ -56,7 +57,8 @@ def tile_stats(source, config):
             tile, where = source.read(n)
         except sources.READ_ERRORS as e:
             reason = e
-            tqdm.write(f"unreadable: {e}")
+            if not isinstance(e, sources.Unsuitable):
+                tqdm.write(f"unreadable: {e}")
             continue
         x = tile.reshape(-1, 3) / 255
         sums = np.stack([np.full(3, len(x)), x.sum(0), (x * x).sum(0)])
@@ -110,6 +112,8 @@ def show(result):
 if __name__ == "__main__":
     config = configure(train_keys() | {"samples": 2000})
     try:
-        show(tile_stats(sources.open_source(config), config))
+        source = sources.open_source(config)
+        listing.say_left_out(source.left_out, tqdm.write)
+        show(tile_stats(source, config))
     except (ValueError, OSError) as e:
         raise SystemExit(f"stats: {e}") from None

@@ -36,7 +36,6 @@ tiles_per_slide = 0 # so many of the places per slide and mpp, at random; 0 = al
 coords = ""         # folder of TRIDENT's or CLAM's .h5 to take the places from; "" = the grid over the tissue
 jpeg_quality = 90
 patient = r"TCGA-\w\w-\w{4}"  # regular expression in the file name; without a match a slide is its own patient
-region_mb = 16      # memory of one read per worker; larger reads leave the cache and are slower
 seed = 0            # of the random choice
 
 MAX_DAMAGED = 0.05  # share of damaged tiles above which a slide fails
@@ -68,7 +67,7 @@ def regions(slide, name, size, mpp, xy, kept, config):
         np.random.default_rng([config["seed"], zlib.crc32(name.encode()), round(1000 * mpp)]).shuffle(rest)
     while len(rest) and (not wanted or kept[mpp] < wanted):
         count = wanted - kept[mpp] if wanted else len(rest)
-        for rows in slide.regions(xy[rest[:count]], size, mpp, config["region_mb"]):
+        for rows in slide.regions(xy[rest[:count]], size, mpp):
             yield rest[rows]
         rest = rest[count:]
 

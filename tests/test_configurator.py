@@ -105,7 +105,9 @@ def test_values_are_pythons_own_ones(tmp_path):
     """The bug: a numpy scalar in a config, and teacher files that weights_only=True refuses."""
     text = "import numpy as np\nlr = 1e-3 * np.sqrt(.5)\nsteps = np.int64(3)\nresume = np.bool_(True)\n"
     text += "scale = (np.float32(.5), [np.float64(1)])\nextra = np.arange(2)\nname = np.str_('a')"
-    config = configure(defaults(), [write(tmp_path, text)])
+    text += "\nfrom pathlib import Path\nmix = (('slides', Path('a') / '*.svs', 1),)"
+    config = configure({**defaults(), "mix": ()}, [write(tmp_path, text)])
+    assert config["mix"] == (("slides", "a/*.svs", 1),), "a path is its text"
     assert config["scale"] == (0.5, [1.0]) and config["extra"] == [0, 1] and config["steps"] == 3
     for value in (*config.values(), *config["scale"], *config["scale"][1], *config["extra"]):
         assert type(value).__module__ == "builtins", value

@@ -4,6 +4,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import one_line
 from test_report import keys, rows_in
 from test_tiles import write
@@ -54,9 +55,35 @@ def test_a_dicom_series_is_one_slide_and_so_is_one_of_two_names(tmp_path):
     (tmp_path / "x.svs").touch()
     os.link(tmp_path / "x.svs", tmp_path / "y.svs")
     (tmp_path / "z.svs").symlink_to("x.svs")
-    found = slides.slides_of({"slides": f"{tmp_path}/*.*", "out": f"{tmp_path}/out", "part": ""})
+    found = slides.slides_of(keys(f"{tmp_path}/*.*", tmp_path / "out"), {})
     assert list(found.values()) == ["1_a", "2_a", "x"]
     assert wsi.Slide(f"{tmp_path}/1_a.dcm").level_mpp == [0.5, 1.0], "any of its files opens all"
+
+
+def test_levels_of_a_series_in_two_folders_are_named_and_the_finest_one_serves(tmp_path):
+    """The bug: the first folder by name won, and the other's levels were called the same slide."""
+    for folder, side, number in (("b", 1024, 0), ("a", 512, 1), ("a", 256, 2)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        kind = "ORIGINAL\\PRIMARY\\VOLUME\\NONE" if folder == "b" else "DERIVED\\PRIMARY\\VOLUME\\RESAMPLED"
+        write_dicom(tmp_path / folder / f"{number}.dcm", side, "1.2.1", number, kind)
+    left_out, finest = {}, f"{tmp_path}/b/0.dcm"
+    assert wsi.one_each(sorted(map(str, tmp_path.rglob("*.dcm"))), left_out) == [finest]
+    assert left_out.keys() == {f"{tmp_path}/a/1.dcm", f"{tmp_path}/a/2.dcm"}
+    assert all(reason.startswith(f"levels of {finest} in another folder; ") for reason in left_out.values())
+
+
+@pytest.mark.parametrize("pattern, names", [
+    (".cache/*.svs", [".cache/a"]), (".ca*/*", [".cache/a"]), (".*/**/*.svs", [".cache/a", ".cache/x/c"]),
+    ("**/*.svs", ["d/*", "d/a?", "d/ab"]), ("d/a?.svs", ["d/a?", "d/ab"]), ("d/.*", ["d/.h"])])
+def test_what_a_pattern_names_counts_be_it_hidden_or_of_odd_letters(pattern, names, tmp_path, monkeypatch):
+    """The bugs: a file called *.svs, which `touch *.svs` makes, was the only one; hidden folders never matched."""
+    monkeypatch.chdir(tmp_path)
+    for name in (".cache/a", ".cache/.b", ".cache/x/c", "d/*", "d/ab", "d/a?", "d/.h"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{name}.svs").touch()
+    assert listing.find(pattern, "slides") == ([f"{name}.svs" for name in names], {})
+    with one_line(r"no file matches \{d,e\}/\*.svs; \{a,b\} is the shell's alone"):
+        listing.find("{d,e}/*.svs", "slides")
 
 
 def test_brackets_are_of_a_name_where_there_is_such_a_name(tmp_path):
@@ -97,7 +124,8 @@ def test_a_name_that_is_not_utf8_costs_its_own_slide_alone(tmp_path, monkeypatch
     os.rename(write("b.tif"), b"in/\xe9.tif")
     write("a.tif")
     report.main(keys("in/*", tmp_path / "out", workers=0))
-    assert [row["name"] for row in rows_in(tmp_path / "out/report.csv")] == ["a"]
+    rows = {row["name"]: row["error"] for row in rows_in(tmp_path / "out/report.csv")}
+    assert rows == {"a": "", r"\udce9": "its name is not UTF-8; rename it"}
     assert r"left out: in/\udce9.tif: its name is not UTF-8; rename it" in capsys.readouterr().out
 
 

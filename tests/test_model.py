@@ -390,8 +390,9 @@ def test_weight_files_that_do_not_fit_are_refused_by_name(tmp_path):
     good = ViT(ARCHS["toy"]).state_dict()
     cases = [({k: v for k, v in good.items() if k != "norm.bias"}, "norm.bias"),
              ({**good, "extra": good["norm.bias"]}, "extra"), ({**good, "norm.bias": torch.zeros(3)}, "norm.bias"),
-             ({"a": torch.zeros(1)}, "no DINOv2"), ([1, 2], "no DINOv2"), ({1: good["norm.bias"]}, "no DINOv2"),
-             ({"teacher": 3}, "no DINOv2"), ({k: v for k, v in good.items() if k[:6] != "blocks"}, "no DINOv2"),
+             ({"a": torch.zeros(1)}, "no DINOv2"), ([1, 2], "holds a list and no dictionary"),
+             ({1: good["norm.bias"]}, "no DINOv2"), ({"teacher": 3}, "no DINOv2"),
+             ({k: v for k, v in good.items() if k[:6] != "blocks"}, "no DINOv2"),
              ({k: v for k, v in good.items() if ".mlp." not in k}, "no DINOv2"),
              ({"teacher": good, "arch": "nonsense"}, "nonsense")]
     for data, part in cases:

@@ -63,6 +63,17 @@ def test_the_report_has_a_row_per_slide_in_order_with_the_slides_own_numbers(tmp
     assert [row["name"] for row in rows_in(tmp_path / "out/report.2of2.csv")] == ["a", "c"]
 
 
+def test_a_slide_that_could_not_be_found_has_a_row_with_the_reason(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    write_slide(tmp_path / "in/a.tif", [mottled(1024, 900)], (0.5, 0.5))
+    (tmp_path / "in/gone.tif").symlink_to("nowhere.tif")
+    report.main(keys(tmp_path / "in/*", tmp_path / "out"))
+    a, gone = rows_in(tmp_path / "out/report.csv")
+    assert (gone["slide"], gone["name"]) == (f"{tmp_path}/in/gone.tif", "gone") and a["error"] == ""
+    assert gone["error"] == "a link to nowhere.tif: No such file or directory"
+    assert "1 of 2 slides usable" in capsys.readouterr().out
+
+
 def kill_itself_on_b(path, name, config):
     if name == "b":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from conftest import one_line
 from PIL import Image
+from test_wsi import texture, write_slide
 
 import data
 import sources
@@ -374,6 +375,73 @@ def test_the_scale_of_a_slide_may_be_stated_in_a_table_or_trusted(slides, tmp_pa
             open_source(slides=f"{slides}/*.svs", mpp_table=str(bad))
 
 
+@pytest.mark.parametrize("content, message", [
+    ("", "no row: give columns slide,mpp"), ("slide,mpp\n", "no row: give columns"),
+    ("slide,mpp\na,1,25\n", "'mpp': '1', None: .'25'.*: give columns"), ("wsi,mpp\na,0.25\n", "give columns slide,mpp"),
+    ("slide,mpp\n\xe9,0.5\n".encode("latin-1"), "can't decode byte 0xe9 .*; save it as CSV in UTF-8"),
+    ("slide,mpp\na,0.5\n".encode("utf-16"), "can't decode byte 0xff .*; save it as CSV in UTF-8")])
+def test_a_table_of_another_kind_is_refused_by_its_name(content, message, slides):
+    """The bugs: a decimal comma gave 1 um/px instead of 1.25; an empty table was none."""
+    (slides / "mpp.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with one_line(f"mpp_table={slides}/mpp.csv: .*{message}"):
+        open_source(slides=f"{slides}/*.svs", mpp_table=f"{slides}/mpp.csv")
+
+
+def test_rows_of_a_table_that_match_no_slide_or_disagree_are_said(slides):
+    table = f"{slides}/mpp.csv"
+    Path(table).write_text('slide,mpp\na,0.25\na.svs,"0,25"\nb,0.5\nb.svs,0.25\nC,1\nd,1\n')
+    source = open_source(slides=f"{slides}/*.svs", mpp_table=table)
+    assert source.paths == [f"{slides}/a.svs", f"{slides}/c.svs"] and FakeSlide.keys[source.paths[0]][0] == 0.25
+    assert source.left_out == {table: "2 of 6 rows match no slide, such as 'C'", f"{slides}/b.svs":
+        f"{slides}/b.svs: mpp_table={table} has rows that disagree: [0.25, 0.5] um/px"}
+
+
+def test_slides_of_no_use_are_left_out_of_a_list_at_the_start(slides, tmp_path, monkeypatch):
+    """The bug: each was a bad tile once it was drawn, so a list with 100 of them stopped the run."""
+    bad = [f"{slides}/bad.svs", f"{slides}/caf\udce9.svs"]
+    file, paths = tmp_path / "list.txt", [f"{slides}/a.svs", *bad, f"{slides}/b.svs"]
+    file.write_bytes(b"".join(os.fsencode(f"{path} {i} 0 0\n") for i in range(5) for path in paths))
+    source = open_source(sample_list=str(file))
+    assert source.left_out == {bad[0]: f"{bad[0]}: cut short",
+                               f"{slides}/caf\\udce9.svs": "its name is not UTF-8; rename it"}
+    assert len(set(wheres(source, range(10)))) == 10 and "10 tiles of a sample list of 2 slides" in source.about
+    assert isinstance(source.table, np.memmap)
+
+    def refuse(slide, path, *keys):
+        raise wsi.SlideError("cut short")
+    monkeypatch.setattr(FakeSlide, "__init__", refuse)
+    with one_line("sample_list: none of 1 can be used .*: cut short"):
+        open_source(sample_list=write_list(tmp_path, [f"{slides}/a.svs 0 0 0"], "other.txt"))
+
+
+def test_a_list_may_come_from_another_system(slides, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(slides))
+    file = tmp_path / "list.txt"
+    file.write_bytes("\ufeff~/a.svs\t1 2\t0\r\n\r\n~/my slides/b 2.svs -3 4 1\r\n \t \r\n".encode())
+    source = open_source(sample_list=str(file))
+    assert source.found == [f"{slides}/a.svs", f"{slides}/my slides/b 2.svs"] and not source.left_out
+    assert source.table.tolist() == [(0, 1, 2, 0), (1, -3, 4, 1)]
+
+
+def test_a_file_that_is_not_there_is_known_at_the_start_of_a_list(tmp_path):
+    from prepare.toy import write_tiff
+    write_tiff(tmp_path / "a.svs", Image.new("RGB", (256, 256)), 0.5)
+    source = open_source(sample_list=write_list(tmp_path, [f"{tmp_path}/{name}.svs 0 0 0" for name in "ab"]))
+    assert source.left_out == {f"{tmp_path}/b.svs": f"{tmp_path}/b.svs: No such file or directory"}
+    assert source.read(0)[1]["slide"] == source.read(1)[1]["slide"] == f"{tmp_path}/a.svs"
+
+
+def test_a_level_that_lies_costs_a_list_its_rows_and_counts_as_no_damage(tmp_path):
+    image = texture(1600, 1400)
+    squeezed = np.asarray(Image.fromarray(image).resize((800, 350)))
+    path = write_slide(tmp_path / "squeezed.tif", [image, squeezed], (0.5, 0.5))
+    with pytest.warns(match="level 1 has another aspect"):
+        source = open_source(sample_list=write_list(tmp_path, [f"{path} {i} 0 {i % 2}" for i in range(10)]))
+        batch = data.Batches(source, BATCH, 4)[0]
+    assert not batch["bad"] and all(message.startswith(f"{path}: level 1") for message in batch["left_out"])
+    assert len(batch["global_crops"]) == 16 and batch["left_out"]
+
+
 def link_world(kind, folder, monkeypatch):
     """A source of that kind below a folder `store`, and the ending of its files."""
     if kind == "slides":
@@ -467,7 +535,7 @@ def test_a_list_of_places_off_the_slide_is_bad_and_whole_um_are_no_path(slides):
     places = [(-63, 0, 0), (999, 999, 0), (-250, 0, 1), (-64, 0, 0), (0, 1000, 0), (-256, 0, 1), (5000, 5000, 1)]
     file = write_list(slides, [f"{slides}/a.svs {x} {y} {level} 1 1" for x, y, level in places])
     source = open_source(sample_list=file)
-    assert source.paths == [f"{slides}/a.svs"]
+    assert source.found == [f"{slides}/a.svs"]
     errors = errors_of(source, range(7))
     assert len(errors) == 4 and all(error.startswith(f"{slides}/a.svs: the line '... ") for error in errors)
     assert any(f"'... 5000 5000 1' of {file} lies outside the slide of (1000, 1000) px" in error for error in errors)
@@ -573,6 +641,28 @@ def test_transparent_pixels_of_a_tile_are_white_and_other_depths_are_refused(tmp
             sources.decode(str(tmp_path / "b.tif"), "b")
 
 
+@pytest.mark.parametrize("form, frames, sound", [
+    ("PPM", 1, False), ("JPEG2000", 1, False), ("GIF", 1, False), ("GIF", 2, False), ("WEBP", 2, False),
+    ("PNG", 2, False), ("TIFF", 2, False), ("WEBP", 1, True), ("PNG", 1, True), ("TIFF", 1, True), ("BMP", 1, True)])
+def test_an_image_of_another_format_or_of_several_pictures_is_refused_by_any_name(form, frames, sound, tmp_path):
+    """The bugs: 12 bits in a PPM of 16 were nearly black; the first picture of a stack stood for all."""
+    images = [Image.fromarray(noise(i)) for i in range(frames)]
+    keys = {"append_images": images[1:], "save_all": True} if frames > 1 else {}
+    lossless = {"lossless": True} if form == "WEBP" else {}
+    images[0].save(tmp_path / "a.png", form, **keys, **lossless)
+    if sound:
+        assert np.array_equal(sources.decode(tmp_path / "a.png", "a"), noise(0))
+    else:
+        with pytest.raises(OSError, match="^a: (UnidentifiedImageError: not a JPEG, PNG|ValueError: 2 images of one)"):
+            sources.decode(tmp_path / "a.png", "a")
+
+
+def test_a_ppm_of_16_bits_is_refused():
+    pixels = np.random.default_rng(0).integers(0, 4096, (8, 8, 3)).astype(">u2").tobytes()
+    with pytest.raises(OSError, match="a: UnidentifiedImageError: not a JPEG"):
+        sources.decode(b"P6\n8 8\n65535\n" + pixels, "a")
+
+
 def png_of_16_bits(colours, channels):
     """Bytes of an 8 x 8 PNG of 16 bits, all 5."""
     parts = [(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, colours, 0, 0, 0)),
@@ -645,9 +735,11 @@ def test_unfinished_shards_are_left_out_and_shards_cut_short_are_refused(tmp_pat
     tar.write_bytes(tar.read_bytes()[:-1024])
     with pytest.raises(ValueError, match="a.tar has 9,216 bytes, its .json says 10,240: copy it again, or"):
         open_source(shards=shards)
-    (tmp_path / "s/a.json").write_text('{"key": 1}')  # somebody else's
-    with pytest.raises(ValueError, match="a.json: prepare/tiles.py did not write this"):
-        open_source(shards=shards)
+    side = json.loads((tmp_path / "s/a.json").read_text()) | {"bytes": os.path.getsize(tar)}
+    for other in ({"key": 1}, side | {"slide": None}, {key: side[key] for key in side if key != "patient"}):
+        (tmp_path / "s/a.json").write_text(json.dumps(other))  # somebody else's
+        with pytest.raises(ValueError, match="a.json: prepare/tiles.py did not write this"):
+            open_source(shards=shards)
 
 
 def test_a_damaged_or_short_member_is_named_with_its_tar_and_place(tmp_path):
@@ -676,6 +768,19 @@ def test_parquet_rows_hold_png_or_jpeg(form, tmp_path):
         assert where["slide"] == ("a.svs", "b.svs")[where["x"] % 2] and math.isnan(where["mpp"])
         seen.add(where["x"])
     assert seen == set(range(7))
+
+
+@pytest.mark.parametrize("column, values, message", [
+    ("image_bytes", [None], "image_bytes of row 0 is of type NoneType"), ("slide_path", [None], "slide_path is no"),
+    ("image_bytes", ["a.png"], "image_bytes of row 0 is of type str"),
+    ("image_bytes", [{"bytes": b"x", "path": "y"}], "image_bytes of row 0 is of type dict")])
+def test_a_parquet_without_bytes_or_a_slide_is_named(column, values, message, tmp_path):
+    """The bugs: text was opened as a path; without a slide nothing was said, or 'NoneType' without a row."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"slide_path": ["a"], "x": [0], "y": [0], "image_bytes": [encode(noise(0))]} | {column: values}
+    pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+    with pytest.raises(OSError, match=f"0.parquet: .*{message}"):
+        open_source(parquet=str(tmp_path)).read(0)
 
 
 def test_parquet_reads_a_row_group_once_per_pass_in_a_new_order_and_mixes_the_rows_of_a_window(tmp_path, monkeypatch):
@@ -789,6 +894,22 @@ def test_a_mix_that_is_none_is_named(mix):
 def test_missing_data_is_named(keys, message):
     with pytest.raises((ValueError, OSError), match=message):
         open_source(**keys)
+
+
+BATCH = CONFIG | {"batch_size": 8, "local_crops": 2, "global_px": 56, "local_px": 28}
+
+
+def test_a_slide_without_tissue_is_named_at_its_first_visit_and_counts_as_no_damage(slides):
+    """The bug: each such slide was a bad tile, and 100 of them stopped the run."""
+    for name in ("glass1", "glass2", "damaged"):
+        (slides / f"{name}.svs").touch()
+    batches = data.Batches(open_source(slides=f"{slides}/*.svs"), BATCH, 4)
+    found = [batches[step] for step in range(8)]
+    left_out, bad = (sum((batch[key] for batch in found), []) for key in ("left_out", "bad"))
+    assert sorted(left_out) == [f"{slides}/glass{i}.svs: no tissue" for i in (1, 2)], "each once"
+    assert bad and all("damaged.svs: cannot read" in message for message in bad)
+    glass = data.Batches(open_source(slides=f"{slides}/glass*.svs"), BATCH, 4)[0]
+    assert set(glass["bad"]) <= {f"{slides}/glass{i}.svs: no tissue" for i in (1, 2)} != set(), "why the run stops"
 
 
 class Thin:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import one_line
 from PIL import Image
 
+import eval_bach
 import model
 import wsi
 from configurator import configure
@@ -144,7 +147,7 @@ def test_a_rerun_does_nothing_and_other_keys_are_refused_before_anything_is_done
     cut()
     before = {f: os.stat(f"out/{f}").st_mtime_ns for f in os.listdir("out")}
     monkeypatch.setattr(tiles, "write_tiles", lambda *a: 1 / 0)  # may not even be tried
-    cut(workers=2, region_mb=9, mask_dir="x")
+    cut(workers=2, mask_dir="x")
     with pytest.raises(ValueError, match=r"keys.json: tile_px was 128 and is 64 now; use another --out"):
         cut(tile_px=64)
     with pytest.raises(ValueError, match="script was 'tiles' and is 'coords' now; use another --out"):
@@ -167,8 +170,8 @@ def test_keys_that_make_no_sense_are_refused(keys):
 def test_slides_that_would_share_a_name_are_refused():
     for folder in "ab":
         write("s.1.tif", size=(256, 256), folder=folder)
-    assert slides.slides_of(config(tiles, slides="a/*")) == {"a/s.1.tif": "s_1"}
-    assert slides.slides_of(config(tiles, slides="a/*"), dots=True) == {"a/s.1.tif": "s.1"}
+    assert slides.slides_of(config(tiles, slides="a/*"), {}) == {"a/s.1.tif": "s_1"}
+    assert slides.slides_of(config(tiles, slides="a/*"), {}, dots=True) == {"a/s.1.tif": "s.1"}
     with pytest.raises(ValueError, match="a/s.1.tif and b/s.1.tif would share the name s_1: give each folder its own"):
         cut(slides="[ab]/*")
 
@@ -176,7 +179,7 @@ def test_slides_that_would_share_a_name_are_refused():
 def test_a_random_sample_is_of_the_grid_and_a_function_of_the_seed_and_the_slides_name():
     path = write()
     sample = {"tiles_per_slide": 9, "tissue_share": 0.3, "mpps": (0.5, 0.8)}
-    for i, keys in enumerate([{}, {"region_mb": 1}, {"seed": 1}, {"mpps": (0.8,)}]):
+    for i, keys in enumerate([{}, {}, {"seed": 1}, {"mpps": (0.8,)}]):
         cut(str(i), **sample | keys)
     found = [shard(str(i)) for i in range(4)]
     assert [sum(mpp == wanted for _, _, mpp in found[0]) for wanted in (0.5, 0.8)] == [9, 9]  # shard: all distinct
@@ -214,6 +217,19 @@ def test_bad_slides_are_listed_with_reasons_the_others_are_done_and_a_repaired_o
     Path("in/cut.tif").write_bytes(whole)
     assert "3 of 5" in fails(tiles)
     assert set(failures()) == {"short.tif", "glass.tif", "bare.tif"} and shard("out", "cut")
+
+
+def test_what_could_not_be_found_is_in_the_list_of_failures_but_fails_nothing(capsys):
+    """The bug: a link that leads nowhere was said once among a thousand lines, and no file had it."""
+    write()
+    Path("in/gone.tif").symlink_to("nowhere.tif")
+    Path("in/twice.tif").symlink_to("a.tif")
+    Path("mpp.csv").write_text("slide,mpp\na,0.5\nb,0.5\n")
+    cut(mpp_table="mpp.csv")
+    assert failures() == {"gone.tif": "a link to nowhere.tif: No such file or directory"} and shard()
+    assert "left out: mpp.csv: 1 of 2 rows match no slide, such as 'b'" in capsys.readouterr().out
+    cut("parts", part="2/2")
+    assert not Path("parts/failed.2of2.csv").exists(), "named by the first part alone"
 
 
 def test_a_damaged_tile_is_counted_and_never_written_and_a_slide_of_them_fails(capsys, monkeypatch):
@@ -370,6 +386,31 @@ def test_places_of_another_slide_or_of_another_tool_are_refused(xy, attrs, reaso
     assert "a.h5: " in text and reason in text
 
 
+@pytest.mark.parametrize("xy, attrs, reason", [
+    ([(0, 512.5)], {}, "coords are float64 and no whole px, such as [0.0, 512.5]"),
+    ([(b"0", b"512")], {}, "coords are |S3 and no whole px"), (5, {}, "scalar"), (np.zeros((0, 2)), {}, "N > 0"),
+    ([(0, 512)], {"patch_size": 256.5}, "patch_size is np.float64(256.5), not 1 whole numbers"),
+    ([(0, 512)], {"patch_size": "256"}, "patch_size is '256'"), ([(0, 512)], {"patch_size": None}, "coords lack"),
+    ([(0, 512)], {"patch_size_level0": np.nan}, "patch_size_level0 is np.float64(nan)"),
+    ([(0, 512)], {"patch_size_level0": None, "patch_level": [0, 1]}, "patch_level is array([0, 1])"),
+    ([(0, 512)], {"patch_size_level0": None, "patch_level": 0, "level_dim": 5}, "not 2 whole numbers"),
+    (None, {}, "group")])
+def test_coordinates_of_odd_types_are_refused_in_one_line_and_never_cut_to_whole_numbers(xy, attrs, reason):
+    h5py, slide = pytest.importorskip("h5py"), wsi.Slide(write())
+    with h5py.File("a.h5", "w") as h5:
+        coords_of = h5.create_group("coords") if xy is None else h5.create_dataset("coords", data=np.array(xy))
+        coords_of.attrs.update({key: value for key, value in (TRIDENT | attrs).items() if value is not None})
+    with one_line(re.escape(reason)):
+        coords.read_coords("a.h5", slide)
+
+
+def test_coordinates_in_whole_floats_are_read():
+    odd = {"patch_size": 256.0, "patch_size_level0": np.array([512]), "level0_width": 1024.0}
+    write_h5([(0.0, 512.0)], TRIDENT | odd)
+    xy, size, mpp = coords.read_coords("a.h5", wsi.Slide(write()))
+    assert xy.tolist() == [[0, 512]] and xy.dtype == np.int32 and (size, type(size), mpp) == (256, int, 1.0)
+
+
 def test_without_h5py_coordinates_say_what_to_install_and_slides_without_a_file_fail_alone(monkeypatch):
     pytest.importorskip("h5py")
     write()
@@ -401,10 +442,11 @@ def direct(path, xy, mean=(0.5,) * 3, std=(0.5,) * 3):
         return vit((torch.tensor(x).permute(0, 3, 1, 2) / 255 - mean) / std)["cls"].numpy()
 
 
-def test_features_are_the_encoders_of_the_grid_in_its_order(encoder):
+def test_features_are_the_encoders_of_the_grid_in_its_order(encoder, monkeypatch):
+    monkeypatch.setattr(wsi, "BLOCK", 150)  # several, so that workers return them out of the grid's order
     h5py = pytest.importorskip("h5py")
     path = write("a.b.tif", size=(512, 384))
-    keys = config(features, **encoder, workers=2, region_mb=1, batch_size=5)
+    keys = config(features, **encoder, workers=2, batch_size=5)
     features.main(keys)
     with h5py.File("out/a.b.h5") as h5:
         found, xy, about, attrs = h5["features"][:], h5["coords"][:], dict(h5["features"].attrs), h5["coords"].attrs
@@ -442,6 +484,28 @@ def test_features_of_a_folder_and_of_a_safetensors_file_are_the_pths_and_few_til
     (_, x), (sha256, y), (same, z) = (found[name] for name in ("5.pth", "hf", "model.safetensors"))
     assert np.array_equal(x, y) and np.array_equal(y, z) and len(x) == 2
     assert sha256 == same == hashlib.sha256(Path("hf/model.safetensors").read_bytes()).hexdigest()
+
+
+def test_tiles_that_do_not_divide_into_patches_are_resized_to_the_encoders_input_and_it_is_said(encoder):
+    """TRIDENT's 256 px with patches of 14 px, in small: places of 120 px for an encoder that was trained at 112 px."""
+    h5py = pytest.importorskip("h5py")
+    path = write(size=(512, 384))
+    stored = torch.load("5.pth")
+    torch.save(stored | {"config": stored["config"] | {"global_px": 112}}, "5.pth")
+    coords.main(config(coords, "places", tile_px=120))
+    keys = config(features, **encoder | {"tile_px": 0})
+    features.main(keys | {"coords": "places"})
+    with h5py.File("out/a.h5") as h5:
+        found, xy, about = h5["features"][:], h5["coords"][:], dict(h5["features"].attrs)
+    assert (about["tile_px"], about["input_px"], about["mpp"]) == (120, 112, 0.5)
+    vit, slide = model.load_backbone("5.pth").eval(), wsi.Slide(path)
+    pixels = torch.tensor(np.stack([slide.read(x, y, 120, 0.5) for x, y in xy.tolist()])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = vit(torch.stack([eval_bach.resize(image, 112, 112) for image in pixels]) / 255 * 2 - 1)["cls"]
+    assert np.abs(found - expected.numpy()).max() < 0.02 and np.ptp(found, axis=0).max() > 0.05
+    features.main(keys | {"out": "grid"})  # its own tile size, where none is stated
+    with h5py.File("grid/a.h5") as h5:
+        assert h5["features"].attrs["tile_px"] == h5["features"].attrs["input_px"] == 112
 
 
 def test_a_killed_reader_costs_its_own_slide(encoder, monkeypatch):
