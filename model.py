@@ -12,6 +12,7 @@ L local crops per image. Batches are crop-major: crop 0 of every image, then cro
 import hashlib
 import math
 import os
+import pathlib
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -769,8 +770,13 @@ def read_header(path):
 
 
 def sha256_of(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    """Of a weight file; of a folder or of shards, of all files one after the other."""
+    from prepare import convert
+    digest = hashlib.sha256()
+    for file in convert.weight_files(pathlib.Path(path)):
+        with open(file, "rb") as f:
+            hashlib.file_digest(f, lambda: digest)  # continues it
+    return digest.hexdigest()
 
 
 def is_hugging_face(path):

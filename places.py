@@ -158,9 +158,11 @@ def embed_file(path, name, file, part, config, net, header, dev, others):
     arrays["mean_raw"] = means[0]
     arrays["mean_context"] = context.mean(0)
     stated = about[0] | {"hide": config["hide"]}
+    from prepare import coords as made
+    if len(context) < made.FEW:
+        made.say_few()
     if file.endswith(".h5"):
-        from prepare.coords import write_h5
-        write_h5(part, arrays, dict.fromkeys(arrays, {}) | {"features": stated})
+        made.write_h5(part, arrays, dict.fromkeys(arrays, {}) | {"features": stated})
     else:
         with open(part, "wb") as f:
             np.savez(f, **arrays, **stated)
@@ -217,7 +219,7 @@ def training_set(folders, names_file, window, dev, say):
     reads its share. A collective. Raises ValueError if no slide is left.
     """
     files = [files_of(folder) for folder in folders]
-    names = Path(names_file).read_text().splitlines() if names_file else sorted(files[0])
+    names = read_names(names_file, files[0], say) if names_file else sorted(files[0])
     slides, about = open_slides(files, names, window, say)
     if not slides:
         raise ValueError("features: no slide is left to train on")
@@ -233,9 +235,36 @@ def training_set(folders, names_file, window, dev, say):
     for slide, good in zip(slides, sound):
         if not good:
             say(f"left out: {slide.name}: features that are not finite")
-    if not any(sound):
+    slides = [slide for slide, good in zip(slides, sound) if good]
+    if not slides:
         raise ValueError("features: no slide is left to train on")
-    return [slide for slide, good in zip(slides, sound) if good], about, found[sound]
+    count = sum(len(slide.centres[0]) for slide in slides)
+    say(f"training on {len(slides)} of {len(files[0])} slides, {count} places")
+    return slides, about, found[sound]
+
+
+def read_names(path, known, say):
+    """
+    The `known` slides that a file lists, one per line: a name, or a path or file's name, which counts by its stem.
+    Other lines are said. Raises ValueError if no line is left, or if two are of one slide.
+    """
+    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    names, unknown = Counter(), []
+    for line in filter(None, map(str.strip, lines)):
+        name = line if line in known else Path(line).stem  # a name may have dots
+        if name in known:
+            names[name] += 1
+        else:
+            unknown.append(line)
+    if unknown:
+        some = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
+        say(f"left out: {len(unknown)} names in {path} that no features have: {some}")
+    if not names:
+        raise ValueError(f"train_slides={path}: no slide that has features is listed in it")
+    twice, times = names.most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"train_slides={path}: {twice} is listed twice; delete one of the lines")
+    return list(names)
 
 
 def open_slides(files, names, window, say):

@@ -6,6 +6,7 @@ Places of tiles: the grid over the tissue in TRIDENT's files; tiles.py and featu
 
 A rerun skips the slides whose file is there; prepare/slides.py says more.
 """
+import functools
 import io
 import os
 import sys
@@ -38,6 +39,15 @@ def grid(slide, config, mpp):
         least = f"{config['min_tissue']:.0%} of tissue"
         raise wsi.SlideError(f"no tile of {config['tile_px']} px at {mpp:g} um/px has {least}")
     return xy, tissue
+
+
+FEW = 4  # tiles of a slide: with fewer there is hardly a neighbourhood
+
+
+@functools.cache  # once in a run, or thousands of slides would say it
+def say_few():
+    print(f"a slide has fewer than {FEW} tiles: if it is not that small, mend mpp, tile_px or min_tissue of "
+          "prepare/features.py (said once; each slide's line has its number)", flush=True)
 
 
 def need_h5py():

@@ -105,8 +105,7 @@ def main(config):
         raise ValueError(f"input_px={config['input_px']}: no multiple of the patch, {backbone.arch.patch_size} px")
     mean_std = model.stored_norm(weights) if norm is None else model.norm_values(norm)
     about = {"weights": weights, "norm": mean_std, "input_px": config["input_px"], "feature": config["feature"]}
-    if os.path.isfile(weights):
-        about["weights_sha256"] = model.sha256_of(weights)
+    about["weights_sha256"] = model.sha256_of(weights)
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     done, features = embed_files(paths, backbone, mean_std, config, left_out)
     write(out, [os.path.relpath(path, image_dir) for path in done], features.numpy(), about)

@@ -28,7 +28,7 @@ from prepare.slides import open_slide, run, walk
 from prepare.tiles import check_damage
 
 # the keys of prepare/slides.py (slides, out, part, workers, ...) and these
-weights = ""        # the tile encoder's file
+weights = ""        # the tile encoder: a file or folder, of this project or any that docs/weights.md lists
 arch = ""           # of weights that do not say it; "" = found out
 norm = None         # "imagenet", "half", (mean, std); None = the weights' own, else imagenet
 mpp = 0.5           # um/px of the tiles
@@ -104,16 +104,16 @@ def write_features(path, name, file, part, config, encoder, about):
         with open(part, "wb") as f:
             np.savez(f, **arrays, **(about | attrs))
     os.replace(part, file)
+    if len(good) < places.FEW:
+        places.say_few()
     return f"{len(bad)} damaged ones left out of {len(xy)} tiles" if bad else ""
 
 
 def main(config):
     if not config["weights"]:
-        raise ValueError("weights: give the tile encoder's file, --weights=FILE")
+        raise ValueError("weights: give the tile encoder's file or folder, --weights=FILE")
     if config["coords"]:
         places.need_h5py()
-    if model.is_hugging_face(config["weights"]):
-        raise ValueError(f"weights={config['weights']}: make one file of it first, with prepare/convert.py")
     vit = model.load_backbone(config["weights"], config["arch"] or None).eval()
     patch, px = vit.arch.patch_size, model.read_header(config["weights"]).get("config", {}).get("global_px", 224)
     config["tile_px"] = config["tile_px"] or px
@@ -123,7 +123,7 @@ def main(config):
     norm = config["norm"]
     mean, std = model.stored_norm(config["weights"]) if norm is None else model.norm_values(norm)
     about = {"encoder": config["arch"] or Path(config["weights"]).stem, "patch_size": patch, "input_px": px,
-             "weights": os.path.basename(config["weights"]), "weights_sha256": sha256, "norm": (mean, std)}
+             "weights": Path(config["weights"]).name, "weights_sha256": sha256, "norm": (mean, std)}
     device = torch.device(config["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
     columns = [torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1) for values in (mean, std)]
     job = functools.partial(write_features, encoder=(vit.to(device), *columns, device), about=about)

@@ -23,12 +23,11 @@ from places import open_features
 slide = ""         # the slide's file
 features = ""      # its file in a folder of prepare/features.py
 context = ""       # its file in a folder of context.py --task=embed; "" = raw features alone
-x = 0              # level-0 px of the chosen place
-y = 0
-scores = ""        # csv of slide, x, y and a column of scores from 0 to 1, drawn instead of similarity
+x = 0              # centre of the chosen place in level-0 px, as in the places.csv of eval_slides.py; the nearest
+y = 0              # place counts, and one more than a tile away is refused
+scores = ""        # csv of slide, x, y (as above) and a column of scores from 0 to 1, drawn instead of similarity
 column = ""        # name of that column
 out = "heatmap.png"
-slide_mpp = 0.0    # um/px of level 0, overriding what the file says; 0 = believe the file
 
 PICTURE_PX = 1000  # about the longer side of the thumbnail
 
@@ -45,31 +44,52 @@ def read_scores(path, name, column):
     """(places (n, 2) in level-0 px, scores (n,)) of the slide `name` in a csv. Raises ValueError if there are none."""
     with open(path, newline="") as f:
         rows = [row for row in csv.DictReader(f) if row.get("slide") == name]
-    if not rows or column not in rows[0]:
-        raise ValueError(f"{path}: {len(rows)} places of {name}, and no column {column} or none of them; --column=?")
-    places = np.array([[row["x"], row["y"]] for row in rows], float)
-    return places, np.array([row[column] for row in rows], float)
+    if not rows:
+        raise ValueError(f"{path}: no place of slide {name} in it")
+    if column not in rows[0]:
+        raise ValueError(f"{path}: no column {column} among {', '.join(rows[0])}; --column=NAME")
+    try:
+        table = np.array([[row["x"], row["y"], row[column]] for row in rows], float)
+    except (KeyError, ValueError) as e:
+        raise ValueError(f"{path}: {name}: x, y and {column} must be there and numbers ({e})") from None
+    places, values = table[:, :2], table[:, 2]
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"{path}: {name}: {column} must lie between 0 and 1")
+    return places, values
+
+
+def nearest_place(centres, x, y, pitch, um):
+    """Index of the tile of centres (N, 2), in um, that is nearest to x, y in level-0 px. ValueError if a tile away."""
+    distance = np.hypot(*(centres - np.array([x, y]) * um).T)
+    index = int(distance.argmin())
+    if not distance[index] <= pitch:  # also where x is nan
+        near = np.rint(centres[index] / um)
+        raise ValueError(f"no place at x={x:g}, y={y:g}: the nearest has its centre at x={near[0]:.0f}, y={near[1]:.0f}"
+                         f" (level-0 px), {distance[index] / pitch:.1f} tiles away")
+    return index
 
 
 def panels_of(config, centres, um):
     """({title: (places (n, 2) in um, values (n,))}, the chosen place in um or None, label of the values)."""
-    raw, _, _ = open_features(config["features"])
+    raw, _, about = open_features(config["features"])
     if config["scores"]:
         where, values = read_scores(config["scores"], Path(config["features"]).stem, config["column"])
+        for x, y in where:
+            nearest_place(centres, x, y, about["pitch"], um)
         return {config["column"]: (where * um, values)}, None, "score"
-    place = np.array([config["x"], config["y"]]) * um
-    distance = np.linalg.norm(centres - place, axis=1)
-    chosen = int(distance.argmin())
+    chosen = nearest_place(centres, config["x"], config["y"], about["pitch"], um)
     panels = {"raw features": (centres, similarity(raw, chosen))}
     if config["context"]:
         own, _, _ = open_features(config["context"], "context")
-        if len(own) != len(raw):
-            raise ValueError(f"{config['context']}: {len(own)} places, not the {len(raw)} of the features")
+        read, where, _ = open_features(config["context"])
+        if not (np.array_equal(read, raw) and np.array_equal(where, centres)):
+            raise ValueError(f"{config['context']}: context of another slide or other features than "
+                             f"{config['features']}; give the file that context.py --task=embed made of that one")
         panels["features in context"] = (centres, similarity(own, chosen))
-    return panels, centres[chosen], "similarity"
+    return panels, centres[chosen], "similarity to the black square"
 
 
-def draw(thumbnail, extent, panels, chosen, label, side, out):
+def draw(thumbnail, extent, panels, chosen, label, side, out, title):
     """Write the picture: the thumbnail (h, w, 3) of extent (w, h) um, then each panel over it, and a scale bar."""
     import matplotlib
     matplotlib.use("Agg")
@@ -78,14 +98,15 @@ def draw(thumbnail, extent, panels, chosen, label, side, out):
     from matplotlib.patches import Rectangle
     width, height = extent
     count = len(panels) + 1
-    figure, axes = plt.subplots(1, count, figsize=(4.5 * count, 4.5 * height / width + 0.5), layout="constrained")
+    figure, axes = plt.subplots(1, count, figsize=(4.5 * count, 4.5 * height / width + 0.9), layout="constrained")
     low, high = (0, 1) if label == "score" else (-1, 1)
-    for axis, title in zip(axes, ("slide", *panels)):
-        axis.imshow(thumbnail, extent=(0, width, height, 0), alpha=1.0 if title == "slide" else 0.5)
-        if title in panels:
-            places, values = panels[title]
+    for axis, name in zip(axes, ("slide", *panels)):
+        grey = name in panels  # the stain's colours would mix with the map's
+        axis.imshow(thumbnail.mean(2) if grey else thumbnail, "gray", vmin=0, vmax=255, extent=(0, width, height, 0))
+        if name in panels:
+            places, values = panels[name]
             squares = [Rectangle(place - side / 2, side, side) for place in places]
-            drawn = PatchCollection(squares, cmap="viridis" if low == 0 else "coolwarm", alpha=0.75)
+            drawn = PatchCollection(squares, cmap="viridis" if low == 0 else "coolwarm", alpha=0.6, linewidth=0)
             drawn.set_array(values)
             drawn.set_clim(low, high)
             axis.add_collection(drawn)
@@ -93,10 +114,11 @@ def draw(thumbnail, extent, panels, chosen, label, side, out):
             corner = chosen - side / 2
             axis.add_patch(Rectangle(corner, side, side, fill=False, edgecolor="black", linewidth=2))
         scale_bar(axis, width, height)
-        axis.set_title(title)
+        axis.set_title(name)
         axis.set_axis_off()
-    figure.colorbar(drawn, ax=axes, label=label, shrink=0.8)
-    figure.savefig(out, dpi=110)
+    figure.suptitle(title)
+    figure.colorbar(drawn, ax=axes, label=label, shrink=0.8, pad=0.01)
+    figure.savefig(out, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -113,13 +135,20 @@ def main(config):
     if not config["slide"] or not config["features"]:
         raise ValueError("give --slide=FILE and --features=FILE")
     _, centres, about = open_features(config["features"])
-    with closing(wsi.Slide(config["slide"], config["slide_mpp"] or None)) as opened:
-        um = about.get("level0_mpp", opened.mpp)
-        extent = np.multiply(opened.dimensions, um)
-        thumbnail, _, _ = opened.thumbnail(max(extent.max() / PICTURE_PX, opened.mpp))
+    with closing(wsi.Slide(config["slide"], about.get("level0_mpp"))) as opened:
+        um, size = opened.mpp, opened.dimensions
+        stated = about.get("level0_width", size[0]), about.get("level0_height", size[1])
+        if stated != size or Path(config["slide"]).stem != Path(config["features"]).stem:
+            raise ValueError(f"{config['features']}: features of another slide than {config['slide']}")
+        thumbnail, _, cell = opened.thumbnail(um * max(max(size) / PICTURE_PX, 1))
     panels, chosen, label = panels_of(config, centres, um)
-    draw(thumbnail, extent, panels, chosen, label, about["side"], config["out"])
-    print(f"{config['out']}: {', '.join(panels)} of {len(centres)} places")
+    extent = np.multiply(thumbnail.shape[1::-1], cell) * um  # of what was read; levels may end before the slide does
+    name, text = Path(config["slide"]).name, f"{len(centres)} places"
+    if chosen is not None:
+        x, y = np.rint(chosen / um)
+        text += f"; the black square has its centre at x={x:.0f}, y={y:.0f}"
+    draw(thumbnail, extent, panels, chosen, label, about["side"], config["out"], f"{name}: {text}")
+    print(f"{config['out']}: {', '.join(panels)} of {text}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 import functools
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -19,6 +20,7 @@ import model
 import places
 import sharding
 from configurator import configure
+from prepare import coords
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(window=36, mask_block=(4, 9), width=32, depth=2, heads=2, registers=2, periods=(4.0, 32.0), batch_size=8,
@@ -500,9 +502,11 @@ def test_bad_slides_are_left_out_one_line_each(tmp_path, monkeypatch, capsys):
     for line in lines:
         assert expected[line.split(":")[1].strip().removeprefix("T_")] in line
     (tmp_path / "U_large.npz").unlink()
+    coords.say_few.cache_clear()
     with pytest.raises(SystemExit, match="18 of 21 slides failed"):
         run(monkeypatch, task="embed", features=tmp_path, weights=tmp_path / "run/1.pth", out=tmp_path / "out")
     assert sorted(path.stem for path in (tmp_path / "out").glob("[ST]*")) == ["S0", "S1", "T_one"]
+    assert capsys.readouterr().out.count("a slide has fewer than 4 tiles") == 1
 
 
 def test_a_resumed_run_keeps_its_slides(folder, tmp_path, monkeypatch):
@@ -521,11 +525,32 @@ def test_a_resumed_run_keeps_its_slides(folder, tmp_path, monkeypatch):
         run(monkeypatch, **keys, mask_block="(5,4)")
 
 
-def test_what_users_state_wrongly_ends_in_one_line(folder, tmp_path, monkeypatch):
-    (tmp_path / "names.txt").write_text("S1\nnobody\n")
+@pytest.mark.parametrize("text, expected, said", [
+    ("S1.svs\n/data/x/S0.ndpi\n\n S2 \r\n", ["S1", "S0", "S2"], ""),
+    ("\ufeffT.A1\nT.B2.svs\n", ["T.A1", "T.B2"], ""),  # a name may have dots
+    ("nobody\nS1\nS7.svs\n", ["S1"], "left out: 2 names in .* that no features have: nobody, S7.svs$"),
+    ("\n".join("abcdefg") + "\nS2", ["S2"], "left out: 7 names .* have: a, b, c, d, e, ...$"),
+    ("", None, "train_slides=.*names.txt: no slide that has features is listed in it"),
+    ("S9\n", None, "no slide that has features"),
+    ("S1\nS2\nS1.svs\n", None, "train_slides=.*names.txt: S1 is listed twice; delete one of the lines"),
+])
+def test_training_slides_are_named_by_name_file_or_path(tmp_path, text, expected, said):
+    (tmp_path / "names.txt").write_text(text, encoding="utf-8")
+    known, lines = dict.fromkeys(["S0", "S1", "S2", "T.A1", "T.B2"]), []
+    if expected is None:
+        with pytest.raises(ValueError, match=said):
+            places.read_names(tmp_path / "names.txt", known, lines.append)
+    else:
+        assert places.read_names(tmp_path / "names.txt", known, lines.append) == expected
+        assert re.search(said, "".join(lines)) and len(lines) == bool(said)
+
+
+def test_what_users_state_wrongly_ends_in_one_line(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "names.txt").write_text("S1.svs\nnobody\n")
     good = dict(features=folder, out_dir=tmp_path / "run", max_steps=1)
     found = run(monkeypatch, **good, train_slides=tmp_path / "names.txt")
     assert [slide.name for slide in found["slides"]] == ["S1"]
+    assert "training on 1 of 6 slides, 256 places" in capsys.readouterr().out.splitlines()
     torch.save({"teacher": {}}, tmp_path / "tile.pth")
     (tmp_path / "links").mkdir()
     (tmp_path / "links/a.npz").symlink_to("nowhere")

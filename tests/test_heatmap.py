@@ -8,19 +8,19 @@ from PIL import Image
 from prepare import heatmap
 from prepare.toy import write_tiff
 
-CONFIG = dict(slide="", features="", context="", x=0, y=0, scores="", column="", out="", slide_mpp=0.0)
+FEATURES = np.ones((12, 2), np.float16)
+COORDS = np.stack(np.meshgrid(np.arange(3), np.arange(4)), -1).reshape(-1, 2) * 40
+CONFIG = dict(slide="", features="", context="", x=0, y=0, scores="", column="", out="")
 
 
 @pytest.fixture
 def world(tmp_path):
     """A slide of 3 x 4 places whose left column has one feature and whose others have another, and its context."""
     write_tiff(tmp_path / "a.svs", Image.new("RGB", (120, 160), (220, 150, 190)), 0.5)
-    x, y = np.meshgrid(np.arange(3), np.arange(4))
-    coords = np.stack([x, y], -1).reshape(-1, 2) * 40
-    features = np.where(coords[:, :1] == 0, [1.0, 0.0], [0.0, 1.0]).astype(np.float16)
+    features = np.where(COORDS[:, :1] == 0, [1.0, 0.0], [0.0, 1.0]).astype(np.float16)
     about = dict(mpp=0.5, tile_px=40, patch_size_level0=40, level0_mpp=0.5)
-    np.savez(tmp_path / "a.npz", features=features, coords=coords, **about)
-    np.savez(tmp_path / "c.npz", features=features, coords=coords, context=features[:, ::-1].copy(), **about)
+    np.savez(tmp_path / "a.npz", features=features, coords=COORDS, **about)
+    np.savez(tmp_path / "c.npz", features=features, coords=COORDS, context=features[:, ::-1].copy(), **about)
     with open(tmp_path / "scores.csv", "w", newline="") as f:
         csv.writer(f).writerows([("slide", "x", "y", "tumor"), ("a", 20, 20, 0.9), ("b", 20, 20, 0.1)])
     keys = dict(slide=tmp_path / "a.svs", features=tmp_path / "a.npz", out=tmp_path / "out.png")
@@ -59,3 +59,41 @@ def test_the_chosen_place_is_the_nearest_and_scores_are_this_slides(world):
         heatmap.panels_of(scores | {"column": "lung"}, centres, 0.5)
     with pytest.raises(ValueError, match="give --slide"):
         heatmap.main(CONFIG)
+
+
+def changed(folder, source, to, **arrays):
+    """A copy of a file of features, with other arrays; its path."""
+    with np.load(folder / source) as found:
+        np.savez(folder / to, **{**found, **arrays})
+    return str(folder / to)
+
+
+def write_scores(folder, *rows):
+    with open(folder / "own.csv", "w", newline="") as f:
+        csv.writer(f).writerows([("slide", "x", "y", "tumor"), *rows])
+    return {"scores": str(folder / "own.csv"), "column": "tumor"}
+
+
+@pytest.mark.parametrize("text, keys", {
+    "c.npz: context of another slide or other": lambda d: {"context": changed(d, "c.npz", "c.npz", features=FEATURES)},
+    "c.npz: context of another slide": lambda d: {"context": changed(d, "c.npz", "c.npz", coords=COORDS + 40)},
+    "a.npz: features of another slide than .*b.svs": lambda d: {"slide": str((d / "a.svs").rename(d / "b.svs"))},
+    "a.npz: features of another slide than .*a.svs": lambda d: {"features": changed(d, "a.npz", "a.npz",
+                                                                                    level0_width=121)},
+    "no place at x=900, y=60: the nearest has its centre at x=100, y=60 .* 20.0 tiles away": lambda d: {"x": 900},
+    "no place at x=500, y=20: .* x=100, y=20": lambda d: write_scores(d, ("a", 20, 20, 1), ("a", 500, 20, 0)),
+    "own.csv: no place of slide a": lambda d: write_scores(d, ("a.svs", 20, 20, 1)),
+    "own.csv: a: x, y and tumor must be there and numbers": lambda d: write_scores(d, ("a", "", "", 1)),
+    "own.csv: a: tumor must lie between 0 and 1": lambda d: write_scores(d, ("a", 20, 20, 1.5)),
+}.items())
+def test_what_does_not_belong_to_the_slide_is_refused(world, text, keys):
+    config, folder = world
+    with pytest.raises(ValueError, match=text):
+        heatmap.main(config | {"y": 60} | keys(folder))
+
+
+@pytest.mark.parametrize("x, place", [(0, 20), (59, 60), (135, 100)])
+def test_the_chosen_place_may_lie_a_tile_off_and_is_printed(world, capsys, x, place):
+    pytest.importorskip("matplotlib")
+    heatmap.main(world[0] | {"x": x, "y": 60})
+    assert f"of 12 places; the black square has its centre at x={place}, y=60" in capsys.readouterr().out

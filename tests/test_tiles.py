@@ -1,5 +1,6 @@
 """Tiles, coordinates and features: what is written, that nothing damaged is, and that a rerun ends what was stopped."""
 import csv
+import hashlib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ import eval_bach
 import model
 import wsi
 from configurator import configure
+from places import open_features
 from prepare import coords, features, slides, tiles, toy
 
 ROOT = Path(__file__).parents[1]
@@ -477,6 +479,25 @@ def test_features_are_the_encoders_of_the_grid_in_its_order(encoder, monkeypatch
     features.main(keys | {"coords": "out", "out": "again"})  # from the places of a features file
     with h5py.File("again/a.b.h5") as h5:
         assert np.array_equal(h5["coords"][:], xy) and np.abs(h5["features"][:] - found).max() < 0.01
+
+
+def test_features_of_a_folder_and_of_a_safetensors_file_are_the_pths_and_few_tiles_are_said_once(encoder, capsys):
+    st = pytest.importorskip("safetensors.torch")
+    for name in "ab":
+        write(f"{name}.tif", size=(512, 384))
+    os.mkdir("hf")
+    st.save_file(model.load_backbone("5.pth").state_dict(), "hf/model.safetensors")
+    Path("hf/preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    coords.say_few.cache_clear()
+    found = {}
+    for i, weights in enumerate(("5.pth", "hf/", "hf/model.safetensors")):
+        features.main(config(features, f"out{i}", **encoder | {"weights": weights, "arch": "toy", "mpp": 1.5}))
+        x, _, about = open_features(next(str(p) for p in Path(f"out{i}").iterdir() if p.stem == "a"))
+        found[about["weights"]] = about["weights_sha256"], np.array(x)
+    assert capsys.readouterr().out.count("a slide has fewer than 4 tiles") == 1
+    (_, x), (sha256, y), (same, z) = (found[name] for name in ("5.pth", "hf", "model.safetensors"))
+    assert np.array_equal(x, y) and np.array_equal(y, z) and len(x) == 2
+    assert sha256 == same == hashlib.sha256(Path("hf/model.safetensors").read_bytes()).hexdigest()
 
 
 def test_tiles_that_do_not_divide_into_patches_are_resized_to_the_encoders_input_and_it_is_said(encoder):
