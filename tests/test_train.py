@@ -53,9 +53,12 @@ def rows(folder, file="metrics.jsonl"):
     return [json.loads(line) for line in open(f"{folder}/{file}")]
 
 
+MEASURED = ("images_per_s", "data_wait", "host_gb")  # of the machine, not of the training
+
+
 def timeless(folder, *more):
-    """The rows of metrics.jsonl without what depends on the clock, and without other keys that are named."""
-    return [{k: v for k, v in row.items() if k not in ("images_per_s", "data_wait", *more)} for row in rows(folder)]
+    """The rows of metrics.jsonl without what is measured of the machine, and without other keys that are named."""
+    return [{k: v for k, v in row.items() if k not in (*MEASURED, *more)} for row in rows(folder)]
 
 
 def weights(run):
@@ -477,7 +480,7 @@ def poison(patch):
 
 def same_but_for_bach(good, bad):
     """Rows of metrics.jsonl of an evaluated and of a poisoned run: the second has errors where the first has points."""
-    untimed = ("images_per_s", "data_wait", "mean_cosine", "effective_rank", "plateau", "clean", "knn")
+    untimed = (*MEASURED, "mean_cosine", "effective_rank", "plateau", "clean", "knn")
     a, b = ([{k: v for k, v in r.items() if k not in untimed and "bach" not in k} for r in x] for x in (good, bad))
     assert a == b and len(good) == 4
     for i, error in ((0, "ValueError: features of 400 of 400"), (2, "RuntimeError: no memory"), (3, "TypeError: ")):
