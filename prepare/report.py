@@ -33,7 +33,7 @@ BLURRED = 50        # sharpness below which it is called blurred, as in hs2p. of
                     # Gaussian of sigma 2 um leaves 50 to 160, one of 5 um 4 to 8
 PICTURE_PX = 1600   # about the longer side of a slide in a picture
 LINE = 44           # px of a line of text in a picture
-LINES, SHADE = (190, 70, 0), (255, 150, 0, 45)  # a picture's tiles: edge, inside
+LINES, SHADE = (190, 70, 0), (255, 150, 0, 35)  # a picture's tiles: edge, inside
 HATCHES = {"pen": (1, 1), "black": (1, -1), "damaged": (0, 1)}  # x and y across the stripes, which are black and white
 SCANNER_KEYS = ("aperio.ScanScope ID", "hamamatsu.Product", "leica.device-model", "tiff.Model")
 COLUMNS = """slide name patient vendor scanner width height mpp_x mpp_y mpp_source objective_power level_factors
@@ -165,7 +165,7 @@ def draw(slide, grids, found, found_cell, text, config):
     swatches = [Image.new("RGB", (56, 28), "white") for _ in range(1 + len(found))]
     shade(swatches[0], 0, 0, 55, 27)
     legend = {bar_text: Image.new("RGB", (round(bar / um), 8)), "edge of the tissue mask": Image.new("RGB", (56, 4)),
-              f"would be cut: {config['min_tissue']:.0%} or more of it is tissue": swatches[0]}
+              f"would be cut: {config['min_tissue']:.0%} or more is tissue, and half lies inside": swatches[0]}
     for (name, mask), swatch in zip(found.items(), swatches[1:]):
         hatch(plain, enlarged(mask, found_cell * um_xy / um, plain.size), *HATCHES[name])
         hatch(swatch, Image.new("L", swatch.size, 255), *HATCHES[name])
