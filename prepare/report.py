@@ -4,8 +4,8 @@ What to know of slides before using them: their scale, tissue and scan defects, 
     python prepare/report.py --slides='data/TCGA/**/*.svs' --out=out/report    # report.csv, a row per slide; a summary
     python prepare/report.py ... --pictures=true                               # and NAME.png of what would be cut
 
-A picture shows the slide once per um/px asked for: the tiles shaded in orange, the tissue's edge in black, pen, black and
-damage hatched, a legend and a scale bar. No pen has these colours, and hatches need none. A slide that cannot be read, or
+A picture shows the slide once per um/px: tiles shaded in orange, the edge of tissue in black, a legend, a scale bar. Pen,
+black areas and damage are hatched, so that no colour of a pen can be taken for ours. A slide that cannot be read, or
 whose process dies, has a row as well, with the reason and whatever could be learnt.
 """
 import math

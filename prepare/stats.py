@@ -4,10 +4,10 @@ A source's tiles in numbers: mean and std of their colours, to paste as `norm`, 
     python prepare/stats.py config/vitg.py --shards=data/tiles --samples=2000
     python prepare/stats.py config/toy.py --against='--shards=data/tiles' --picture=compare.png   # two, side by side
 
-It takes the keys and config files of train.py. Each tile is read at most once, so a source with fewer than `samples`
-has fewer. Tiles of one patient are alike, so the 95 % intervals of the colours come from a bootstrap over patients; with
-fewer than about 20 patients they are too narrow. A patient is what groups.csv (file,patient) in the folder of `tiles`
-says, else what `patient` finds in the name. The last line is the result as JSON.
+It takes the keys and config files of train.py. Each tile of a source is read at most once, also if `samples` is more.
+Tiles of one patient are alike, so the 95 % intervals of the colours come from a bootstrap over patients; with fewer
+than about 20 patients they are too narrow. A patient is what groups.csv (file,patient) in the folder of `tiles` says,
+else what `patient` finds in the name. The last line is the result as JSON.
 """
 import contextlib
 import io

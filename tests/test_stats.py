@@ -36,7 +36,7 @@ def test_stats_are_numpys_over_all_pixels_and_can_be_pasted(capsys):
     tiles = [(rng.integers(0, 256, (8 + i, 8, 3), np.uint8), f"{name}{i % 4}", 0, 0, 0.5)
              for i, name in enumerate(["s"] * 8 + ["TCGA-AB-1234-"] * 4)]
     tiles.append((OSError("damaged"), "s0", 0, 0, 0.5))
-    result, _, _ = stats.tile_stats(Fake(tiles), KEYS | {"samples": 20})  # it has 13
+    result, _, _ = stats.tile_stats(Fake(tiles), KEYS | {"samples": 20})  # the source has 13
     stats.show(result)
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == result
@@ -156,9 +156,9 @@ def test_the_script_takes_train_pys_keys_and_configs_and_says_what_is_missing(sc
     found = json.loads(script("prepare/stats.py", config, "--samples=6").splitlines()[-1])
     assert found["mean"] == pytest.approx([200 / 255, 125 / 255, 150 / 255])
     against = f"--tiles={tmp_path} --norm=((0.5,0.5,0.5),(0.5,0.5,0.5))"
-    picture = tmp_path / "picture.png"
-    lines = script("prepare/stats.py", config, "--samples=6", f"--against={against}", f"--picture={picture}").splitlines()
-    assert Image.open(picture).width == 1950
+    flags = "--samples=6", f"--against={against}", f"--picture={tmp_path}.png"
+    lines = script("prepare/stats.py", config, *flags).splitlines()
+    assert Image.open(f"{tmp_path}.png").width == 1950
     assert any(line.startswith(f"{tmp_path} by {config}: ") for line in lines)
     assert any(line.startswith(f"{tmp_path} by {against}: ") for line in lines)
     for flag, message in (("--samples=1", "set exactly one of slides"), ("--tile=x", "did you mean 'tiles'")):
