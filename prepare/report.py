@@ -4,7 +4,7 @@ What to know of slides before using them: their scale, tissue and scan defects, 
     python prepare/report.py --slides='data/TCGA/**/*.svs' --out=out/report    # report.csv, a row per slide; a summary
     python prepare/report.py ... --pictures=true                               # and NAME.png of what would be cut
 
-A picture shows the slide once per um/px: tiles shaded in orange, the edge of tissue in black, a legend, a scale bar. Pen,
+A picture shows the slide once per um/px: tiles shaded in orange, tissue's edge in black, a legend, a scale bar. Pen,
 black areas and damage are hatched, so that no colour of a pen can be taken for ours. A slide that cannot be read, or
 whose process dies, has a row as well, with the reason and whatever could be learnt.
 """
