@@ -3,7 +3,8 @@ Batches: the order of samples, crops, masks and colour. sources.py says where ti
 
 Order. With a global batch of B, sample n of a run is image n % B of step n // B, on whichever rank holds that image.
 Its tile, crops and colours depend on (seed, n) alone. A batch is therefore a pure function of (seed, step, rank,
-world), and the position of a run is one number: the samples consumed so far.
+world), and the position of a run is one number: the samples consumed so far. Each operation has random numbers of its
+own, by its name, so a new augmentation that is off leaves every bit of a run as it was.
 
 Cost. Few cores have to feed a GPU. A worker therefore only decodes tiles, cuts crops as uint8 and draws the parameters
 of colour and blur; `augment` applies them to whole batches on the training device. Both together take about 2 ms per
@@ -12,7 +13,7 @@ tissue mask: about 1 s for a large slide, or 2 ms from `mask_dir`.
 """
 import atexit
 import functools
-import itertools
+import hashlib
 import multiprocessing
 import signal
 
@@ -45,8 +46,9 @@ def check(config):
     if not (config["mpps"] or config["mpp_range"]):
         raise ValueError("mpps = (): give um/px, such as (0.5, 1.0), or mpp_range")
     for key in ("global_scale", "local_scale", "mask_ratio", "mpp_range", "wide_field"):
-        if config[key] and (len(config[key]) != 2 or config[key][0] > config[key][1]):
-            raise ValueError(f"{key} = {config[key]}: give two numbers, the smaller one first")
+        pair = config[key]
+        if pair and (len(pair) != 2 or pair[0] > pair[1]):
+            raise ValueError(f"{key} = {pair}: give two numbers, the smaller one first")
     for key, value in config.items():
         least = 1 if key in COUNTS else 0  # a negative clip_grad would climb the loss
         if isinstance(value, (int, float)) and value < least:
@@ -103,16 +105,18 @@ class Batches(torch.utils.data.Dataset):
         config = self.config
         batch = {"bad": [], "left_out": []}
         numbers = sample_numbers(step, self.rank, self.world, config["batch_size"], self.offset)
-        images = [self.image(n, batch) for n in numbers]
-        if None in images:
+        images = {n: self.image(n, batch) for n in numbers}
+        if None in images.values():
             return batch
-        flat = list(itertools.chain(*zip(*images)))  # crop-major (crop, colour) pairs
-        n_global = 2 * len(images)
-        batch["global_crops"], batch["global_colour"] = default_collate(flat[:n_global])
-        if config["local_crops"]:
-            batch["local_crops"], batch["local_colour"] = default_collate(flat[n_global:])
+        for kind, views in ("global", range(2)), ("local", range(2, 2 + config["local_crops"])):
+            rows = [(n, view) for view in views for n in numbers]  # crop-major
+            if rows:
+                draw = functools.partial(self.draw, rows)
+                blur = torch.tensor([config["blur_prob"][min(view, 2)] for _, view in rows])
+                batch[f"{kind}_crops"] = default_collate([images[n][view] for n, view in rows])
+                batch[f"{kind}_colour"] = colour_parameters(draw, config, blur)
         rng = np.random.default_rng((config["seed"], step, self.rank, 1))
-        masks = block_masks(rng, n_global, self.grid, config["mask_prob"], config["mask_ratio"])
+        masks = block_masks(rng, 2 * len(images), self.grid, config["mask_prob"], config["mask_ratio"])
         batch["masks"] = masks = torch.from_numpy(masks)
         batch["masked"] = masks.flatten().nonzero()[:, 0]
         counts = masks.sum(1)
@@ -120,7 +124,7 @@ class Batches(torch.utils.data.Dataset):
         return batch
 
     def image(self, n, batch):
-        """Sample n as (crop, colour) pairs: the two global crops, then the local ones. None if no tile was found."""
+        """The crops of sample n: the two global ones, then the local ones. None if no tile was found."""
         config = self.config
         tile, about = self.tile(n, batch)
         if tile is None:
@@ -129,14 +133,26 @@ class Batches(torch.utils.data.Dataset):
         tiles = [pixels] * (2 + config["local_crops"])  # that views are cut from
         if "wide" in about:  # wide_field: the second global crop is cut from more of the slide
             tiles[1] = as_tensor(about["wide"])
-        first, second, local = config["blur_prob"]
-        views = [("global", first), ("global", second)] + [("local", local)] * config["local_crops"]
-        rng = np.random.default_rng((config["seed"], n, ATTEMPTS))
         crops = []
-        for (kind, _), own in zip(views, tiles):
-            crops.append(crop_and_flip(own, rng, config[f"{kind}_scale"], config[f"{kind}_px"]))
-        colours = [colour_parameters(rng, config, blur) for _, blur in views]
-        return list(zip(crops, colours))
+        draws = self.draw([(n, view) for view in range(len(tiles))], "crop", CROP_DRAWS)
+        for view, own in enumerate(draws.tolist()):
+            kind = "global" if view < 2 else "local"
+            scale, px = config[f"{kind}_scale"], config[f"{kind}_px"]
+            crops.append(crop_and_flip(tiles[view], iter(own), scale, px))
+        return crops
+
+    def draw(self, crops, name, count):
+        """
+        float32 (crops, count): the uniform numbers in [0, 1) of operation `name` for crops (sample, view). They are a
+        hash of seed, crop and name, so no other crop or operation changes them. It takes 1 us per crop; making a numpy
+        generator takes 9.
+        """
+        stream = b""
+        for crop in crops:
+            key = str((self.config["seed"], crop, name)).encode()
+            stream += hashlib.shake_128(key).digest(4 * count)
+        bits = np.frombuffer(stream, "<u4").reshape(-1, count) >> 8  # 24 are exact in float32, and never round to 1
+        return torch.from_numpy(bits / 2**24).float()
 
     def tile(self, n, batch):
         """What the source reads for sample n; (None, {}) after ATTEMPTS draws. The batch holds why others failed."""
@@ -182,13 +198,19 @@ def ignore_signals(worker):
 # ---- crops, colours and masks, in the worker ------------------------------------------------------------------------
 
 
-def crop_and_flip(pixels, rng, scale, px):
-    """uint8 (1, 3, H, W) -> (3, px, px): random area and aspect ratio, antialiased bicubic, flipped with p = 0.5."""
+CROP_DRAWS = 2 * 10 + 3  # ten tries of area and aspect ratio, place, flip
+
+
+def crop_and_flip(pixels, draws, scale, px):
+    """
+    uint8 (1, 3, H, W) -> (3, px, px): random area and aspect ratio, antialiased bicubic, flipped with p = 0.5.
+    draws: an iterator of CROP_DRAWS uniform numbers.
+    """
     H, W = pixels.shape[2:]
     low, high = scale
     for _ in range(10):
-        area = H * W * (low + (high - low) * rng.random())
-        ratio = (4 / 3) ** (2 * rng.random() - 1)  # log-uniform from 3/4 to 4/3
+        area = H * W * (low + (high - low) * next(draws))
+        ratio = (4 / 3) ** (2 * next(draws) - 1)  # log-uniform from 3/4 to 4/3
         h = round((area / ratio) ** 0.5)
         w = round((area * ratio) ** 0.5)
         if 0 < h <= H and 0 < w <= W:
@@ -196,40 +218,39 @@ def crop_and_flip(pixels, rng, scale, px):
     else:  # a very long tile: the largest crop of an allowed aspect
         h = min(H, round(W * 4 / 3))
         w = min(W, round(H * 4 / 3))
-    top = rng.integers(H - h + 1)
-    left = rng.integers(W - w + 1)
+    top = int(next(draws) * (H - h + 1))
+    left = int(next(draws) * (W - w + 1))
     crop = pixels[:, :, top : top + h, left : left + w]
     crop = F.interpolate(crop, (px, px), mode="bicubic", antialias=True)[0]
-    if rng.random() < 0.5:
+    if next(draws) < 0.5:
         crop = crop.flip(-1)
     return crop.contiguous()
 
 
-ORDERS = list(itertools.permutations(range(4)))  # of the jitters: 0 brightness, 1 contrast, 2 saturation, 3 hue
-
-
-def colour_parameters(rng, config, blur_prob):
+def colour_parameters(draw, config, blur_prob):
     """
-    The random colours of one crop, as tensors; `augment` takes them stacked over crops.
+    The random colours of crops, as tensors with a row per crop; `augment` takes them. draw(name, count) returns
+    (crops, count) uniform numbers. Each operation draws once, by a name of its own.
 
     hed and gray say whether the crop gets them. hed_shift (3) is in nats of optical density. order (4) lists the
-    jitters as they follow each other, or -1 for none; jitter (4) holds three factors, and the hue as a share of the
-    circle. blur is a sigma in pixels, or 0 for none: blur_prob is the share of crops that are blurred.
+    jitters as they follow each other, or -1 for none: 0 brightness, 1 contrast, 2 saturation, 3 hue. jitter (4) holds
+    three factors, and the hue as a share of the circle. blur is a sigma in pixels, or 0 for none: blur_prob is the
+    share of crops that are blurred, of all or of each.
     """
-    hed, jitter, gray, blur = rng.random(4)
-    factors = [1, 1, 1, 0] + (2 * rng.random(4) - 1) * config["jitter"]
-    order = (-1, -1, -1, -1)
-    if jitter < config["jitter_prob"]:
-        order = ORDERS[rng.integers(len(ORDERS))]
-    sigma = 0.1 + 1.9 * rng.random()
-    shift = (2 * rng.random(3) - 1) * config["hed_nats"]
+    hed = draw("hed", 4)
+    jitter = draw("jitter", 9)
+    blur = draw("blur", 2)
+    order = jitter[:, 5:].argsort(1)
+    order[jitter[:, 0] >= config["jitter_prob"]] = -1
+    factors = torch.tensor([1, 1, 1, 0]) + (2 * jitter[:, 1:5] - 1) * torch.tensor(config["jitter"])
+    sigma = 0.1 + 1.9 * blur[:, 1]
     return {
-        "hed": torch.tensor(hed < config["hed_prob"]),
-        "hed_shift": torch.from_numpy(shift).float(),
-        "order": torch.tensor(order),
-        "jitter": torch.from_numpy(factors).float(),
-        "gray": torch.tensor(gray < config["gray_prob"]),
-        "blur": torch.tensor(sigma if blur < blur_prob else 0.0),
+        "hed": hed[:, 0] < config["hed_prob"],
+        "hed_shift": (2 * hed[:, 1:] - 1) * config["hed_nats"],
+        "order": order,
+        "jitter": factors,
+        "gray": draw("gray", 1)[:, 0] < config["gray_prob"],
+        "blur": torch.where(blur[:, 0] < blur_prob, sigma, 0),
     }
 
 
@@ -299,7 +320,7 @@ UNIT = 13.815510557964274  # -log(1e-6): nats of optical density in one stain un
 
 
 def augment(crops, colour, config, device):
-    """uint8 (n, 3, S, S) and stacked `colour_parameters`, both on the CPU -> normalised float32 on `device`."""
+    """uint8 (n, 3, S, S) and their `colour_parameters`, both on the CPU -> normalised float32 on `device`."""
     x = crops.to(device, non_blocking=True).float().div_(255)
     stain = functools.partial(hed_shift, form=config["hed"])
     change(x, colour["hed"], stain, colour["hed_shift"])

@@ -48,8 +48,10 @@ def equal(a, b):
 
 
 def drawn(rng, config, blur, count):
-    """The stacked colour parameters of several crops."""
-    return default_collate([data.colour_parameters(rng, config, blur) for _ in range(count)])
+    """The colour parameters of several crops."""
+    def draw(name, numbers):
+        return torch.from_numpy(rng.random((count, numbers), np.float32))
+    return data.colour_parameters(draw, config, blur)
 
 
 # ---- order ----------------------------------------------------------------------------------------------------------
@@ -115,6 +117,39 @@ def test_a_sample_that_cannot_be_replaced_ends_the_batch():
     assert "global_crops" not in batch and set(batch["bad"]) == {"every slide is damaged"}
 
 
+def entries(**changes):
+    """The crops, colours and masks of a batch, by name."""
+    batch = batches(**changes)[0]
+    colours = {f"{kind}_{name}": x for kind in ("global", "local") for name, x in batch[f"{kind}_colour"].items()}
+    return colours | {key: batch[key] for key in ("global_crops", "local_crops", "masks")}
+
+
+@pytest.mark.parametrize("changes, moved", [
+    (dict(global_scale=(0.9, 1.0)), "global_crops"), (dict(hed_prob=1.0), "_hed"), (dict(jitter_prob=0.0), "_order"),
+    (dict(blur_prob=(1.0, 1.0, 1.0)), "_blur")])
+def test_what_one_operation_draws_moves_no_other(changes, moved):
+    """The bug: one stream for all, where a draw more or less changed every later crop's colours."""
+    plain, changed = entries(), entries(**changes)
+    different = [key for key in plain if not torch.equal(plain[key], changed[key])]
+    assert different == [key for key in plain if key.endswith(moved)]
+
+
+def test_crops_that_are_added_move_no_others():
+    plain, more = entries(local_crops=3), entries(local_crops=5)
+    assert all(torch.equal(plain[key], more[key][: len(plain[key])]) for key in plain)
+
+
+def test_numbers_drawn_are_uniform_and_independent():
+    crops = [(n, view) for n in range(100) for view in range(5)]
+    draws = [batches(seed=seed).draw(crops, name, 4).numpy() for seed in (0, 1) for name in ("hed", "blur")]
+    for own in draws:
+        assert 0 <= own.min() < 0.01 and 0.99 < own.max() < 1 and abs(own.mean() - 0.5) < 0.03
+        assert len({*own.flat}) > 1990
+    between = np.corrcoef(np.concatenate(draws, 1).T) - np.eye(16)
+    assert abs(between).max() < 0.2, "neither columns, names nor seeds resemble each other"
+    assert abs(np.corrcoef(draws[0][1:].ravel(), draws[0][:-1].ravel())[0, 1]) < 0.1, "nor do neighbouring crops"
+
+
 # ---- crops and masks ------------------------------------------------------------------------------------------------
 
 def test_crops_cover_the_stated_area_and_aspect():
@@ -122,14 +157,15 @@ def test_crops_cover_the_stated_area_and_aspect():
     ramp = torch.arange(224).repeat(224, 1)
     pixels = torch.stack([ramp, ramp.T, ramp]).to(torch.uint8)[None]  # x in red, y in green
     for _ in range(300):
-        crop = data.crop_and_flip(pixels, rng, (0.32, 1.0), 56).float()
+        crop = data.crop_and_flip(pixels, iter(rng.random(data.CROP_DRAWS)), (0.32, 1.0), 56).float()
         w, h = (crop[i].max() - crop[i].min() + 2 for i in (0, 1))
         marks.append((w * h / 224**2, w / h, float(crop[0, 0, 0] > crop[0, 0, -1])))
     area, aspect, flipped = np.array(marks, float).T
     assert 0.28 < area.min() < 0.36 and 0.9 < area.max() < 1.05 and 0.7 < aspect.min() and aspect.max() < 1.42
     assert np.log(aspect).std() > 0.1 and np.log(aspect).min() < -0.2 and np.log(aspect).max() > 0.2
     assert abs(flipped.mean() - 0.5) < 0.1
-    assert data.crop_and_flip(pixels[:, :, :20], rng, (0.9, 1.0), 56).shape == (3, 56, 56)  # a very long tile
+    draws = iter(rng.random(data.CROP_DRAWS))
+    assert data.crop_and_flip(pixels[:, :, :20], draws, (0.9, 1.0), 56).shape == (3, 56, 56)  # a very long tile
 
 
 def test_crops_are_antialiased_like_pillow():
@@ -141,7 +177,7 @@ def test_crops_are_antialiased_like_pillow():
     pillow = np.asarray(Image.fromarray(image).resize((56, 56), Image.BICUBIC))
     assert np.abs(ours.numpy().astype(int) - pillow).mean() < 0.1
     checkers = torch.from_numpy(np.indices((224, 224)).sum(0) % 2 * 255).to(torch.uint8).expand(1, 3, -1, -1)
-    crop = data.crop_and_flip(checkers, rng, (0.9, 1.0), 28).float()
+    crop = data.crop_and_flip(checkers, iter(rng.random(data.CROP_DRAWS)), (0.9, 1.0), 28).float()
     assert (crop - 127.5).abs().mean() < 10, "finer detail than a pixel averages out instead of aliasing"
 
 
@@ -287,8 +323,9 @@ def test_augment_of_a_batch_equals_a_plain_float64_reference_of_each_crop(form):
     crops = torch.from_numpy(rng.integers(0, 256, (24, 3, 12, 12), dtype=np.uint8))
     crops[:, :, :2, :8] = torch.tensor(list(itertools.product((0, 255), repeat=3)), dtype=torch.uint8).T[:, None]
     crops[:, :, 2, :8] = torch.arange(0, 256, 32, dtype=torch.uint8)  # the cube's corners, and grays
-    draws = [data.colour_parameters(rng, config, 0.5) for _ in crops]
-    for got, crop, draw in zip(data.augment(crops, default_collate(draws), config, "cpu"), crops, draws):
+    draws = drawn(rng, config, 0.5, len(crops))
+    for i, (got, crop) in enumerate(zip(data.augment(crops, draws, config, "cpu"), crops)):
+        draw = {name: values[i] for name, values in draws.items()}
         np.testing.assert_allclose(got, plain_augment(crop, draw, form), atol=2e-4, rtol=0, err_msg=f"{draw}")
 
 
