@@ -12,14 +12,12 @@ A place is a tile's feature and its centre in um. In windows of places (places.p
 with rotary positions predicts their features. The number to watch is loss/neighbours, the loss over that of a weighted
 mean of visible neighbours: at 1 nothing has been learnt. A step is a pure function of (config, seed, step).
 """
-import functools
 import json
 import math
 import signal
 import sys
 import time
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -103,10 +101,10 @@ class SlideEncoder(nn.Module):
         else:
             nn.init.trunc_normal_(t, std=t.shape[-1] ** -0.5, generator=generator)  # 0.02 is slow at small widths
 
-    def forward(self, parts, nm, hidden, layer=0):
+    def forward(self, parts, nm, hidden):
         """
         parts: standardised features (B, N_s, C) per scale; nm: places, int32 (B, N, 2) in nm; hidden: bool (B, N) ->
-        context (B, N, D) after `layer` blocks, 0 = all, and the final norm; predicted features (B * N, C).
+        context (B, N, D), after the final norm; predicted features (B * N, C).
         """
         x = torch.where(hidden[..., None], self.mask_token, self.input(torch.cat(parts, 1)))
         if self.config["scale_embedding"]:
@@ -115,7 +113,7 @@ class SlideEncoder(nn.Module):
         x = torch.cat([self.register_tokens.expand(len(x), -1, -1), x], 1)
         shape, rope = x.shape, self.rope(nm)
         x = x.flatten(0, 1)
-        for block in self.blocks[: layer or None]:
+        for block in self.blocks:
             x = block(x, [shape[:2]], [rope])
         x = self.norm(x).view(shape)[:, -nm.shape[1] :].contiguous()
         return x, self.output(x.flatten(0, 1))
@@ -132,7 +130,7 @@ class SlideEncoder(nn.Module):
         return angles.sin(), angles.cos()
 
 
-# ---- embedding ------------------------------------------------------------------------------------------------------
+# ---- encoders -------------------------------------------------------------------------------------------------------
 
 
 def load_encoder(path):
@@ -150,38 +148,6 @@ def random_encoder(header, seed):
     net = nn.ModuleDict({"backbone": SlideEncoder(header["config"], header["about"])})
     sharding.materialize(net, "cpu", seed)
     return net["backbone"].eval()
-
-
-@torch.inference_mode()
-def embed_slide(net, header, features, centres_um, device="cpu", layer=0, hide=0):
-    """
-    Context of a slide's places, float32 (N, D), from features (N, C) and centres (N, 2); or from lists of them, one per
-    scale, and it is that of the first. What a place gets in the windows of places.cover is averaged. With `hide`, it is
-    what the rest of the window says of a place: training is about hidden places only, and may leave others without.
-    """
-    if isinstance(centres_um, np.ndarray):
-        features, centres_um = [features], [centres_um]
-    if len(features) != len(header["about"]):
-        raise ValueError(f"features of {len(features)} scales; the encoder reads {len(header['about'])}")
-    if header["config"].get("shuffle"):
-        centres_um = places.shuffled(centres_um, features)
-    net = net.to(device)
-    means = [torch.from_numpy(own.mean(0, np.float32)) for own in features]
-    slide_means = [places.standardise(*scale) for scale in zip(means, header["mean"], header["std"])]
-    total = np.zeros((len(centres_um[0]), header["config"]["width"]), np.float32)
-    visits = np.zeros((len(total), 1), np.float32)
-    for at, rows in places.cover(centres_um, [scale["count"] for scale in header["about"]]):
-        tiles = [torch.from_numpy(own[r])[None] for own, r in zip(features, rows)]
-        parts = [places.standardise(*scale).to(device) for scale in zip(tiles, header["mean"], header["std"])]
-        if header["config"]["centre"]:
-            parts = [part - own.to(device) for part, own in zip(parts, slide_means)]
-        points = [own[r] - at for own, r in zip(centres_um, rows)]
-        nm = places.to_nm(np.concatenate(points))[None].to(device)
-        for read, hidden in places.in_turn(points, [scale["side"] for scale in header["about"]], hide):
-            x, _ = net(parts, nm, torch.from_numpy(hidden)[None].to(device), layer)
-            total[rows[0][read]] += x[0, : len(read)].float().cpu().numpy()[read]
-        visits[rows[0]] += 1
-    return total / visits
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -213,15 +179,13 @@ if __name__ == "__main__":
     try:  # what users state, and the files that it names
         if task == "embed":
             net, header = load_encoder(weights)
-            places.embed_files(config, header, functools.partial(embed_slide, net, header, device=dev, hide=hide))
+            places.embed_files(config, net, header, dev)
             sys.exit()
-        if rank == 0 and not resume:
-            checkpoint.check_empty(out_dir)
         mesh = sharding.begin(dev)
+        lock = checkpoint.claim(out_dir, resume, say)  # of this run until the process ends
         slides, about, found = places.training_set(features.split(","), train_slides, window, dev, say)
         if shuffle:
             slides = [places.shuffle_slide(slide) for slide in slides]
-        lock = checkpoint.claim(out_dir, resume, say)  # of this run until the process ends
     except (ValueError, OSError) as e:
         stop(e)
     names = json.dumps([slide.name for slide in slides])  # eval_slides.py refuses patients of these

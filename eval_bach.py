@@ -186,24 +186,26 @@ def tiles(image, px):
     return torch.stack([image[:, y : y + px, x : x + px] for y, x in corners(image.shape[1:], px)])
 
 
-def context_pool(view, weights):
+def context_pool(view, weights, norm):
     """
     `pool` of embed for a view with context: an image is a small slide, and its feature the mean of [tile, context].
     ValueError if the slide encoder was trained on features of another encoder than `weights`, or of other tiles.
     """
     slide_encoder = importlib.import_module("context")  # by name: training reads this file, and never that one
     net, header = slide_encoder.load_encoder(view.context)
-    about = header["about"][0]
-    same = about.get("weights_sha256") in (None, model.sha256_of(weights))
-    pairs = (about["mpp"], view.mpp), (about["side"], view.px * view.mpp)
-    alike = [math.isclose(a, b, rel_tol=0.02) for a, b in pairs]
-    if not same or len(header["about"]) > 1 or not all(alike):
-        raise ValueError(f"{view.context}: trained on tiles of {about['side']:g} um of the encoder in "
-                         f"{about.get('weights', 'another file')}; give those --weights, and --mpp times --input_px")
+    first, *others = header["about"]
+    stated = {"mpp": view.mpp, "tile_px": view.px, "norm": norm, "width": first["width"]}
+    stated["weights_sha256"] = model.sha256_of(weights)
+    try:
+        slide_encoder.places.check(np.zeros((1, 2)), stated, first)
+    except ValueError as e:
+        raise ValueError(f"{view.context}: {e}") from None
+    if others:
+        raise ValueError(f"{view.context}: reads {1 + len(others)} scales, and an image is read at one")
 
     def pool(of_tiles, image):
         centres = np.array(corners(image.shape[1:], view.px), np.float32)[:, ::-1] + view.px / 2
-        own = slide_encoder.embed_slide(net, header, of_tiles.cpu().numpy(), centres * view.mpp)
+        own = slide_encoder.places.embed_slide(net, header, of_tiles.cpu().numpy(), centres * view.mpp)
         return torch.cat([of_tiles.cpu(), torch.from_numpy(own)], 1).mean(0)
 
     return pool
@@ -512,7 +514,7 @@ def score_file(file, norm, config, pixels, score=bach_row):
     if view.px % backbone.arch.patch_size:
         raise ValueError(f"{file}: input_px = {view.px} is no multiple of its patch, {backbone.arch.patch_size} px")
     mean, std = model.stored_norm(file) if norm is None else model.norm_values(norm)
-    pool = context_pool(view, file) if view.context else mean_tile
+    pool = context_pool(view, file, (mean, std)) if view.context else mean_tile
     row = score(embed(backbone, pixels, mean, std, config["device"], view, pool), view)
     stored = model.read_header(file)
     return {**row, "norm": (mean, std), "weights": file, "arch": config["arch"] or stored.get("arch"),

@@ -5,7 +5,8 @@ Frozen features scored on your own labels, by patient: labelled tiles, labelled 
     python eval_slides.py --features=data/features_1.0 --context=data/context --labels=labels.csv   # slides
     python eval_slides.py --features=data/features_1.0 --context=data/context --places=places.csv   # places
 
-The last line is one JSON object. No sample has a say in its own score, and each patient is in one fold only.
+The last line is one JSON object; after a stop, of the rows that were done. No sample has a say in its own score, and
+each patient is in one fold only.
 
 Tiles: {image_dir}/{class}/*.{jpg,jpeg,png,tif,tiff} of any size. {image_dir}/groups.csv or --groups=FILE says which
 patient each image is from:
@@ -18,47 +19,189 @@ standard error over patients, which is a rough guess below ten of them. std is t
 heads and says nothing about other patients.
 
 Slides and places: labels.csv has slide,patient,label, places.csv also x,y, a tile's centre in level-0 px; time,event
-instead of label ask for survival; fold is optional. Does context help? Each row is compared with the mean of raw
-features (places: with the raw feature) by a bootstrap over patients; "none" marks a difference whose 95 % interval
-holds 0. With --encoder=FILE the table has two controls: the same encoder untrained, and trained but shown shuffled
-coordinates when it is tested. A gain that they have too is not learnt context.
+instead of label ask for survival; fold is optional. Where no patient has two labels, a patient's slides are one case as
+in Patho-Bench: the mean of their vectors, one bag of all their places. Else a label is its slide's, and so is a sample.
+
+A vector is the mean of places, or in rows with `stats` their mean, deviation and maximum. Does context help? Each row
+is compared with the mean of raw features (places: with the raw feature) by a bootstrap over patients; "none" marks a
+difference whose 95 % interval holds 0. With --encoder=FILE the table has two controls: the same encoder untrained, and
+trained but shown shuffled coordinates when it is tested. --retrained=FOLDER is a third, the context of an encoder that
+was trained with --shuffle=true. A gain that they have too is not learnt context.
 """
 import csv
 import hashlib
 import json
+import math
 import os
 import re
+import signal
 import statistics
-import zlib
-from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import eval_bach
 import listing
 import model
 import wsi
 from configurator import configure
-from context import embed_slide, load_encoder, random_encoder
-from places import agreeing, files_of, open_features
+from context import load_encoder, random_encoder
+from places import agreeing, check, embed_slide, files_of, open_features
 
 # ---- the protocol, with that of the heads in eval_bach.py: changing any of these invalidates earlier rows ------------
-FOLDS = 5                       # fewer where a class has fewer groups, at least 3
+FOLDS = 5                       # fewer where a class has fewer groups, at least 3 for tiles
 SHOTS, SUPPORT_SETS = 16, 1000  # images per class, and how often they are drawn
 RUNS, SEED, MAX_STEPS = eval_bach.RUNS, eval_bach.SEED, eval_bach.MAX_STEPS
 CHUNK = 20                      # support sets drawn at a time, which bounds the memory
 DRAWS = 1000                    # of patients, in the bootstrap
 CS = tuple(10.0**e for e in range(-3, 3))  # that the regression may choose from
+# attention MIL (Ilse et al. 2018) as three groups train it; which one is chosen inside each fold
+MIL = {
+    "patho-bench": dict(width=512, gated=False, dropout=0.25, lr=3e-4, weight_decay=1e-5, batch=1, epochs=20),
+    "eva": dict(width=128, gated=True, dropout=0.0, lr=1e-3, weight_decay=0.01, batch=32, epochs=100),
+    "titan": dict(width=512, gated=True, dropout=0.25, lr=1e-4, weight_decay=1e-5, batch=1, epochs=20),
+}
+BAG = 2048                      # places of a slide or case per training step
 # ----------------------------------------------------------------------------------------------------------------------
 TYPES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
-CONTEXT, RANDOM, SHUFFLED = "raw, context", "raw, untrained context", "raw, shuffled context"  # rows of the table
+CONTEXT, RANDOM, SHUFFLED, RETRAINED = (f"raw, {kind}context" for kind in ("", "untrained ", "shuffled ", "retrained "))
+
+# ---- csv files ------------------------------------------------------------------------------------------------------
+
+
+def read_csv(path, needed):
+    """(columns, [(line, {column: text})]) of a csv in UTF-8 that has the needed columns. Raises ValueError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            table = csv.DictReader(f, skipinitialspace=True)
+            lines, columns = [(table.line_num, row) for row in table], table.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"{path}: not a readable csv in UTF-8 ({e})") from e
+    head = ",".join(needed)
+    if not set(needed) <= set(columns):
+        raise ValueError(f"{path}: its columns are {columns}; the first line must be {head} or {head},fold")
+    for _, row in lines:
+        for key in columns:
+            row[key] = (row[key] or "").strip()
+    return columns, lines
+
+
+def check_lines(path, lines, texts, numbers, once=""):
+    """
+    Make floats of the numbers. ValueError if a line (number, row) has no text or no number where one must be, or if
+    what stands in its column `once` stands in an earlier line too.
+    """
+    seen = set()
+    for line, row in lines:
+        for key in texts:
+            if not row[key]:
+                raise ValueError(f"{path}, line {line}: no {key}; each line needs {' and '.join(texts)}")
+        for key in numbers:
+            text, kind = row[key], {"fold": "whole number", "time": "number above 0"}.get(key, "number")
+            try:
+                row[key] = float(text)
+            except ValueError:
+                row[key] = math.nan
+            bad = not math.isfinite(row[key]) or key == "fold" and row[key] % 1 or key == "time" and row[key] <= 0
+            if bad:
+                raise ValueError(f"{path}, line {line}: {key} is '{text}', not a {kind}")
+        if once and row[once] in seen:
+            raise ValueError(f"{path}, line {line}: {row[once]} is listed twice; delete one of the lines")
+        seen.add(row.get(once))
+
+
+def stated_folds(path, rows, least):
+    """
+    The folds of checked rows counted from 0, or None without such a column. ValueError if there are fewer than `least`,
+    or if a patient is in two of them.
+    """
+    if not rows or "fold" not in rows[0]:
+        return None
+    home, folds = {}, [int(row["fold"]) for row in rows]
+    for row, fold in zip(rows, folds):
+        patient = row["patient"]
+        if home.setdefault(patient, fold) != fold:
+            raise ValueError(f"{path}: patient {patient} is in folds {home[patient]} and {fold}; put all that is of a "
+                             "patient in one fold")
+    numbers = sorted(set(folds))
+    if len(numbers) < least:
+        raise ValueError(f"{path}: the folds are {numbers}; give at least {least} (to train, "
+                         f"{'select ' * (least > 2)}and test), or leave the column out")
+    return [numbers.index(fold) for fold in folds]
+
+
+# ---- folds ----------------------------------------------------------------------------------------------------------
+
+
+def find_folds(path, labels, classes, groups, stated, parts, seeds=(None,)):
+    """
+    Folds (repeats, n): the stated ones, or drawn once for each seed. `parts` are 2, to train and test, or 3, where the
+    fold after the tested one selects. ValueError if a class has too few groups, or none to train on in some fold.
+    """
+    counts = [len(groups[labels == label].unique()) for label in range(len(classes))]
+    fewest = min(counts)
+    name = classes[counts.index(fewest)]
+    if fewest < parts:
+        raise ValueError(f"{path}: groups (patients) of class {name}: {fewest}; {parts} are needed, to "
+                         f"train{', select' * (parts > 2)} and test; add patients, or merge or drop the class")
+    if stated is not None:
+        drawn = torch.tensor([stated])
+    else:
+        if fewest < FOLDS:
+            print(f"{path}: {fewest} folds, not {FOLDS}: class {name} has no more groups", flush=True)
+        drawn = torch.stack([make_folds(labels, groups, min(fewest, FOLDS), seed) for seed in seeds])
+    every = set(range(len(classes)))
+    for folds in drawn:
+        for f, (train, _, _) in enumerate(splits(folds, parts)):
+            if absent := every - set(labels[train].tolist()):
+                raise ValueError(f"{path}: when fold {f} (from 0) tests{' and the next one selects' * (parts > 2)}, "
+                                 f"nothing of class {classes[min(absent)]} is left to train on; give other folds")
+    return drawn
+
+
+def make_folds(labels, groups, k, seed=None):
+    """k folds (n,) of whole groups with like shares of the classes; seed None draws nothing. Needs scikit-learn."""
+    try:
+        from sklearn.model_selection import StratifiedGroupKFold
+    except ImportError:
+        raise ValueError("to make folds: pip install scikit-learn, or give groups.csv a column fold") from None
+    folds = torch.empty_like(labels)
+    splitter = StratifiedGroupKFold(k, shuffle=seed is not None, random_state=seed)
+    parts = splitter.split(labels, labels.numpy(), groups.numpy())
+    for f, (_, test) in enumerate(parts):
+        folds[torch.from_numpy(test)] = f
+    assert len(folds.unique()) == k, folds.bincount()
+    return folds
+
+
+def splits(folds, parts=3):
+    """(train, selection, test) indices for each fold f of k: f tests and the next one selects, if parts is 3."""
+    k = int(folds.max()) + 1
+    for f in range(k):
+        test = folds == f
+        selection = (folds == (f + 1) % k) & (parts > 2)
+        train = ~test & ~selection
+        yield [mask.nonzero()[:, 0] for mask in (train, selection, test)]
+
+
+def inner_splits(labels, groups):
+    """[(fit, held)] indices of up to three folds of whole patients; those that leave no class out of `fit`."""
+    fewest = min(len(groups[labels == label].unique()) for label in labels.unique())
+    if fewest < 2:
+        return []
+    folds = make_folds(labels, groups, min(fewest, 3), SEED)
+    classes = len(labels.unique())
+    return [(fit, held) for fit, _, held in splits(folds, 2) if len(labels[fit].unique()) == classes]
+
+
+# ---- labelled tiles -------------------------------------------------------------------------------------------------
 
 
 class Samples(NamedTuple):
-    """What is known of n samples before any of them is read."""
+    """What is known of n tiles before any of them is read."""
 
     files: list           # n times class/name, sorted
     labels: torch.Tensor  # (n,) indices into classes
@@ -70,16 +213,21 @@ class Samples(NamedTuple):
 def find_samples(image_dir, groups=""):
     """The Samples of a folder with a subfolder per class; groups is a csv, "" = groups.csv in it. Raises ValueError."""
     files, labels, classes = find_images(image_dir)
-    table, patients, folds = groups or os.path.join(image_dir, "groups.csv"), files, None
+    table, patients, stated = groups or os.path.join(image_dir, "groups.csv"), files, None
     if groups or os.path.exists(table):
-        patients, folds = read_groups(table, files)
+        patients, stated = read_groups(table, files)
     else:
         print(f"{image_dir}: no groups.csv, so each image is its own group; images of one patient may be on both sides "
               "of a split, which flatters", flush=True)
-    numbers = {name: i for i, name in enumerate(sorted(set(patients)))}
-    labels = torch.tensor(labels)
-    groups = torch.tensor([numbers[name] for name in patients])
-    return Samples(files, labels, classes, groups, find_folds(image_dir, labels, classes, groups, folds))
+    labels, (_, groups) = torch.tensor(labels), numbered(patients)
+    folds, = find_folds(image_dir, labels, classes, groups, stated, parts=3)
+    return Samples(files, labels, classes, groups, folds)
+
+
+def numbered(names):
+    """(the different names, sorted; the number of each in them (n,))."""
+    different, numbers = np.unique(names, return_inverse=True)
+    return different.tolist(), torch.from_numpy(numbers)
 
 
 def find_images(image_dir):
@@ -108,23 +256,6 @@ def find_images(image_dir):
     return images, labels, classes
 
 
-def read_csv(path, needed):
-    """(columns, [(line, {column: text})]) of a csv in UTF-8 that has the needed columns. Raises ValueError."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            table = csv.DictReader(f, skipinitialspace=True)
-            lines, columns = [(table.line_num, row) for row in table], table.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise ValueError(f"{path}: not a readable csv in UTF-8 ({e})") from e
-    head = ",".join(needed)
-    if not set(needed) <= set(columns):
-        raise ValueError(f"{path}: its columns are {columns}; the first line must be {head} or {head},fold")
-    stripped = []
-    for line, row in lines:
-        stripped.append((line, {key: (row[key] or "").strip() for key in columns}))
-    return columns, stripped
-
-
 def read_groups(path, files):
     """The patient of each of files, and their folds counted from 0, or None if the csv has no such column."""
     columns, lines = read_csv(path, ("file", "patient"))
@@ -132,80 +263,28 @@ def read_groups(path, files):
     for file in files:
         full_names.setdefault(file, []).append(file)
         full_names.setdefault(file.split("/")[1], []).append(file)
-    patients, folds = {}, {}
     for line, row in lines:
-        name, patient, fold = ((row.get(key) or "").strip() for key in ("file", "patient", "fold"))
-        found = full_names.get(name.replace("\\", "/").removeprefix("./"), [])
+        found = full_names.get(row["file"].replace("\\", "/").removeprefix("./"), [])
         if len(found) != 1:
             raise ValueError(f"{path}, line {line}: {len(found) or 'no'} images in the class folders are called "
-                             f"'{name}'; write class/name, and leave out files that are not there")
-        if found[0] in patients:
-            raise ValueError(f"{path}, line {line}: {found[0]} is listed twice; delete one of the lines")
-        if not patient or "fold" in columns and not fold.isdecimal():
-            raise ValueError(f"{path}, line {line}: patient '{patient}', fold '{fold}'; give each image a patient, and "
-                             "a whole number as its fold or no column fold")
-        patients[found[0]], folds[found[0]] = patient, fold
-    if missing := [file for file in files if file not in patients]:
+                             f"'{row['file']}'; write class/name, and leave out files that are not there")
+        row["file"] = found[0]
+    check_lines(path, lines, ["patient"], {"fold"} & set(columns), once="file")
+    of_file = {row["file"]: row for _, row in lines}
+    if missing := [file for file in files if file not in of_file]:
         raise ValueError(f"{path}: {len(missing)} of {len(files)} images are not listed, such as {missing[0]}; add "
                          "them or move them away")
-    patients = [patients[file] for file in files]
-    if "fold" not in columns:
-        return patients, None
-    return patients, check_folds(path, patients, [int(folds[file]) for file in files])
+    rows = [of_file[file] for file in files]
+    return [row["patient"] for row in rows], stated_folds(path, rows, least=3)
 
 
-def check_folds(path, patients, folds, least=3):
-    """The folds counted from 0. ValueError if there are fewer than `least`, or if a patient is in two of them."""
-    home, numbers = {}, sorted(set(folds))
-    for patient, fold in zip(patients, folds):
-        if home.setdefault(patient, fold) != fold:
-            raise ValueError(f"{path}: patient {patient} is in folds {home[patient]} and {fold}; put all images of a "
-                             "patient in one fold")
-    if len(numbers) < least:
-        raise ValueError(f"{path}: the folds are {numbers}; give at least {least} (to train, "
-                         f"{'select ' * (least > 2)}and test), or leave the column out")
-    return [numbers.index(fold) for fold in folds]
-
-
-def find_folds(image_dir, labels, classes, groups, folds):
-    """Folds (n,): the given ones, or made if None. ValueError if a class has too few groups or none to train on."""
-    counts = [len(groups[labels == label].unique()) for label in range(len(classes))]
-    fewest = min(counts)
-    name = classes[counts.index(fewest)]
-    if fewest < 3:
-        raise ValueError(f"image_dir={image_dir}: groups (patients) of class {name}: {fewest}; 3 are needed, to train, "
-                         "select and test; add patients, or merge or drop the class")
-    if folds is None and fewest < FOLDS:
-        print(f"{image_dir}: {fewest} folds, not {FOLDS}: class {name} has no more groups", flush=True)
-    folds = make_folds(labels, groups, min(fewest, FOLDS)) if folds is None else torch.tensor(folds)
-    for f, (train, _, _) in enumerate(splits(folds)):
-        if absent := set(range(len(classes))) - set(labels[train].tolist()):
-            raise ValueError(f"image_dir={image_dir}: when fold {f} (from 0) tests and the next one selects, no image "
-                             f"of class {classes[min(absent)]} is left to train on; give other folds in groups.csv")
-    return folds
-
-
-def make_folds(labels, groups, k, seed=None):
-    """k folds (n,) of whole groups with like shares of the classes; seed None draws nothing. Needs scikit-learn."""
-    try:
-        from sklearn.model_selection import StratifiedGroupKFold
-    except ImportError:
-        raise ValueError("to make folds: pip install scikit-learn, or give groups.csv a column fold") from None
-    folds = torch.empty_like(labels)
-    splitter = StratifiedGroupKFold(k, shuffle=seed is not None, random_state=seed)
-    parts = splitter.split(labels, labels.numpy(), groups.numpy())
-    for f, (_, test) in enumerate(parts):
-        folds[torch.from_numpy(test)] = f
-    assert len(folds.unique()) == k, folds.bincount()
-    return folds
-
-
-def splits(folds):
-    """(train, selection, test) indices for each fold f of k: f tests and the next one selects."""
-    k = int(folds.max()) + 1
-    for f in range(k):
-        test, selection = folds == f, folds == (f + 1) % k
-        yield [mask.nonzero()[:, 0] for mask in (~test & ~selection, selection, test)]
+def by_patient(predicted, labels, groups):
+    """(2, G, C): hits of predicted (R, n), their mean over R, and samples, of each group and class."""
+    onehot = F.one_hot(labels).double()  # (n, C)
+    share = (predicted == labels).double().mean(0)
+    counts = torch.stack([share[:, None] * onehot, onehot])
+    sums = counts.new_zeros(2, int(groups.max()) + 1, onehot.shape[1])
+    return sums.index_add_(1, groups, counts)
 
 
 def standard_error(predicted, labels, groups):
@@ -216,11 +295,7 @@ def standard_error(predicted, labels, groups):
     (Tukey 1958), which errs upwards (Efron and Stein 1981). Nothing is drawn, and no class is ever absent. It covers
     the choice of patients to test, not the choice of patients to train on.
     """
-    onehot = F.one_hot(labels).double()  # (n, C)
-    share = (predicted == labels).double().mean(0)  # of the heads that are right
-    counts = torch.stack([share[:, None] * onehot, onehot])  # hits and images
-    G, C = int(groups.max()) + 1, onehot.shape[1]
-    of_group = counts.new_zeros(2, G, C).index_add_(1, groups, counts)
+    of_group = by_patient(predicted, labels, groups)
     hits, images = of_group.sum(1, keepdim=True) - of_group  # (G, C) without group g
     s = (hits / images).mean(1)
     squares = (s - s.mean()).square().sum()
@@ -307,11 +382,12 @@ def score(config, samples, features, view):
         print(f"{image_dir}: shot16 has {row['shots']} shots, the images that a class has outside some fold")
     listed = [f"{file},{fold}\n" for file, fold in zip(files, folds.tolist())]
     checksum = hashlib.sha256("".join(listed).encode()).hexdigest()[:8]
+    heads = eval_bach.heads_protocol(RUNS, SEED, MAX_STEPS)
     scale = f" from {config['image_mpp']:g}" if view.mpp else ""
     row["protocol"] = (
         f"folder: {view}{scale}, {n} images of {G} groups in {len(row['folds'])} folds, files and folds {checksum}, "
-        f"{eval_bach.heads_protocol(RUNS, SEED, MAX_STEPS)}, {eval_bach.NEIGHBOURS} neighbours temp "
-        f"{eval_bach.KNN_TEMP:g}, {row['shots']} shots x {SUPPORT_SETS}")
+        f"{heads}, {eval_bach.NEIGHBOURS} neighbours temp {eval_bach.KNN_TEMP:g}, {row['shots']} shots x "
+        f"{SUPPORT_SETS}")
     return {"image_dir": image_dir, "images": n, "classes": classes, "groups": G, **row, **collapse}
 
 
@@ -330,10 +406,11 @@ def load(config):
 
 
 class Labels(NamedTuple):
-    """What is known of n labelled slides, or places of slides, before any feature is read."""
+    """What is known of n samples before any feature is read."""
 
-    slides: list          # n names of feature files
-    where: np.ndarray     # float (n, 2), centres of places in level-0 px; (n, 0) for slides
+    kind: str             # "slides", "cases" or "places"
+    slides: list          # n tuples of names of feature files, those of a case; else of one name
+    where: np.ndarray     # float (n, 2), centres of places in level-0 px; (n, 0) for others
     labels: torch.Tensor  # (n,) indices into classes; of survival, whether the event was seen
     classes: list         # C names, sorted
     groups: torch.Tensor  # (n,) 0 .. G - 1, one per patient
@@ -344,98 +421,76 @@ class Labels(NamedTuple):
 
 
 def find_labels(config, files):
-    """The Labels of the csv in config; `files` are the slides that have features. Raises ValueError."""
+    """The Labels of the csv in config; `files` are {slide: path} of each folder that slides must be in. ValueError."""
     path, column = config["places"] or config["labels"], config["label"]
     if not path:
         raise ValueError("features need labels: give --labels=FILE (slides) or --places=FILE")
+    if config["repeats"] < 1:
+        raise ValueError(f"repeats = {config['repeats']}: give 1 or more")
     columns, lines = read_csv(path, ("slide", "patient"))
-    survival = {"time", "event"} <= set(columns)
-    column = "event" if survival else column
+    survival = column not in columns and {"time", "event"} <= set(columns)
+    outcome = ["event", "time"] if survival else [column]
     kept = ["x", "y"] if config["places"] else []
-    if missing := {column, *kept} - set(columns):
+    if missing := {*outcome, *kept} - set(columns):
         raise ValueError(f"{path}: there is no column {min(missing)} among {columns}; --label names the labels' column")
     owners = {row["slide"]: row["patient"] for _, row in lines}
-    files = sound(files, owners)
-    absent = sorted(set(owners) - set(files))
-    if absent:
-        print(f"{path}: {len(absent)} slides have no features, such as {absent[0]}: left out")
-    lines = [(line, row) for line, row in lines if row["slide"] in files]
+    slides = sound(path, files, set(owners))
+    if not slides:
+        raise ValueError(f"{path}: none of its slides is left to score; its names are those of the files of features")
+    lines = [(line, row) for line, row in lines if row["slide"] in slides]
+    numbers = {*kept, "fold"} & set(columns) | set(outcome[1:])
+    check_lines(path, lines, ["slide", "patient", outcome[0]], numbers, once="" if kept else "slide")
     rows = [row for _, row in lines]
-    slides = [row["slide"] for row in rows]
-    if unlabelled := sorted(set(files) - set(slides)):
-        print(f"{path}: {len(unlabelled)} slides with features have no label, such as {unlabelled[0]}: left out")
-    check_lines(path, lines, column, [*kept, *({"fold", "time"} & set(columns))], not kept)
-    classes = sorted({row[column] for row in rows})
-    patients = sorted({row["patient"] for row in rows})
+    stated_folds(path, rows, least=2)  # refuses a patient in two folds, also within a case
+    kind, samples = samples_of(rows, outcome, kept)
+    first = [own[0] for own in samples]
+    classes, labels = numbered([row[outcome[0]] for row in first])
+    patients, groups = numbered([row["patient"] for row in first])
     if len(classes) < 2:
-        raise ValueError(f"{path}: {' '.join(classes) or 'no class'} in column {column}; 2 or more are needed")
+        raise ValueError(f"{path}: {' '.join(classes) or 'no class'} in column {outcome[0]}; 2 or more are needed")
     if survival and classes != ["0", "1"]:
         raise ValueError(f"{path}: event must be 0 (not seen) or 1, and is {' '.join(classes)}")
-    labels = torch.from_numpy(np.searchsorted(classes, [row[column] for row in rows]))
-    groups = torch.from_numpy(np.searchsorted(patients, [row["patient"] for row in rows]))
-    if "fold" in columns:
-        stated = [int(row["fold"]) for row in rows]
-        folds = torch.tensor([check_folds(path, [row["patient"] for row in rows], stated, least=2)])
-    else:
-        folds = draw_folds(path, labels, groups, config["repeats"])
-    check_classes(path, labels, classes, folds)
-    where = np.array([[row[key] for key in kept] for row in rows], float)
-    time = np.array([row["time"] if survival else 0 for row in rows], float)
-    return Labels(slides, where, labels, classes, groups, patients, folds, owners, time)
+    seeds = range(SEED, SEED + config["repeats"])
+    folds = find_folds(path, labels, classes, groups, stated_folds(path, first, least=2), 2, seeds)
+    where = np.array([[row[key] for key in kept] for row in first])
+    time = np.array([row["time"] for row in first]) if survival else np.zeros(len(first))
+    names = [tuple(row["slide"] for row in own) for own in samples]
+    return Labels(kind, names, where, labels, classes, groups, patients, folds, owners, time)
 
 
-def sound(files, names):
-    """Of files {slide: path}, those that are readable, finite and of one kind; the named ones that are not are said."""
-    slides, _ = agreeing([files], sorted(set(files) & set(names)), print, apart=False)
+def samples_of(rows, outcome, places):
+    """("places", "slides" or "cases", lists of the rows of each sample): cases if no patient has two outcomes."""
+    patients = {row["patient"] for row in rows}
+    outcomes = {(row["patient"], *(row[key] for key in outcome)) for row in rows}
+    if places or len(outcomes) > len(patients) or len(patients) == len(rows):
+        return "places" if places else "slides", [[row] for row in rows]
+    cases = {}
+    for row in rows:
+        cases.setdefault(row["patient"], []).append(row)
+    return "cases", list(cases.values())
+
+
+def sound(path, files, named):
+    """The slides named in the csv at `path` that are in all folders, finite and of one kind; the others are said."""
+    if absent := sorted(named - set(files[0])):
+        print(f"{path}: {len(absent)} slides have no features, such as {absent[0]}: left out")
+    if unlabelled := sorted(set(files[0]) - named):
+        print(f"{path}: {len(unlabelled)} slides with features have no label, such as {unlabelled[0]}: left out")
+    slides, _ = agreeing(files, sorted(named & set(files[0])), print, apart=False)
     good = set()
     for slide in slides:
-        if np.isfinite(np.memmap(*slide.maps[0])).all():
+        if all(np.isfinite(np.memmap(*where)).all() for where in slide.maps):
             good.add(slide.name)
         else:
             print(f"left out: {slide.name}: features that are not finite")
-    return {name: path for name, path in files.items() if name in good or name not in names}
-
-
-def check_lines(path, lines, column, numbers, one_each):
-    """
-    ValueError if a line (number, row) has no patient or label, or no number where one must be; or a slide two lines,
-    where it may have one each.
-    """
-    times = Counter(row["slide"] for _, row in lines)
-    for line, row in lines:
-        patient, label, slide = row["patient"], row[column], row["slide"]
-        if not patient or not label:
-            raise ValueError(f"{path}, line {line}: patient '{patient}', {column} '{label}'; give both")
-        for key in numbers:
-            if not re.fullmatch(r"-?[0-9.]+(e[-+]?[0-9]+)?", row[key].strip()):
-                raise ValueError(f"{path}, line {line}: {key} is '{row[key]}', not a number")
-        if one_each and times[slide] > 1:
-            raise ValueError(f"{path}, line {line}: slide {slide} is listed twice; delete one of the lines")
-
-
-def draw_folds(path, labels, groups, repeats):
-    """Folds (repeats, n) of whole patients. ValueError if a class has one patient only."""
-    by_class = [groups[labels == label].unique() for label in labels.unique()]
-    fewest = min(map(len, by_class))
-    if fewest < 2:
-        raise ValueError(f"{path}: a class has one patient only; train and test need one each")
-    k = min(fewest, FOLDS)
-    return torch.stack([make_folds(labels, groups, k, SEED + repeat) for repeat in range(repeats)])
-
-
-def check_classes(path, labels, classes, folds):
-    """ValueError if a fold leaves no sample of a class to train on."""
-    for split in folds:
-        for f in split.unique().tolist():
-            if absent := set(range(len(classes))) - set(labels[split != f].tolist()):
-                raise ValueError(f"{path}: when fold {f} (from 0) tests, nothing of class {classes[min(absent)]} is "
-                                 "left to train on; give other folds")
+    return good
 
 
 def check_unseen(found, slides, allowed, pattern):
     """A text if the encoder was trained on a slide of these patients, each of whom is tested in some fold; else "".
     ValueError unless that is allowed."""
-    tested = set(found.patients) | {wsi.patient_of(name, pattern) for name in found.slides}
+    names = {name for own in found.slides for name in own}
+    tested = set(found.patients) | {wsi.patient_of(name, pattern) for name in names}
     trained = {found.owners.get(name, name) for name in slides} | {wsi.patient_of(name, pattern) for name in slides}
     seen = sorted({found.owners.get(name, name) for name in tested & trained})
     if not seen:
@@ -457,25 +512,23 @@ def neighbours(raw, centres):
     return graph @ raw / np.asarray(graph.sum(1)).reshape(-1, 1)
 
 
-def readouts(raw, contexts, centres, places):
+def stats(x):
+    """Mean, deviation and maximum over the places of (..., N, C): (..., 3 C)."""
+    return np.concatenate([x.mean(-2), x.std(-2), x.max(-2)], -1)
+
+
+def readouts(raw, contexts, centres, kind):
     """{row of the table: (N, D') per place, or (D',) of the slide} from raw features and {row: context (N, D_c)}."""
     near = neighbours(raw, centres)
-    beside = {name: np.concatenate([raw, own], 1) for name, own in contexts.items()}
-    if places:
+    if kind == "places":
+        beside = {name: np.concatenate([raw, own], 1) for name, own in contexts.items()}
         return {"raw": raw, "raw, 3x3 mean": np.concatenate([raw, near], 1), **beside}
-    moments = np.concatenate([raw, near, near**2], 1)
-    found = {"mean": raw.mean(0), "max": raw.max(0), "moments": moments.mean(0)}
-    return found | {name: own.mean(0) for name, own in beside.items()}
-
-
-def contexts_of(slide, stored, encoder, raw, centres, hide):
-    """{row: context (N, D_c)}: as stored, and the controls of an encoder: (trained, untrained, its header)."""
-    found = {} if stored is None else {CONTEXT: np.asarray(stored, np.float32)}
-    if encoder:
-        trained, untrained, header, device = encoder
-        order = np.random.default_rng(zlib.crc32(slide.encode())).permutation(len(raw))
-        found[RANDOM] = embed_slide(untrained, header, raw, centres, device, hide=hide)
-        found[SHUFFLED] = embed_slide(trained, header, raw, centres[order], device, hide=hide)
+    found = {"mean": raw.mean(0), "max": raw.max(0)}
+    found["moments"] = np.concatenate([raw.mean(0), near.mean(0), (near**2).mean(0)])
+    found["stats: raw"] = stats(raw)
+    for name, own in contexts.items():
+        found[name] = np.concatenate([raw.mean(0), own.mean(0)])
+        found[f"stats: {name}"] = np.concatenate([stats(raw), stats(own)])
     return found
 
 
@@ -486,57 +539,81 @@ def context_keys(folder):
         with open(path) as f:
             keys = json.load(f)
         return {"encoder": keys["encoder"], "trained_on": keys["trained_on"]}
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: does not say which slides the encoder was trained on ({type(e).__name__}); make "
                          "the folder with context.py --task=embed") from None
 
 
-def read_slides(config, found):
+def open_contexts(config):
+    """({row: {slide: path}}, {row: context_keys}) of the folders of stored contexts. Raises ValueError."""
+    folders = {CONTEXT: config["context"], RETRAINED: config["retrained"]}
+    keys = {row: context_keys(folder) for row, folder in folders.items() if folder}
+    if len({own["encoder"] for own in keys.values()}) < len(keys):
+        raise ValueError("--retrained is by the encoder of --context, not by one that was trained with --shuffle=true")
+    return {row: files_of(folders[row]) for row in keys}, keys
+
+
+def open_controls(path, keys):
+    """{row: (net, header)} of the encoder at `path` before training, and after, with places shuffled. ValueError."""
+    net, header = load_encoder(path)
+    if CONTEXT not in keys or keys[CONTEXT]["encoder"] != model.sha256_of(path):
+        raise ValueError("--encoder is for controls: give the file with which --context was made, and that folder")
+    shuffling = {**header, "config": {**header["config"], "shuffle": True}}
+    return {RANDOM: (random_encoder(header, SEED), header), SHUFFLED: (net, shuffling)}
+
+
+def contexts_of(slide, scales, stored, controls, device):
     """
-    ({row: (n, D')}, bags, text of the encoder). bags are [(raw (N, D), context (N, D_c) or None)] of slides, mapped
-    from disk; [] for places. A place is given to the nearest tile.
+    {row: context (N, D_c)} of a slide, stored ones mapped, from open_features of its files, one per scale. ValueError
+    if a stored one is of other features, or if they were made with several --hide.
     """
-    encoder, text = None, ""
-    if config["context"]:
-        made = context_keys(config["context"])
-        text = check_unseen(found, made["trained_on"], config["allow_seen"], config["patient"])
-    if config["encoder"]:
-        net, header = load_encoder(config["encoder"])
-        if not config["context"] or made["encoder"] != model.sha256_of(config["encoder"]):
-            raise ValueError("--encoder is for controls: give the file with which --context was made, and that folder")
-        encoder = net, random_encoder(header, SEED), header, config["device"]
-    files = files_of(config["features"])
-    stored = files_of(config["context"]) if config["context"] else {}
-    rows, bags, is_places = {}, [], found.where.shape[1] > 0
-    for slide in dict.fromkeys(found.slides):
-        features, centres, about = open_features(files[slide])
-        own, hide = open_context(slide, stored, features) if stored else (None, 0)
-        contexts = contexts_of(slide, own, encoder, features, centres, hide)
-        vectors = readouts(np.asarray(features, np.float32), contexts, centres, is_places)
-        if is_places:
-            mine = [i for i, name in enumerate(found.slides) if name == slide]
+    features, centres, about = zip(*scales)
+    contexts, hides = {}, set()
+    for name, files in stored.items():
+        contexts[name], _, made = open_features(files[slide], "context")
+        hides.add(made.get("hide", 0))
+        if not np.array_equal(open_features(files[slide])[0], features[0]):
+            raise ValueError(f"{files[slide]}: context of other features than {slide}'s; embed them again")
+    if len(hides) > 1:
+        raise ValueError(f"{slide}: --context and --retrained were made with other --hide: {sorted(hides)}")
+    for name, (net, header) in controls.items():
+        try:
+            for scale in zip(centres, about, header["about"]):
+                check(*scale)
+        except ValueError as e:
+            raise ValueError(f"{slide}: {e}") from None
+        contexts[name] = embed_slide(net, header, features, centres, device, hide=min(hides))
+    return contexts
+
+
+def read_slides(found, files, stored, controls, device):
+    """
+    ({row: (n, D')}, bags). A bag is the maps of a sample's (features, contexts), see mil_probe. A place is given to the
+    nearest tile.
+    """
+    of_slide = {}  # its samples
+    for i, names in enumerate(found.slides):
+        for slide in names:
+            of_slide.setdefault(slide, []).append(i)
+    rows, bags = {}, [([], []) for _ in found.slides]
+    for slide, mine in tqdm(of_slide.items(), "slides", ncols=80, leave=False):
+        scales = [open_features(own[slide]) for own in files]
+        raw, centres, about = scales[0]
+        contexts = contexts_of(slide, scales, stored, controls, device)
+        for maps, array in zip(bags[mine[0]], (raw, contexts.get(CONTEXT))):
+            if array is not None:  # 11,000 files do not stay open
+                maps.append((array.filename, array.dtype, "r", array.offset, array.shape))
+        contexts = {name: np.asarray(own, np.float32) for name, own in contexts.items()}
+        vectors = readouts(np.asarray(raw, np.float32), contexts, centres, found.kind)
+        if found.kind == "places":
             um = about.get("level0_mpp", about["side"] / about["patch_size_level0"])
             nearest = nearest_tiles(slide, found.where[mine] * um, centres, about["pitch"])
             vectors = {name: own[nearest] for name, own in vectors.items()}
-        else:
-            mine = [found.slides.index(slide)]
-            bags.append((features, own))
         for name, own in vectors.items():
             if name not in rows:
                 rows[name] = np.zeros((len(found.slides), own.shape[-1]), np.float32)
-            rows[name][mine] = own
-    return rows, bags, text
-
-
-def open_context(slide, stored, features):
-    """(context of a slide's places (N, D_c), mapped; --hide of its making). ValueError if it is of other features."""
-    if slide not in stored:
-        raise ValueError(f"{slide}: no context; run context.py --task=embed on its features")
-    own, _, about = open_features(stored[slide], "context")
-    read, _, _ = open_features(stored[slide])
-    if not np.array_equal(read, features):
-        raise ValueError(f"{stored[slide]}: context of other features than {slide}'s; embed them again")
-    return own, about.get("hide", 0)
+            rows[name][mine] += own / len(found.slides[mine[0]])
+    return rows, bags
 
 
 def nearest_tiles(slide, where, centres, pitch):
@@ -549,34 +626,22 @@ def nearest_tiles(slide, where, centres, pitch):
     return index[:, 0]
 
 
-# ---- probes: out-of-fold predictions, and what they are worth --------------------------------------------------------
+# ---- slides and places: out-of-fold predictions ---------------------------------------------------------------------
 
 
 def regression(x, labels, groups, C):
     """
-    Logistic regression as in Patho-Bench: C = 0.5, balanced classes, nothing scaled. C = None chooses it from CS
-    by balanced accuracy on inner folds of whole patients.
+    Logistic regression as in Patho-Bench: C = 0.5, balanced classes, nothing scaled. C = None chooses it from CS by
+    balanced accuracy on inner folds of whole patients; 0.5 where a class has too few patients for them.
     """
     from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
     keys = dict(class_weight="balanced", max_iter=10_000)
-    if C is None:
-        inner = [(fit.numpy(), held.numpy()) for fit, held in inner_splits(labels, groups)]
-        keys |= dict(Cs=CS, cv=inner, scoring="balanced_accuracy", l1_ratios=(0,),
-                     use_legacy_attributes=False)
-        return LogisticRegressionCV(**keys).fit(x, labels)
-    return LogisticRegression(C=C, **keys).fit(x, labels)
-
-
-def inner_splits(labels, groups):
-    """[(fit, held)] indices of up to three folds of whole patients."""
-    fewest = min(len(groups[labels == label].unique()) for label in labels.unique())
-    folds = make_folds(labels, groups, max(min(fewest, 3), 2), SEED)
-    return [fit_and_held(folds == f) for f in folds.unique()]
-
-
-def fit_and_held(held):
-    """(indices to fit on, indices held out) of bool (n,)."""
-    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+    inner = inner_splits(labels, groups) if C is None else []
+    if not inner:
+        return LogisticRegression(C=C or 0.5, **keys).fit(x, labels)
+    inner = [(fit.numpy(), held.numpy()) for fit, held in inner]
+    keys |= dict(Cs=CS, cv=inner, scoring="balanced_accuracy", l1_ratios=(0,), use_legacy_attributes=False)
+    return LogisticRegressionCV(**keys).fit(x, labels)
 
 
 def cox(x, time, event):
@@ -593,8 +658,7 @@ def out_of_fold(found, fit):
     """What fit(train, test) -> (n_test, C) predicts for each sample outside its fold: (repeats, n, C)."""
     predicted = torch.zeros(*found.folds.shape, len(found.classes))
     for repeat, folds in enumerate(found.folds):
-        for f in folds.unique():
-            train, test = fit_and_held(folds == f)
+        for train, _, test in splits(folds, 2):
             predicted[repeat, test] = fit(train, test).float()
     return predicted
 
@@ -609,15 +673,6 @@ def linear_probe(found, x, at_test, C):
         probe = regression(x[train], found.labels[train], found.groups[train], C)
         return torch.from_numpy(probe.predict_proba(at_test[test]))
     return out_of_fold(found, fit)
-
-
-# attention MIL (Ilse et al. 2018) as three groups train it; which one is chosen inside each fold
-MIL = {
-    "patho-bench": dict(width=512, gated=False, dropout=0.25, lr=3e-4, weight_decay=1e-5, batch=1, epochs=20),
-    "eva": dict(width=128, gated=True, dropout=0.0, lr=1e-3, weight_decay=0.01, batch=32, epochs=100),
-    "titan": dict(width=512, gated=True, dropout=0.25, lr=1e-4, weight_decay=1e-5, batch=1, epochs=20),
-}
-BAG = 2048  # places of a slide per training step
 
 
 class AttentionMIL(torch.nn.Module):
@@ -642,22 +697,23 @@ class AttentionMIL(torch.nn.Module):
         return self.classify((weights * self.value(values)).sum(0))
 
 
-def train_mil(bags, labels, classes, setting, seed):
-    """An AttentionMIL of bags [(keys, values)], last epoch, with a cosine schedule; classes count equally."""
-    torch.manual_seed(seed)
+def train_mil(bags, labels, classes, setting, device):
+    """An AttentionMIL of bags (see mil_probe), last epoch, with a cosine schedule; classes count equally."""
+    torch.manual_seed(SEED)
     settings = dict(MIL[setting])
     lr, weight_decay, batch, epochs = (settings.pop(key) for key in ("lr", "weight_decay", "batch", "epochs"))
-    net = AttentionMIL(*(t.shape[1] for t in bags[0]), classes, **settings)
+    dims = [maps[0][-1][1] for maps in bags[0]]
+    net = AttentionMIL(*dims, classes, **settings).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     counts = labels.bincount(minlength=classes)
     weights = len(labels) / (classes * counts)
+    labels, weights = labels.to(device), weights.to(device)
     for _ in range(epochs):
         for part in torch.randperm(len(bags)).split(batch):
             optimizer.zero_grad()
             for i in part.tolist():
-                some = torch.randperm(len(bags[i][0]))[:BAG].numpy()
-                logits = net(*(tensor(t, some) for t in bags[i]))
+                logits = net(*read_bag(bags[i], device, BAG))
                 loss = F.cross_entropy(logits, labels[i]) * weights[labels[i]]
                 (loss / len(part)).backward()
             optimizer.step()
@@ -665,40 +721,57 @@ def train_mil(bags, labels, classes, setting, seed):
     return net.eval()
 
 
-def tensor(mapped, rows=slice(None)):
-    return torch.from_numpy(np.asarray(mapped[rows], np.float32))
+def read_bag(bag, device, count):
+    """(keys (N, D_k), values (N, D_v)), float32, of `count` random places of a bag, or of all if it has fewer."""
+    keys, values = bag
+    ends = np.cumsum([shape[0] for *_, shape in values])
+    chosen = np.split(torch.randperm(ends[-1]).numpy() < count, ends[:-1])
+
+    def read(maps):
+        parts = [np.memmap(*where)[own] for where, own in zip(maps, chosen)]
+        return torch.from_numpy(np.concatenate(parts).astype(np.float32)).to(device)
+
+    of_values = read(values)
+    return of_values if keys is values else read(keys), of_values
 
 
 @torch.no_grad()
-def apply_mil(net, bags):
-    return torch.stack([net(*map(tensor, bag)).softmax(0) for bag in bags])
+def apply_mil(net, bags, device):
+    return torch.stack([net(*read_bag(bag, device, np.inf)).softmax(0).cpu() for bag in bags])
 
 
 @eval_bach.one_thread()
-def mil_probe(found, bags):
-    """Out-of-fold predictions of attention MIL from bags [(keys, values)]; the setting is chosen inside each fold."""
-    classes = len(found.classes)
+def mil_probe(found, bags, name, device):
+    """
+    Out-of-fold predictions of attention MIL. A bag is (keys, values), both a list of arguments of np.memmap. The
+    setting is chosen inside each fold; it is the first where a class has too few patients for that.
+    """
+    classes, k = len(found.classes), int(found.folds.max()) + 1
+    bar = tqdm(desc=name, total=len(found.folds) * k * (len(MIL) + 1), unit="fit", ncols=80)
 
     def fit(train, test):
-        labels = found.labels[train]
-        rest, held = inner_splits(labels, found.groups[train])[0]
-        mine = [bags[i] for i in train]
-        nets = [train_mil([mine[i] for i in rest], labels[rest], classes, setting, SEED) for setting in MIL]
-        chosen = [apply_mil(net, [mine[i] for i in held]).argmax(1)[None] for net in nets]
-        scores = [eval_bach.balanced_accuracy(own, labels[held]).item() for own in chosen]
-        best = list(MIL)[scores.index(max(scores))]
-        return apply_mil(train_mil(mine, labels, classes, best, SEED), [bags[i] for i in test])
-    return out_of_fold(found, fit)
+        labels, mine = found.labels[train], [bags[i] for i in train]
+        scores = dict.fromkeys(MIL, 0.0)
+        for rest, held in inner_splits(labels, found.groups[train])[:1]:
+            for setting in MIL:
+                net = train_mil([mine[i] for i in rest], labels[rest], classes, setting, device)
+                guess = apply_mil(net, [mine[i] for i in held], device).argmax(1)
+                scores[setting] = eval_bach.balanced_accuracy(guess[None], labels[held]).item()
+                bar.update()
+        net = train_mil(mine, labels, classes, max(scores, key=scores.get), device)
+        bar.update()
+        return apply_mil(net, [bags[i] for i in test], device)
+
+    with bar:
+        return out_of_fold(found, fit)
+
+
+# ---- what a score is worth ------------------------------------------------------------------------------------------
 
 
 def resampled(predicted, found, weights):
     """Balanced accuracy, mean over repeats, for each row of weights (B, G): how often each patient was drawn. (B,)."""
-    hits = (predicted.argmax(2) == found.labels).double().mean(0)
-    onehot = F.one_hot(found.labels).double()
-    counts = torch.stack([hits[:, None] * onehot, onehot])  # (2, n, C)
-    of_patient = counts.new_zeros(2, len(found.patients), onehot.shape[1])
-    of_patient.index_add_(1, found.groups, counts)
-    right, all_of = weights @ of_patient  # (B, C)
+    right, all_of = weights @ by_patient(predicted.argmax(2), found.labels, found.groups)  # (B, C)
     return (right / all_of).nanmean(1)  # a draw may be without a class
 
 
@@ -744,57 +817,75 @@ def compare(name, predicted, mean, found):
     score = concordance if found.time.any() else resampled
     G = len(found.patients)
     drawn = torch.randint(G, (DRAWS, G), generator=torch.Generator().manual_seed(SEED))
-    weights = F.one_hot(drawn, G).sum(1).double()
+    weights = torch.stack([own.bincount(minlength=G) for own in drawn]).double()
     once = torch.ones(1, G).double()
     gain = score(predicted, found, weights) - score(mean, found, weights)
     low, high = gain.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
     balanced = score(predicted, found, once).item()
     row = {"row": name, "balanced": balanced, "difference": balanced - score(mean, found, once).item(),
-           "low": low, "high": high}
+           "low": low, "high": high, "repeats": len(found.folds)}
     if not found.time.any():
         row["auroc"] = area_under_curve(predicted, found)
     return row
 
 
-def score_features(config):
-    """The rows of one csv of labelled slides or places, printed as a table as they are done; returns them as a dict."""
-    files = files_of(config["features"])
-    found = find_labels(config, files)
-    rows, bags, text = read_slides(config, found)
-    first = next(iter(rows)) if found.where.shape[1] else "mean"
-    at_test = {name: own for name, own in rows.items()}
-    if SHUFFLED in rows:
-        rows[SHUFFLED] = rows[CONTEXT]  # the probe is trained on places in their true order
-    mean = linear_probe(found, rows[first], rows[first], 0.5)
-    done = []
-    metric = "c-index" if found.time.any() else "balanced"
-    print(f"{'':28}{metric:>8}   auroc  C tuned   difference to {first} and its 95 % interval")
-    for name, x in {first: rows[first], **rows}.items():
-        predicted = linear_probe(found, x, at_test[name], 0.5)
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def score_features(config, table):
+    """The rows of one csv of labelled slides or places, printed, and added to the dict `table` as they are done."""
+    files = [files_of(folder) for folder in config["features"].split(",")]
+    stored, keys = open_contexts(config)
+    found = find_labels(config, [*files, *stored.values()])
+    trained_on = {slide for own in keys.values() for slide in own["trained_on"]}
+    text = check_unseen(found, trained_on, config["allow_seen"], config["patient"])
+    controls = open_controls(config["encoder"], keys) if config["encoder"] else {}
+    rows, bags = read_slides(found, files, stored, controls, config["device"])
+    survival = bool(found.time.any())
+    first, mean = next(iter(rows)), None  # that all are compared with, and what it predicts
+    table |= {"rows": [], "classes": found.classes, "seen": text, "protocol": protocol_of(found)}
+    say_caveats(found, text)
+    print(f"{'':30}{'c-index' if survival else 'balanced':>8}   auroc  C tuned   difference to {first} and its 95 % "
+          "interval")
+    for name, at_test in rows.items():
+        x = rows[name.replace(SHUFFLED, CONTEXT)]  # the probe is trained on places in their true order
+        predicted = linear_probe(found, x, at_test, 0.5)
+        mean = predicted if name == first else mean
         row = compare(name, predicted, mean, found)
+        if not survival:
+            tuned = linear_probe(found, x, at_test, None)
+            row["tuned"] = compare(name, tuned, mean, found)["balanced"]
+        table["rows"].append(row | {"seen": text})
+        show(row, name == first)
         if config["write"] and name == (CONTEXT if CONTEXT in rows else first):
             write_scores(config["write"], found, predicted)
-        if not found.time.any():
-            row["tuned"] = compare(name, linear_probe(found, x, at_test[name], None), mean, found)["balanced"]
-        done.append(show(row, name == first))
-    if bags and not found.time.any():
-        once = found._replace(folds=found.folds[:1])  # it takes minutes
-        kinds = {"attention MIL": [(raw, raw) for raw, _ in bags]}
-        if config["context"]:
-            kinds["attention of context on raw"] = [(own, raw) for raw, own in bags]
-        for name, pairs in kinds.items():
-            done.append(show(compare(name, mil_probe(once, pairs), mean[:1], once)))
-    kind = "places" if found.where.shape[1] else "slides"
-    repeats, k = len(found.folds), int(found.folds.max()) + 1
+    if not config["mil"] or survival or found.kind == "places":
+        return
+    once = found._replace(folds=found.folds[:1])  # it takes minutes
+    kinds = {"attention MIL": [(raw, raw) for raw, _ in bags]}
+    if config["context"]:
+        kinds["attention of context on raw"] = [(own, raw) for raw, own in bags]
+    for name, pairs in kinds.items():
+        row = compare(name, mil_probe(once, pairs, name, config["device"]), mean[:1], once)
+        table["rows"].append(row | {"seen": text})
+        show(row, False, f"  1 of {len(found.folds)} repeats")
+
+
+def protocol_of(found):
     listed = str([found.slides, found.folds.tolist()])
     checksum = hashlib.sha256(listed.encode()).hexdigest()[:8]
-    protocol = (f"{kind}: {len(found.slides)} of {len(found.patients)} patients, {repeats} x {k} folds {checksum}, "
-                + ("Cox, elastic net" if found.time.any() else "logistic regression C 0.5 balanced"))
-    for row in done:
-        row["seen"] = text
+    probe = "Cox, elastic net" if found.time.any() else "logistic regression C 0.5 balanced"
+    return (f"{found.kind}: {len(found.slides)} of {len(found.patients)} patients, {len(found.folds)} x "
+            f"{int(found.folds.max()) + 1} folds {checksum}, {probe}")
+
+
+def say_caveats(found, text):
     if text:
         print(f"allowed, so the rows of context are too good: {text}")
-    return {"rows": done, "classes": found.classes, "seen": text, "protocol": protocol}
+    trained = [train for folds in found.folds for train, _, _ in splits(folds, 2)]
+    inner = [inner_splits(found.labels[train], found.groups[train]) for train in trained]
+    if not all(inner) and not found.time.any():
+        print("a class has too few patients to choose by: C is 0.5 and attention MIL is Patho-Bench's in some folds")
 
 
 def write_scores(path, found, predicted):
@@ -805,12 +896,13 @@ def write_scores(path, found, predicted):
         for i, scores in enumerate(predicted.mean(0).tolist()):
             where = found.where[i].tolist() or ["", ""]
             label = found.classes[found.labels[i]]
-            writer.writerow([found.slides[i], *where, label, *scores])
+            for slide in found.slides[i]:
+                writer.writerow([slide, *where, label, *scores])
 
 
-def show(row, is_mean=False):
-    """Print a row of the table, and return it."""
-    text = f"{row['row']:27}"
+def show(row, is_mean, note=""):
+    """Print a row of the table."""
+    text = f"{row['row']:29}"
     for key in ("balanced", "auroc", "tuned"):
         text += " " * 9 if row.get(key) is None else f"{row[key]:9.3f}"
     if not is_mean:
@@ -818,18 +910,25 @@ def show(row, is_mean=False):
         text += f"   {row['difference']:+8.3f}"
         text += f"  [{low:+.3f}, {high:+.3f}]"
         text += "" if low > 0 or high < 0 else "  none"
-    print(text, flush=True)
-    return row
+    print(text + note, flush=True)
 
 
 def main(config):
     if not config["features"]:
         eval_bach.score_files("eval_slides", config, lambda: load(config))
         return
+    table = {}
     try:
-        print(json.dumps(score_features(config)))
+        score_features(config, table)
     except (ValueError, OSError) as e:
         raise SystemExit(f"eval_slides: {e}") from e
+    except re.error as e:
+        raise SystemExit(f"eval_slides: patient = {config['patient']!r} is no regular expression: {e}") from e
+    except KeyboardInterrupt:
+        raise SystemExit("eval_slides: stopped") from None
+    finally:
+        if table.get("rows"):
+            print(json.dumps(table), flush=True)
 
 
 if __name__ == "__main__":
@@ -846,16 +945,19 @@ if __name__ == "__main__":
     norm = None       # "imagenet", "half" (Midnight, Kaiko), (mean, std); None = the model's own; one each: half,,half
     dry_run = False   # say what would be scored, and stop
     # ---- labelled slides or places
-    features = ""     # folder of prepare/features.py
+    features = ""     # folder of prepare/features.py; of two scales FOLDER,FOLDER, and rows of raw are the first's
     context = ""      # folder of context.py --task=embed; "" = no rows of context
-    encoder = ""      # the file it was made with, for the two controls; "" = none
+    encoder = ""      # the file it was made with, for two controls; "" = none
+    retrained = ""    # a third: folder of embed, by an encoder trained with --shuffle=true; "" = none
     labels = ""       # csv of slide, patient and label
     places = ""       # csv of slide, x, y, patient and label
     label = "label"   # column of the labels
+    mil = True        # rows of attention MIL of slides, by far the slowest (docs/context.md)
     write = ""        # csv of each sample's out-of-fold probabilities, with context if there is any; "" = none
     repeats = 5       # times that folds are drawn, where the csv gives none
     allow_seen = False  # score slides of patients that the encoder was trained on; shows in the row
     patient = r"TCGA-\w\w-\w{4}"  # pattern of the patient in the names of the slides that an encoder was trained on
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = configure(globals())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main(config)

@@ -109,7 +109,7 @@ def check(centres, about, trained, apart=True):
         value, expected = about.get(key), trained.get(key)
         if None in (value, expected) or value == expected:
             continue
-        text = isinstance(value, str) or isinstance(expected, str) or np.shape(value) != np.shape(expected)
+        text = isinstance(value, str) or np.shape(value) != np.shape(expected)
         if text or not np.allclose(value, expected, rtol=0.02):  # um/px of slides differ a little
             raise ValueError(f"features of another encoder, norm or scale: {key} is {value}, not {expected}")
     if len(centres) == 1:
@@ -124,34 +124,31 @@ def check(centres, about, trained, apart=True):
         raise ValueError(f"coordinates in another unit than level-0 px? Neighbours are {pitches:.3g} tiles apart")
 
 
-def embed_files(config, header, embed):
+def embed_files(config, net, header, dev):
     """
-    context.py --task=embed: a file for each slide of the first folder. `embed` makes context (N, D) from features and
-    centres, lists with an item per scale. Slides that are done are skipped, and a folder that another encoder began is
-    refused. Raises ValueError, and SystemExit naming the slides that failed.
+    context.py --task=embed: a file for each slide of the first folder. Slides that are done are skipped, and a folder
+    that another encoder began is refused. Raises ValueError, and SystemExit naming the slides that failed.
     """
     from prepare import coords, slides
     first, *others = config["features"].split(",")
     keys = {key: config[key] for key in ("features", "weights", "out", "part", "hide")}
-    keys |= {"slides": first + "/*.[hn][5p]*", "overlap": 0, "tile_px": 1}
+    keys |= {"slides": first + "/*.[hn][5p]*", "overlap": 0, "tile_px": 1, "mpp_table": ""}
     sha256 = model.sha256_of(config["weights"])
     others = [files_of(folder) for folder in others]
-    job = functools.partial(embed_file, header=header, embed=embed, others=others)
+    job = functools.partial(embed_file, net=net, header=header, dev=dev, others=others)
     keys_too = {"encoder": sha256, "trained_on": header["slides"]}
     slides.walk("context", keys, job, ".h5" if coords.h5py else ".npz", 0, keys_too)
 
 
-def embed_file(path, name, file, part, config, header, embed, others):
+def embed_file(path, name, file, part, config, net, header, dev, others):
     """A job of prepare/slides.py's walk."""
     if not all(name in files for files in others):
         raise ValueError("not in every folder of features")
     paths = [path, *(files[name] for files in others)]
     features, centres, about = zip(*map(open_features, paths))
-    if len(paths) != len(header["about"]):
-        raise ValueError(f"{len(paths)} folders of features, and the encoder reads {len(header['about'])} scales")
     for scale in zip(centres, about, header["about"]):
         check(*scale)
-    context = embed(features, centres)
+    context = embed_slide(net, header, features, centres, dev, config["hide"])
     means = [own.mean(0, np.float32) for own in features]
     if not (np.isfinite(context).all() and np.isfinite(means).all()):
         raise ValueError("features that are not finite")
@@ -170,7 +167,44 @@ def embed_file(path, name, file, part, config, header, embed, others):
         with open(part, "wb") as f:
             np.savez(f, **arrays, **stated)
     os.replace(part, file)
-    return f"{len(context)} places"
+
+
+@torch.inference_mode()
+def embed_slide(net, header, features, centres_um, device="cpu", hide=0):
+    """
+    Context of a slide's places, float32 (N, D), from features (N, C) and centres (N, 2); or from lists of them, one per
+    scale, and it is that of the first. What a place gets in the windows of `cover` is averaged. With `hide`, it is
+    what the rest of the window says of a place: training is about hidden places only, and may leave others without.
+    """
+    if isinstance(centres_um, np.ndarray):
+        features, centres_um = [features], [centres_um]
+    if len(features) != len(header["about"]):
+        raise ValueError(f"features of {len(features)} scales, and the encoder reads {len(header['about'])}")
+    if header["config"].get("shuffle"):
+        centres_um = shuffled(centres_um, features)
+
+    def standard(arrays):
+        scales = zip(map(torch.from_numpy, arrays), header["mean"], header["std"])
+        return [standardise(*scale).to(device) for scale in scales]
+
+    net = net.to(device)
+    slide_means = standard([own.mean(0, np.float32) for own in features])
+    sides = [scale["side"] for scale in header["about"]]
+    counts = [scale["count"] for scale in header["about"]]
+    total = np.zeros((len(centres_um[0]), header["config"]["width"]), np.float32)
+    visits = np.zeros((len(total), 1), np.float32)
+    for at, rows in cover(centres_um, counts):
+        parts = standard([own[r][None] for own, r in zip(features, rows)])
+        if header["config"]["centre"]:
+            parts = [part - own for part, own in zip(parts, slide_means)]
+        points = [own[r] - at for own, r in zip(centres_um, rows)]
+        nm = to_nm(np.concatenate(points))[None].to(device)
+        for read, hidden in in_turn(points, sides, hide):
+            x, _ = net(parts, nm, torch.from_numpy(hidden)[None].to(device))
+            own = x[0, : len(read)].float().cpu().numpy()
+            total[rows[0][read]] += own[read]
+        visits[rows[0]] += 1
+    return total / visits
 
 
 # ---- slides to train on ---------------------------------------------------------------------------------------------
@@ -340,15 +374,14 @@ def hide(rng, points, sides, share, block):
     coarse = int(np.argmax(sides))
     chosen = draw_blocks(rng, points[coarse], round(share * len(points[coarse])), block)
     region = points[coarse][chosen]
-    wanted, hidden = [], []
-    for i, own in enumerate(points):
-        inside = chosen if i == coarse else touches(own, 0.0, region, sides[coarse])
-        wanted.append(inside)
+    wanted = [touches(own, 0.0, region, sides[coarse]) for own in points]
+    wanted[coarse] = chosen
+    hidden = []
     for i, own in enumerate(points):
         hides = wanted[i].copy()
-        for j in range(len(points)):
+        for j, other in enumerate(points):
             if j != i:
-                hides |= touches(own, sides[i], points[j][wanted[j]], sides[j])
+                hides |= touches(own, sides[i], other[wanted[j]], sides[j])
         hidden.append(hides)
     return np.concatenate(hidden), np.concatenate(wanted)
 
@@ -358,13 +391,15 @@ def in_turn(points, sides, passes):
     Yield (read, hidden) until each place of the first scale was read once, while it was hidden, bool (n,) and (N,).
     passes = 0: all at once, nothing is hidden. Tiles of other scales are hidden where they show the same pixels.
     """
-    numbers = np.random.default_rng(0).permutation(len(points[0])) % max(passes, 1)
-    for number in range(max(passes, 1)):
+    turns = max(passes, 1)
+    numbers = np.random.default_rng(0).permutation(len(points[0])) % turns
+    for number in range(turns):
         read = numbers == number
-        region = points[0][read & (passes > 0)]
+        hidden = read if passes else np.zeros_like(read)
+        region = points[0][hidden]
         others = zip(points[1:], sides[1:])
         rest = [touches(own, side, region, sides[0]) for own, side in others]
-        yield read, np.concatenate([read & (passes > 0), *rest])
+        yield read, np.concatenate([hidden, *rest])
 
 
 def shuffled(centres, features):

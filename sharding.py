@@ -96,8 +96,9 @@ def checkpoint_activations(blocks, mode):
 def compile_blocks(blocks):
     """
     torch.compile of the blocks' forward; FSDP2's hooks stay outside. Shapes are static, so all blocks of the student
-    share one graph and those of the teacher another, both compiled in the first step. Elementwise work is fused; a
-    ViT-g step moves 329 GB for it without.
+    share one graph and those of the teacher another, both compiled in the first step. Elementwise work is fused.
+    Without, a ViT-g step moves 604 GB for it, or 765 if blocks are computed again: 180 and 228 ms at the 3.35 TB/s of
+    an H100 (counted on meta tensors by bench/blocks.py --task=traffic; no GPU has measured it).
     """
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)

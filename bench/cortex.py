@@ -75,10 +75,10 @@ def contexts(sections, weights, seed):
     found = {"context": [], "untrained": [], "shuffled": []}
     rng = np.random.default_rng(seed)
     for features, centres in sections:
-        found["context"].append(context.embed_slide(net, header, features, centres, hide=hide))
-        found["untrained"].append(context.embed_slide(untrained, header, features, centres, hide=hide))
+        found["context"].append(places.embed_slide(net, header, features, centres, hide=hide))
+        found["untrained"].append(places.embed_slide(untrained, header, features, centres, hide=hide))
         order = rng.permutation(len(centres))
-        found["shuffled"].append(context.embed_slide(net, header, features, centres[order], hide=hide))
+        found["shuffled"].append(places.embed_slide(net, header, features, centres[order], hide=hide))
     return found
 
 

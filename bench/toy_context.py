@@ -38,6 +38,7 @@ import context
 import model
 import places
 from configurator import configure
+from eval_slides import stats
 from prepare.toy_slides import TASKS
 
 slides = "data/toy_slides"           # labels.csv, features/
@@ -76,7 +77,7 @@ def load(folder, names):
 
 def read(net, header, slides, centres, hide=0):
     """Context (S, N, D) of slides, a list with the features (N, C) of each scale for each; centres per scale."""
-    return np.stack([context.embed_slide(net, header, list(scales), centres, hide=hide) for scales in slides])
+    return np.stack([places.embed_slide(net, header, list(scales), centres, hide=hide) for scales in slides])
 
 
 def moments(x):
@@ -85,11 +86,6 @@ def moments(x):
     grid = torch.from_numpy(x).float().view(len(x), side, side, -1).permute(0, 3, 1, 2)
     near = F.avg_pool2d(grid, 3, 1, 1, count_include_pad=False)
     return torch.cat([grid, near, near.square()], 1).mean((2, 3)).numpy()
-
-
-def statistics(x):
-    """Mean, deviation and maximum over the places of (S, N, C) -> (S, 3 C)."""
-    return np.concatenate([x.mean(1), x.std(1), x.max(1)], 1)
 
 
 def spread(x):
@@ -220,11 +216,11 @@ def score(seed, config):
     train, test = np.flatnonzero(~tested), np.flatnonzero(tested)
     found, header = contexts(seed, x, coarse, centres, names[train])
     raw = x.astype(np.float32)
-    vectors = {"mean": raw.mean(1), "max": raw.max(1), "moments": moments(x), "raw": statistics(raw)}
+    vectors = {"mean": raw.mean(1), "max": raw.max(1), "moments": moments(x), "raw": stats(raw)}
     for name, own in found.items():
         vectors[name] = spread(own)
     for name in ("hidden", "untrained"):
-        vectors[f"raw and {name}"] = statistics(np.concatenate([raw, found[name]], 2))
+        vectors[f"raw and {name}"] = stats(np.concatenate([raw, found[name]], 2))
     rows = {}
     for task, y in labels.items():
         guesses = {name: probe(vector, y, train, test) for name, vector in vectors.items()}

@@ -4,8 +4,7 @@
 # result:   not run yet
 # The constants are those of its vith16plus_8gpus_localsvs.yaml. Schedules are cut at a fortieth of their length, so
 # they are nearly constant after the warm-up. The sign of the spreading term, the stain shift and the scale of tiles are
-# the corrected ones (docs/recipe.md). It is compiled, as theirs. Theirs keeps all activations, which almost fills
-# 80 GB; here "selective" stays.
+# the corrected ones (docs/recipe.md). Theirs keeps all activations, which almost fills 80 GB; here "selective" stays.
 from pathlib import Path
 
 exec(Path(__file__).with_name("vitg.py").read_text())
@@ -25,4 +24,3 @@ base_lr = 8e-4
 weight_decay_end = 0.4
 momentum = 0.992
 teacher_temp_warmup = 12_500
-compile = True

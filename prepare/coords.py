@@ -136,7 +136,6 @@ def write_coords(path, name, file, part, config):
         attrs = trident_attrs(slide, config, name, config["tile_px"], config["mpp"])
     write_h5(part, {"coords": xy.astype(np.int64)}, {"coords": attrs})
     os.replace(part, file)
-    return f"{len(xy)} places"
 
 
 def main(config):

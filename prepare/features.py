@@ -106,7 +106,7 @@ def write_features(path, name, file, part, config, encoder, about):
     os.replace(part, file)
     if len(good) < places.FEW:
         places.say_few()
-    return f"{len(good)} tiles" + (f", {len(bad)} damaged ones left out" if bad else "")
+    return f"{len(bad)} damaged ones left out of {len(xy)} tiles" if bad else ""
 
 
 def main(config):

@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from multiprocessing import connection, get_context
 from pathlib import Path
 
@@ -40,6 +41,7 @@ min_tissue = 0.25   # share of a tile's area in the tissue mask
 
 FREE = """slides out part workers mask_dir batch_size device weights norm slide_mpp
 mpp_table trust_mpp mpp_from_objective""".split()  # that a rerun may change: each result says what it was made with
+SECONDS = 10        # between lines of progress
 
 
 def run(script, function, namespace):
@@ -177,27 +179,32 @@ def walk(script, config, job, ending, workers, more=()):
     """
     Call job(path, name, file, part, config) for each slide whose file, its name + ending, is missing.
 
-    A job writes `part`, renames it to `file`, and returns what to print. `more` are keys of keys.json. Raises
-    SystemExit with the first reasons if any slide failed.
+    A job writes `part`, renames it to `file`, and returns what to say of the slide, if anything. `more` are keys of
+    keys.json. Raises SystemExit with the first reasons if any slide failed.
     """
-    lost = {}
+    folder, jobs, failed, lost = part_file(config, ".unfinished"), [], [], {}
     names = slides_of(config, lost, dots=ending != ".json")  # a key in a WebDataset's tar has no dots
     settle(script, config, dict(more))
-    folder, jobs, failed = part_file(config, ".unfinished"), [], []
     for path, name in names.items():
         file = os.path.join(config["out"], name + ending)
         if not os.path.exists(file):
             jobs.append((path, name, file, os.path.join(folder, name), config))
     shutil.rmtree(folder, ignore_errors=True)  # a run that was killed left it
     os.mkdir(folder)
+    began = shown = time.monotonic()
     try:
         for number, ((path, _, _, part, _), text, error) in enumerate(each(job, jobs, workers), 1):
             if isinstance(error, OSError):  # the next slide would fare no better
                 raise OSError(f"{config['out']}: {error}; what is done is kept, and a rerun does the rest")
-            print(f"{script}: {number} of {len(jobs)}: {path}: {error or text}", flush=True)
             if error:
                 failed.append({"slide": path, "reason": error})
                 Path(part).unlink(missing_ok=True)
+            if error or text:
+                print(f"{script}: {path}: {error or text}", flush=True)
+            if time.monotonic() - shown > SECONDS:
+                shown = time.monotonic()
+                left = round((shown - began) / number * (len(jobs) - number) / 60)
+                print(f"{script}: {number} of {len(jobs)} slides, {len(failed)} failed, {left} min left", flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     before, file = len(names) - len(jobs), part_file(config, "failed.csv")

@@ -130,9 +130,9 @@ def write_tiles(path, name, file, part, config):
     os.replace(part, shard)
     Path(part).write_text(json.dumps(side))
     os.replace(part, file)
-    lacking = "".join(f"; at {mpp} um/px: {reason}" for mpp, reason in skipped.items())
-    damaged = f", {len(bad)} damaged ones left out" if bad else ""
-    return f"{len(table['x'])} tiles{damaged}{lacking}"
+    lacking = [f"nothing at {mpp} um/px: {reason}" for mpp, reason in skipped.items()]
+    damaged = [f"{len(bad)} damaged ones left out of {seen} tiles"] if bad else []
+    return "; ".join(damaged + lacking)
 
 
 def main(config):

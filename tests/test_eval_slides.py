@@ -72,7 +72,8 @@ def tiles(tmp_path):
 def data_of(labels, groups):
     """Folds of labels and groups, made."""
     pytest.importorskip("sklearn")
-    return eval_slides.find_folds("x", labels, [str(i) for i in range(int(labels.max()) + 1)], groups, None)
+    classes = [str(i) for i in range(int(labels.max()) + 1)]
+    return eval_slides.find_folds("x", labels, classes, groups, None, parts=3)[0]
 
 
 # folds
@@ -293,16 +294,16 @@ GREEN, HEADER = ROWS[:12], "file,patient,fold"
     ([HEADER, "3.png,P1,1"], "line 2: 2 images in the class folders are called '3.png'; write class/name"),
     ([HEADER, *ROWS[2:]], "groups.csv: 2 of 24 images are not listed, such as green/0.png"),
     ([HEADER, *ROWS, ROWS[3]], "line 26: green/3.png is listed twice; delete one"),
-    ([HEADER, "green/0.png,P0,1.5", *ROWS[1:]], "line 2: patient 'P0', fold '1.5'; give each image a patient"),
-    ([HEADER, "green/0.png,P0,", *ROWS[1:]], "line 2: patient 'P0', fold ''; give"),
-    ([HEADER, "green/0.png,,1", *ROWS[1:]], "line 2: patient '', fold '1'; give each image a patient"),
-    ([HEADER, "green/0.png,P0,2", *ROWS[1:]], "patient P0 is in folds 2 and 1; put all images of a patient in"),
+    ([HEADER, "green/0.png,P0,1.5", *ROWS[1:]], "line 2: fold is '1.5', not a whole number"),
+    ([HEADER, "green/0.png,P0,", *ROWS[1:]], "line 2: fold is '', not a whole number"),
+    ([HEADER, "green/0.png,,1", *ROWS[1:]], "line 2: no patient; each line needs patient"),
+    ([HEADER, "green/0.png,P0,2", *ROWS[1:]], "patient P0 is in folds 2 and 1; put all that is of a patient in"),
     ([HEADER, *(line.replace(",3", ",2") for line in ROWS)], "the folds are [1, 2]; give at least 3 (to train, select"),
     (["file,patient", *(line[:-2] for line in GREEN), *(f"red/{i}.png,P{i % 2}" for i in range(12))],
      "groups (patients) of class red: 2; 3 are needed, to train, select and test; add patients, or merge"),
     ([HEADER, *(f"green/{i}.png,P{i},{3 + i % 2}" for i in range(12)),
       *(f"red/{i}.png,Q{i % 3},{1 + i % 3 // 2}" for i in range(12))],
-     "when fold 0 (from 0) tests and the next one selects, no image of class red is left to train on")])
+     "when fold 0 (from 0) tests and the next one selects, nothing of class red is left to train on")])
 def test_bad_tables_are_refused_in_one_line(tiles, lines, message):
     (tiles / "groups.csv").write_text("\n".join(lines) + "\n", encoding="latin-1")
     with one_line(re.escape(message)):

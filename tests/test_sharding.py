@@ -79,6 +79,34 @@ def test_activation_checkpointing_recomputes_what_it_says_and_gives_the_same_bit
     assert forward[0] - last <= backward[2] - backward[0] <= forward[0], (forward, backward)
 
 
+def plain_residual(x, shapes, kept, branch):
+    """model.residual by autograd alone."""
+    rows, kept_shapes = kept
+    subset = x[rows]
+    parts = zip(shapes, kept_shapes, model.split(subset, kept_shapes),
+                model.split(branch(subset, kept_shapes), kept_shapes))
+    return x.index_put((rows,), torch.cat([s.add(c, alpha=B / keep) for (B, _), (keep, _), s, c in parts]))
+
+
+@FAMILIES
+@pytest.mark.parametrize("mode", sharding.CHECKPOINTING)
+def test_backward_of_drop_path_fills_and_sorts_nothing_and_has_the_bits_of_the_plain_form(arch, mode, monkeypatch):
+    torch.manual_seed(1)
+    net = model.ViT(arch)
+    sharding.checkpoint_activations(net.blocks, mode)
+    grads = gradients(net, arch)[0]
+    shapes = [(10, 17), (15, 5)]
+    x = torch.randn(10 * 17 + 15 * 5, arch.embed_dim, requires_grad=True)
+    kept = [model.draw_kept(shapes, 0.4, "cpu") for _ in range(2)]
+    out = net.blocks[0](x, shapes, [None, None], kept)
+    with Count() as backward:
+        out.backward(x.detach())
+    assert not {"aten::index_put_", "aten::_index_put_impl_", "aten::index_put", "aten::clone"} & {
+        op._schema.name for op in backward.calls}, "q, k, v's gradients are copied, or rows filled, sorted and added"
+    monkeypatch.setattr(model, "residual", plain_residual)
+    bit_equal(grads, gradients(net, arch)[0])
+
+
 def test_a_run_is_the_same_to_the_bit_whatever_it_keeps_and_prefetches(tiles, tmp_path, monkeypatch):
     runs = [{}, dict(activation_checkpointing="selective"), dict(activation_checkpointing="full", prefetch=0)]
     first, *others = (weights(train(monkeypatch, flags(tiles=tiles, max_steps=2, out_dir=tmp_path / str(i), **keys)))

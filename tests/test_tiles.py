@@ -298,6 +298,20 @@ def test_parts_that_run_at_once_share_a_folder_and_do_each_slide_once():
     assert not Path("out/failed.1of2.csv").exists()
 
 
+def test_progress_is_short_and_each_failure_is_named(capsys, monkeypatch):
+    for i in range(3):
+        write(f"{i}.tif", size=(512, 384), seed=i)
+    Path("in/3.tif").write_bytes(b"no slide")
+    fails(tiles)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "in/3.tif: not a slide" in lines[0], "3 slides were done in less than slides.SECONDS"
+    monkeypatch.setattr(slides, "SECONDS", -1)
+    fails(tiles, "again")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "in/3.tif" not in line]
+    assert lines[1] == "tiles: 2 of 4 slides, 0 failed, 0 min left" and len(lines) == 5
+    assert max(map(len, lines)) <= 80
+
+
 def kill_itself_on_b(path, name, file, part, config):
     if name == "b":
         os.kill(os.getpid(), signal.SIGKILL)
