@@ -78,13 +78,13 @@ def test_command(script, tmp_path):
 
     *_, last, path = command(f"--runs={tmp_path}/first")
     assert last.split() == ["200", "0.8000", "0.0100", "nan", "7.0000", "nan", "nan", "nan", "nan"]
-    assert path == f"{tmp_path}/first/bach.png" and Image.open(path).size == (1440, 810)
+    assert path == f"{tmp_path}/first/curves.png" and Image.open(path).size[0] == 1440
     lines = command(f"--runs={tmp_path}/*", f"--parent={tmp_path}/second", f"--out={tmp_path}/x.png")
     assert [line.split()[0] for line in lines[3:5]] == ["run", "second"] and lines[-1] == f"{tmp_path}/x.png"
     with Image.open(tmp_path / "x.png") as page:
         assert np.asarray(page.convert("L")).std() > 10
     for flag, message in ((f"--runs={tmp_path}/*", "parent=nowhere: no such run with a curve; there are first, second"),
-                          ("--runs=nowhere/*", "runs=nowhere/*: no folder with a point in bach.jsonl")):
+                          ("--runs=nowhere/*", "runs=nowhere/*: no folder with a row in metrics.jsonl or bach.jsonl")):
         with one_line(f"^curves: .*{re.escape(message)}"):
             command(flag, "--parent=nowhere")
 
@@ -93,7 +93,7 @@ def test_the_picture_is_at_the_runs_common_folder(tmp_path, monkeypatch, capsys,
     monkeypatch.chdir(tmp_path)
     for name in ("out/a", "out/sub/b", "c"):
         run(Path(name), [0.7, 0.8])
-    for runs, place in (("out/a/", "out/a/bach.png"), ("out/a,out/sub/b", "out/bach.png"), ("*,out/a", "bach.png")):
+    for runs, place in (("out/a/", "out/a/curves.png"), ("out/a,out/sub/b", "out/curves.png"), ("*,out/a", "curves.png")):
         assert shown(capsys, runs)[1].splitlines()[-1] == place
 
 
@@ -102,7 +102,7 @@ def test_neither_torch_nor_matplotlib_is_needed_for_the_tables(tmp_path, monkeyp
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run(tmp_path / "a", [0.7])
-    assert shown(capsys, tmp_path / "a")[1].endswith("bach.png not written: pip install matplotlib\n")
+    assert shown(capsys, tmp_path / "a")[1].endswith("curves.png not written: pip install matplotlib\n")
 
 
 # groups of repeats
