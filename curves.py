@@ -57,46 +57,46 @@ class Group(NamedTuple):
     protocol: str
 
 
+def read(path):
+    """A file's text, "" without the file."""
+    if not os.path.isfile(path):
+        return ""
+    with open(path, errors="replace") as f:
+        return f.read()
+
+
 def read_rows(path):
     """{step: row} of a .jsonl, without nulls. Of a step that is there twice the later row counts, as after a resume."""
     points = {}
-    with open(path if os.path.isfile(path) else os.devnull) as f:
-        try:
-            for line in f:
-                if line.endswith("\n"):  # or it is unfinished
-                    row = json.loads(line)
-                    step = int(row["step"])
-                    points[step] = {k: v for k, v in row.items() if v is not None}
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path}: each line must be a JSON object with a step ({e!r})") from e
+    try:
+        for line in read(path).split("\n")[:-1]:  # what follows the last line's end is unfinished
+            row = json.loads(line)
+            step = int(row["step"])
+            points[step] = {k: v for k, v in row.items() if v is not None}
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path}: each line must be a JSON object with a step ({e!r})") from e
     return dict(sorted(points.items()))
 
 
 def read_code(path):
     """The commit in a source.diff, with a checksum of edits that were not committed; "unknown" without the file."""
-    if not os.path.isfile(path):
-        return "unknown"
-    with open(path, errors="replace") as f:
-        head, _, edits = f.read().partition("\ndiff --git ")
+    head, _, edits = read(path).partition("\ndiff --git ")
     commit = head.partition("\n")[2][:7] or "unknown"  # the command stands in the first line
     return commit + (f"+{zlib.crc32(edits.encode()):08x}" if edits else "")
 
 
 def load_run(folder):
     """A Run, or None while it has nothing of PANELS. ValueError if a file is damaged, except at its end."""
-    path, config = f"{folder}/config.json", {}
     bach, rows = read_rows(f"{folder}/bach.jsonl"), read_rows(f"{folder}/metrics.jsonl")
     for step, row in bach.items():
         rows[step] = rows.get(step, {}) | row
     rows = {step: row for step, row in sorted(rows.items()) if PANELS.keys() & row.keys()}
     if not rows:
         return None
-    if os.path.isfile(path):
-        with open(path) as f:
-            try:
-                config = dict(json.load(f))
-            except (ValueError, TypeError) as e:
-                raise ValueError(f"{path}: not the JSON object that a run writes ({e})") from e
+    try:
+        config = dict(json.loads(read(f"{folder}/config.json") or "{}"))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{folder}/config.json: not the JSON object that a run writes ({e})") from e
     if config and "task" not in config:  # train.py's: keys that are younger than the run have their defaults
         config = config | json.loads(json.dumps(train_keys())) | config
     setting = {k: v for k, v in config.items() if k not in REPEAT}
@@ -107,9 +107,8 @@ def load_run(folder):
 
 def group_runs(runs):
     """
-    Groups of repeats, in the order of their first runs. A run without config.json is no repeat.
-
-    A group's name is its first folder's without _0, -s1 or _seed2 at the end, or the whole path if that is not unique.
+    Groups of repeats, in the order of their first runs. A run without config.json is no repeat. A group's name is its
+    first folder's without _0, -s1 or _seed2 at the end, or the whole path if that is not unique.
     """
     together, groups = {}, []
     for run in runs:
@@ -301,10 +300,7 @@ def curve_table(run):
 
 
 def plot(groups, path):
-    """
-    A PNG with a panel for each of PANELS that there is: means over repeats, and their deviation. A name has the same
-    colour in every figure; of names that share one, the second is dashed.
-    """
+    """A PNG of means over repeats and deviations. A name has one colour in every figure; if two share it, one is dashed."""
     from matplotlib.figure import Figure
 
     keys = logged([run for group in groups for run in group.used])
@@ -319,7 +315,10 @@ def plot(groups, path):
         line = {"color": colors[i], "ls": ("-", "--", ":", "-.")[colors[:i].count(colors[i]) % 4]}
         panels[first].plot([], [], **line, label=f"{group.name} (n = {len(group.used)})")
         for key in logged(group.used):
-            x, *found = thinned(group.used, key)
+            x = common(group.used, key)
+            rows = np.vstack([x, values(group.used, x, key)])
+            parts = np.array_split(rows, min(len(x), MAX_POINTS), axis=1)
+            x, *found = np.stack([part.mean(1) for part in parts], 1)
             mean = np.mean(found, 0)
             panels[key].plot(x, mean, **line)
             if bands > MAX_BANDS:
@@ -333,13 +332,6 @@ def plot(groups, path):
         panels[key].grid(alpha=0.25)
     figure.legend(*panels[first].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path)
-
-
-def thinned(runs, key):
-    """Steps, and what each run has there under key: (1 + runs, at most MAX_POINTS)."""
-    x = common(runs, key)
-    parts = np.array_split(np.vstack([x, values(runs, x, key)]), min(len(x), MAX_POINTS), axis=1)
-    return np.stack([part.mean(1) for part in parts], 1)
 
 
 def write_events(runs, top, folder):
