@@ -135,7 +135,7 @@ def logged(runs):
 
 
 def mean_of(runs):
-    """The repeats whose mean is shown. Without BACH one may lag a tenth behind the median, because rows are frequent."""
+    """The repeats whose mean is shown. Without BACH they may lag a tenth behind the median, as rows are frequent."""
     ends = [(common([run], "bach") or list(run.rows))[-1] for run in runs]
     scored = common(runs[:1], "bach")
     least = statistics.median_high(ends) * (1 if scored else 0.9)
@@ -300,7 +300,7 @@ def curve_table(run):
 
 
 def plot(groups, path):
-    """A PNG of means over repeats and deviations. A name has one colour in every figure; if two share it, one is dashed."""
+    """A PNG of means over repeats. A name has one colour in every figure; of two that share it, one is dashed."""
     from matplotlib.figure import Figure
 
     keys = logged([run for group in groups for run in group.used])
