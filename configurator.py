@@ -11,6 +11,7 @@ constants, not keys. Derive other values after the call, under names that are no
 import ast
 import copy
 import difflib
+import math
 import os
 import sys
 import traceback
@@ -85,9 +86,8 @@ def parse_flag(arg, following, keys):
             value = "true" if isinstance(keys.get(name), bool) else "VALUE"
         hint = "" if name in keys else nearest(name, keys)
         stop(f"flag '{arg}' has no value: write --{name}={value}{hint}")
-    if isinstance(keys.get(name), str):
-        return name, plain(text)  # as text, so that --name=2024 and --name=a=b stay so
-    return name, check(name, literal(text), keys, f"flag {arg}")
+    value = text if isinstance(keys.get(name), str) else literal(text)  # so that --name=2024 and --name=a=b stay text
+    return name, check(name, value, keys, f"flag {arg}")
 
 
 def literal(text):
@@ -100,39 +100,44 @@ def literal(text):
 
 
 def check(name, value, keys, source):
-    """Return `value` in the type of the key's default. Only int -> float and list -> tuple are converted."""
+    """Return `value` in the type of the key's default, or stop."""
     if name not in keys:
         stop(f"{source}: unknown key '{name}'{nearest(name, keys)}")
-    default, value = keys[name], plain(value)
-    if type(default) is float and type(value) is int:
-        return float(value)
-    if type(default) is tuple and type(value) is list:
-        return tuple(value)
-    surprising = isinstance(value, bool) and not isinstance(default, bool | None)  # bool is a subclass of int
-    if isinstance(value, TYPES if default is None else type(default)) and not surprising and is_plain(value):
-        return value
-    hint = ""
-    if isinstance(default, tuple):
+    default = keys[name]
+    try:
+        return fit(value, default)
+    except (ValueError, OverflowError) as e:
+        hint = f"; {e}" if str(e) else ""
+    if isinstance(default, tuple) and not isinstance(value, (tuple, list)):
         hint = f"; write --{name}={value!r}," if source.startswith("flag") else f"; write ({value!r},)"
     stop(f"{source}: key '{name}' expects {type(default).__name__} (default {default!r}), got {value!r}{hint}")
 
 
-def plain(value):
+def fit(value, default):
     """
-    A value in Python's own types, also within a tuple, because a teacher file with numpy's would not load. In text,
-    which may be several paths with commas between them, ~ is the home folder.
+    `value` in the type of `default`, an element of a tuple in that of the default's first; ValueError if it has
+    another. Only int -> float and list -> tuple are converted, and numpy's types, as a teacher file with them would not
+    load. In text, which may be several paths with commas between them, ~ is the home folder.
     """
+    kind, value = type(default), value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, os.PathLike):
+        value = str(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is tuple and type(value) is list:
+        value = tuple(value)
+    if type(value) not in (TYPES if default is None else (kind,)):
+        raise ValueError
     if isinstance(value, (tuple, list)):
-        inside = [plain(v) for v in value]
-        return tuple(inside) if isinstance(value, tuple) else inside
-    if isinstance(value, (str, os.PathLike)):
-        return ",".join(map(os.path.expanduser, str(value).split(",")))
-    return value.tolist() if hasattr(value, "tolist") else value  # numpy's
-
-
-def is_plain(value):
-    inside = value if isinstance(value, (tuple, list)) else ()
-    return type(value) in TYPES and all(map(is_plain, inside))
+        return type(value)(fit(element, default[0] if default else None) for element in value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a number must be finite")
+    if isinstance(value, str):
+        value.encode()  # ValueError if it is not UTF-8: it could not be printed
+        value = ",".join(map(os.path.expanduser, value.split(",")))
+        if value.startswith("~"):
+            raise ValueError("there is no such user; if the name begins with ~, write ./~")
+    return value
 
 
 def nearest(name, keys):

@@ -25,6 +25,7 @@ import checkpoint
 import data
 import model
 import places
+import rundir
 import sharding
 from configurator import configure
 from prepare import convert
@@ -182,7 +183,7 @@ if __name__ == "__main__":
             places.embed_files(config, net, header, dev)
             sys.exit()
         mesh = sharding.begin(dev)
-        lock = checkpoint.claim(out_dir, resume, say)  # of this run until the process ends
+        rundir.claim(out_dir, resume, say)
         slides, about, found = places.training_set(features.split(","), train_slides, window, dev, say)
         if shuffle:
             slides = [places.shuffle_slide(slide) for slide in slides]
@@ -204,15 +205,12 @@ if __name__ == "__main__":
         return {**tensors, "mean": mean, "std": std, "progress": dict(progress), "slides": names}
 
     def save(done, wait):
-        try:
-            header = {"config": config, "about": about, "slides": json.loads(names)}
-            header |= {"step": done, "mean": mean.cpu(), "std": std.cpu()}
-            checkpoint.export(out_dir, sharding.gathered(net["backbone"]), header)
-            saver.save(done, state())
-            if wait:
-                saver.finish()
-        except ValueError as e:
-            stop(e)
+        header = {"config": config, "about": about, "slides": json.loads(names)}
+        header |= {"step": done, "mean": mean.cpu(), "std": std.cpu()}
+        checkpoint.export(out_dir, sharding.gathered(net["backbone"]), header)
+        saver.save(done, state())
+        if wait:
+            saver.finish()
 
     def log(means, row):
         """Write a row: the loss, and the same of guesses that need no network, per scale. Returns loss/neighbours."""
@@ -220,22 +218,18 @@ if __name__ == "__main__":
             tail = f"_{scale['mpp']:g}" if len(about) > 1 else ""
             row |= dict(zip((guess + tail for guess in ("loss", "zero", "mean", "neighbours")), values))
         row["loss/neighbours"] = ratio = (means[:, 0] / means[:, 3]).mean().item()
-        if rank == 0:
-            checkpoint.append_row(f"{out_dir}/metrics.jsonl", row)
+        rundir.append_row(f"{out_dir}/metrics.jsonl", row)
         say(f"step {row['step']}: loss/neighbours {ratio:.3f}, {row['windows_per_s']:.1f} windows/s")
         return ratio
 
     if resume:
         loaded = state()
-        try:
-            checkpoint.load(f"{out_dir}/ckpt", loaded, say)
-        except ValueError as e:
-            stop(e)
+        checkpoint.load(f"{out_dir}/ckpt", loaded, say)
         if loaded["slides"] != names:
             stop("resume: the run was trained on other slides than are there now: give it those, or start anew")
         progress |= loaded["progress"]
-    if rank == 0:
-        checkpoint.begin_folder(out_dir, config, progress["step"] if resume else None, say)
+    step = progress["step"] if resume else None
+    rundir.on_rank_0("the run cannot begin", lambda: rundir.begin_folder(out_dir, config, step, say))
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: signals.append(number))
     dataset = places.Windows(slides, about, config, rank, world, progress["samples"] - progress["step"] * windows)

@@ -39,6 +39,11 @@ def check(config):
     for key, count in dict(betas=2, jitter=4, blur_prob=3, global_scale=2, local_scale=2, mask_ratio=2).items():
         if len(config[key]) != count:
             raise ValueError(f"{key} = {config[key]}: give {count} numbers")
+    for key in ("mpps", "mpp_range", "wide_field"):
+        if not all(type(value) in (int, float) and value > 0 for value in config[key]):
+            raise ValueError(f"{key} = {config[key]}: give numbers above 0")
+    if not (config["mpps"] or config["mpp_range"]):
+        raise ValueError("mpps = (): give um/px, such as (0.5, 1.0), or mpp_range")
     for key in ("global_scale", "local_scale", "mask_ratio", "mpp_range", "wide_field"):
         if config[key] and (len(config[key]) != 2 or config[key][0] > config[key][1]):
             raise ValueError(f"{key} = {config[key]}: give two numbers, the smaller one first")

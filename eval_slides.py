@@ -634,14 +634,14 @@ def regression(x, labels, groups, C):
     Logistic regression as in Patho-Bench: C = 0.5, balanced classes, nothing scaled. C = None chooses it from CS by
     balanced accuracy on inner folds of whole patients; 0.5 where a class has too few patients for them.
     """
-    from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
-    keys = dict(class_weight="balanced", max_iter=10_000)
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    probe = LogisticRegression(C=C or 0.5, class_weight="balanced", max_iter=10_000)
     inner = inner_splits(labels, groups) if C is None else []
-    if not inner:
-        return LogisticRegression(C=C or 0.5, **keys).fit(x, labels)
-    inner = [(fit.numpy(), held.numpy()) for fit, held in inner]
-    keys |= dict(Cs=CS, cv=inner, scoring="balanced_accuracy", l1_ratios=(0,), use_legacy_attributes=False)
-    return LogisticRegressionCV(**keys).fit(x, labels)
+    if inner:
+        inner = [(fit.numpy(), held.numpy()) for fit, held in inner]
+        probe = GridSearchCV(probe, {"C": CS}, cv=inner, scoring="balanced_accuracy")
+    return probe.fit(x, labels)
 
 
 def cox(x, time, event):

@@ -29,6 +29,10 @@ from model import all_reduce, named_tensors
 
 CHECKPOINTING = ("none", "selective", "full")
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHERS = {  # what they call rank, rank on the node, and ranks
+    "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"), "mpiexec": ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE")}
+JOIN = timedelta(minutes=5)  # for all ranks to meet; collectives have longer
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_mm.default,  # addmm: mm with a bias
             aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
@@ -37,34 +41,53 @@ PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_
 
 def launched():
     """(world, rank) as torchrun or a batch script states them; (1, 0) without one."""
-    texts = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK") or "0"
-    if not (texts[0].isdecimal() and texts[1].isdecimal()):
-        raise SystemExit(f"WORLD_SIZE = {texts[0]!r}, RANK = {texts[1]!r}: these must be numbers")
-    return int(texts[0]), int(texts[1])
+    world, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK") or "0"
+    if not (world.isdecimal() and rank.isdecimal() and int(world)):
+        raise SystemExit(f"WORLD_SIZE = {world!r}, RANK = {rank!r}: these must be numbers, 1 or more and 0 or more")
+    return int(world), int(rank)
 
 
-def check_launch(world, rank):
-    """ValueError if ranks would wait for each other forever, or if each task would be a run of its own."""
-    missing, tasks = [name for name in LAUNCH if not os.environ.get(name)], os.environ.get("SLURM_NTASKS") or "1"
-    line = "RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS"
-    if len(missing) == len(LAUNCH) and tasks != "1":
-        raise ValueError(f"SLURM_NTASKS = {tasks} without RANK: each task would be a run of its own; launch with "
-                         f"MASTER_ADDR=$(hostname) MASTER_PORT=29500 srun bash -c '{line} python ...', as in "
-                         "docs/slurm.sh, or with torchrun in one task")
-    if 0 < len(missing) < len(LAUNCH) or rank >= world:
-        raise ValueError(f"rank {rank} of {world} ranks, not set: {', '.join(missing) or 'none'}; launch with torchrun "
-                         f"--nproc_per_node=N, or set all of {', '.join(LAUNCH)}; for one process, set none")
+def check_launch(world, rank, dev):
+    """SystemExit if ranks would wait for each other forever, or if each task would be a run of its own."""
+    for command, (task, on_node, tasks) in LAUNCHERS.items():
+        number, count = os.environ.get(task) or "0", os.environ.get(tasks) or "1"
+        if not os.environ.get("RANK") and (number, count) != ("0", "1"):
+            raise SystemExit(f"{task} = {number}, {tasks} = {count} without RANK: each task would be a run of its own; "
+                             f"launch with {command} bash -c 'MASTER_ADDR=HOST MASTER_PORT=29500 RANK=${task} "
+                             f"LOCAL_RANK=${on_node} WORLD_SIZE=${tasks} python ...', HOST being the first node; for "
+                             "one process, unset both")
+    needed = (*LAUNCH, "LOCAL_RANK") if dev == "cuda" else LAUNCH
+    missing = [name for name in needed if not os.environ.get(name)]
+    port = os.environ.get("MASTER_PORT") or "0"
+    sound = port.isdecimal() and int(port) < 2**16 and rank < world
+    if 0 < len(missing) < len(needed) or not sound:
+        raise SystemExit(f"rank {rank} of {world} ranks, MASTER_PORT = {port}, not set: {', '.join(missing) or 'none'};"
+                         f" launch with torchrun --nproc_per_node=N, or set all of {', '.join(needed)}; for one "
+                         "process, set none")
 
 
 def begin(dev):
     """Join the processes of a launch, "cuda" or "cpu": their DeviceMesh. Without torchrun it is one process."""
     world, rank = launched()
-    check_launch(world, rank)
+    check_launch(world, rank, dev)
     if dev == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+        gpu, gpus = os.environ.get("LOCAL_RANK") or "0", torch.cuda.device_count()
+        if not gpu.isdecimal() or int(gpu) >= gpus:
+            raise SystemExit(f"LOCAL_RANK = {gpu}, and this process sees {gpus} GPUs: it needs one rank per GPU of a "
+                             "node, all of which each rank sees")
+        torch.cuda.set_device(int(gpu))
     else:
         torch.set_num_threads(1)  # results depend on the number of threads, and busy cores slow several of them down
-    store = None if os.environ.get("RANK") else dist.HashStore()
+    store = dist.HashStore()
+    if os.environ.get("RANK"):
+        try:
+            store = next(dist.rendezvous("env://", rank, world, timeout=JOIN))[0]
+        except dist.DistError as e:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise SystemExit(f"rank {rank} of {world} ranks met no other at {place} within {JOIN}: choose a free "
+                             "MASTER_PORT, MASTER_ADDR as all nodes know the first one, and start all ranks ("
+                             f"{str(e).splitlines()[0]})") from None
+        store.set_timeout(timedelta(minutes=30))
     dist.init_process_group("nccl" if dev == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                             timeout=timedelta(minutes=30))  # NCCL's 10 are short for rank 0 to read 7.4 GB of BACH
     return init_device_mesh(dev, (world,))

@@ -10,7 +10,8 @@ Where tiles come from. A run has exactly one source, named by a key of train.py:
     mix = (("slides", "data/TCGA/**/*.svs", 0.8), ("shards", "data/cptac", 0.2))    several, by weight
 
 Your own source: write a class, name it in SOURCES, and add a key of the same name to train.py, "" = off. It is called
-with the key's value and train.py's keys. It has `about`, a line for the log, and may have `left_out`, {path: reason}.
+with the key's value and train.py's keys. It has `about`, a line for the log, and may have `left_out`, {path: reason},
+and `size`, its number of tiles, unless they are drawn at random.
 Its read(n, attempt) returns (uint8 (H, W, 3), {"slide", "x", "y" in level-0 px, "mpp" or nan}) or raises OSError or
 wsi.SlideError. With wide_field, slides also give "wide", a tile as large in px around the same centre.
 
@@ -301,7 +302,8 @@ class SampleList:
         if not of_used.all():
             inputs = [self.table.filename, used.filename]
             self.table, _ = shared_table("sample_list", inputs, config, self.ROW, lambda: (self.table[of_used], None))
-        self.about = f"{len(self.table):,} tiles of a sample list of {len(used):,} slides"
+        self.size = len(self.table)
+        self.about = f"{self.size:,} tiles of a sample list of {len(used):,} slides"
         self.visit = keep_open(self.open, config["open_slides"])
 
     def parse(self):
@@ -360,7 +362,8 @@ class Tiles:
                 raise ValueError(f"tiles: holdout needs patients, but the name of {path} has none: rename the tiles, "
                                  "or find the patient with --patient=REGEX")
         self.config, self.paths = config, training_files(found, config, "tiles")
-        self.about = f"{len(self.paths):,} of {len(found):,} tiles in a folder ({listed(self.paths)})"
+        self.size = len(self.paths)
+        self.about = f"{self.size:,} of {len(found):,} tiles in a folder ({listed(self.paths)})"
 
     def read(self, n, attempt=0):
         path = self.paths[pick(n, attempt, len(self.paths), self.config["seed"])]
@@ -378,7 +381,8 @@ class Shards:
         self.config, self.tars = config, [tar for tar in tars if os.path.isfile(sidecar(tar))]
         inputs = [*self.tars, *map(sidecar, self.tars)]
         self.table, self.slides = shared_table("shards", inputs, config, self.ROW, self.index)
-        self.about = (f"{len(self.table):,} tiles of {len(self.tars):,} finished of {len(tars):,} shards "
+        self.size = len(self.table)
+        self.about = (f"{self.size:,} tiles of {len(self.tars):,} finished of {len(tars):,} shards "
                       f"({listed(self.tars)})")
         self.open = functools.lru_cache(OPEN_SHARDS)(functools.partial(open, mode="rb", buffering=0))
 
@@ -443,7 +447,7 @@ class Parquet:
         found, self.left_out = listing.find(pattern, "parquet", (".parquet",))
         self.files = list(map(os.path.abspath, found))
         self.groups, _ = shared_table("parquet", self.files, config, self.ROW, self.index)
-        self.rows = int(self.groups["rows"].sum())
+        self.size = self.rows = int(self.groups["rows"].sum())
         self.window = max(WINDOW * self.rows // len(self.groups), 1)
         self.about = f"{self.rows:,} rows of {len(self.files):,} parquet files ({listed(self.files)})"
         self.walk, self.load = functools.lru_cache(2)(self.walk), functools.lru_cache(2 * WINDOW)(self.load)

@@ -19,6 +19,7 @@ import gc
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -33,6 +34,7 @@ import data
 import eval_bach
 import listing
 import model
+import rundir
 import sharding
 import sources
 from bench import budget
@@ -203,20 +205,17 @@ dev = device or ("cuda" if has_gpu else "cpu")
 if weights and not os.path.exists(weights):
     stop(f"weights: no file or folder {weights}; docs/data.md says where they come from")
 try:
-    if rank == 0 and not resume:
-        checkpoint.check_empty(out_dir)
     if wandb_project and rank == 0:
         import wandb
 except ImportError:
     stop(f"wandb_project = {wandb_project!r}, but wandb is not installed: pip install wandb")
-except ValueError as e:
-    stop(e)
 
 # ---- set-up: processes, data, networks, optimizer -------------------------------------------------------------------
 
+mesh = sharding.begin(dev)
+rundir.on_rank_0(f"out_dir = {out_dir!r}", lambda: rundir.check_folder(out_dir, resume))
 start = None
 try:  # all that users state, and the files that it names
-    mesh = sharding.begin(dev)
     if dev == "cuda" and fp8 != "off" and torch.cuda.get_device_capability() < (8, 9):
         stop(f"fp8 = '{fp8}': {torch.cuda.get_device_name()} has no fp8 (Ada, Hopper or newer do); fp8 = 'off'")
     mean, std = model.norm_values(norm) if norm is not None or not weights else model.stored_norm(weights)
@@ -226,7 +225,7 @@ try:  # all that users state, and the files that it names
     pixels = torch.empty(400, 3, 224, 224, dtype=torch.uint8)  # rank 0 decodes BACH once: 60 MB
     if bach_dir and rank == 0:
         pixels = eval_bach.load_pixels(bach_dir)
-    lock = checkpoint.claim(out_dir, resume, say)  # of this run until the process ends
+    rundir.claim(out_dir, resume, say)
     if weights:
         start = model.first_weights(weights, arch_config, pos_embed_init)
     with torch.device("meta"):
@@ -235,10 +234,9 @@ try:  # all that users state, and the files that it names
         to_fp8(net["backbone"], force=fp8 == "force")
 except (ValueError, OSError) as e:
     stop(e)
-found = [None] * world
-dist.all_gather_object(found, source.about)
-if len(set(found)) > 1:
-    stop(f"ranks have found different data, is something still being written there? {'; '.join(sorted(set(found)))}")
+found = set(rundir.agree("", lambda: source.about))
+if len(found) > 1:
+    stop(f"ranks have found different data, is something still being written there? {'; '.join(sorted(found))}")
 teacher.requires_grad_(False).eval()
 sharding.checkpoint_activations(student["backbone"].blocks, activation_checkpointing)
 for net in (student, teacher):
@@ -268,10 +266,10 @@ def state():
 
 
 def write_row(file, row):
-    if rank == 0:
-        row = checkpoint.append_row(f"{out_dir}/{file}", row)
-        if wandb_project and file == "metrics.jsonl":
-            wandb.log(row)
+    """On rank 0, but a collective; {} writes nothing."""
+    row = rundir.append_row(f"{out_dir}/{file}", row)
+    if wandb_project and rank == 0 and file == "metrics.jsonl":
+        wandb.log(row)
 
 
 def exchange():
@@ -290,11 +288,12 @@ def exchange():
     bad_messages.clear()
     useless.clear()
     unreadable, unused, signalled = zip(*everyone)
-    for message in sum(unused, []):
-        file = message.split(": ")[0]
-        if file not in source.left_out:
-            source.left_out[file] = message
-            listing.say_left_out({file: message}, say, f"{out_dir}/left_out.csv" if rank == 0 else "", "a")
+    found = {message.split(": ")[0]: message for message in sum(unused, [])}
+    new = {file: message for file, message in found.items() if file not in source.left_out}
+    source.left_out |= new
+    if found:
+        path = f"{out_dir}/left_out.csv"
+        rundir.on_rank_0(f"{path} cannot be written", lambda: listing.say_left_out(new, say, path, "a"))
     for message in sum(unreadable, []):
         file = message.split(": ")[0]
         if file not in bad_tiles:
@@ -315,9 +314,11 @@ def log(done, losses, norms, now, cls):
            "teacher_temp": now["teacher_temp"], "wd": now["wd"],
            "cls_rank": metrics.get("effective_rank"), "cls_cosine": metrics.get("mean_cosine"),
            "images_per_s": round(steps * images / seconds, 2), "data_wait": round(clock["data"] / seconds, 3),
-           "bad_steps": progress["bad_steps"], "bad_tiles": len(bad_tiles)}
+           "bad_steps": progress["bad_steps"], "bad_tiles": len(bad_tiles),
+           "host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}  # most so far, without the workers
     if dev == "cuda":
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        row["mfu"] = tflop * steps / seconds / gpu_tflops
     text = f"loss {row['loss']:.4f}, gradient {row['grad_norm']:.2f}, {row['images_per_s']:.1f} images/s"
     bar.set_postfix_str(text)
     if bar.disable:
@@ -331,13 +332,13 @@ def evaluate(step):
         return {}
     with without_fp8(teacher["backbone"]), torch.compiler.set_stance("force_eager"):  # other shapes than training's
         note = f"{out_dir}/bach_failed_{step}"
-        row = eval_bach.curve_point(teacher["backbone"], pixels, (mean, std), dev, note, saver.finish)
-    if rank != 0:
-        return {}
+        row = eval_bach.curve_point(teacher["backbone"], pixels, (mean, std), dev, note, saver.thread.shutdown)
+    scored = row if row.get("seeds") else {}  # on rank 0, unless it failed
+    write_row("bach.jsonl", scored and {"step": step, "images": progress["samples"], **row})
     if "bach_error" in row:
         say(f"step {step}: no BACH, training continues: {row['bach_error']}")
+    if not scored:
         return row
-    write_row("bach.jsonl", {"step": step, "images": progress["samples"], **row})
     say(f"step {step}: BACH {row['bach']:.3f} +- {row['std']:.3f}, mean cosine {row['mean_cosine']:.3f}, "
         f"effective rank {row['effective_rank']:.1f}; took {row['seconds']} s")
     own = {k: row[k] for k in ("bach", "plateau", "clean", "knn", "mean_cosine", "effective_rank")}
@@ -346,15 +347,12 @@ def evaluate(step):
 
 def save(done, wait):
     """The teacher's export, then a checkpoint behind training; `wait` until it is written."""
-    try:
-        header = {"arch": None if depth else arch, "step": done, "config": config}
-        checkpoint.export(f"{out_dir}/teacher", sharding.gathered(teacher["backbone"]), header)
-        say(f"exported: {out_dir}/teacher/{done}.pth")
-        saver.save(done, state())  # last: a run that resumes here has its export and its rows
-        if wait:
-            saver.finish()
-    except ValueError as e:
-        stop(e)
+    header = {"arch": None if depth else arch, "step": done, "config": config}
+    checkpoint.export(f"{out_dir}/teacher", sharding.gathered(teacher["backbone"]), header)
+    say(f"exported: {out_dir}/teacher/{done}.pth")
+    saver.save(done, state())  # last: a run that resumes here has its export and its rows
+    if wait:
+        saver.finish()
 
 
 def targets(logits, head, temp):
@@ -367,13 +365,9 @@ def targets(logits, head, temp):
 
 # ---- start or resume ------------------------------------------------------------------------------------------------
 
-saver = checkpoint.Saver(f"{out_dir}/ckpt", keep_checkpoints, keep_every, say)
 if resume:
     loaded = state()
-    try:
-        checkpoint.load(f"{out_dir}/ckpt", loaded, say)
-    except ValueError as e:
-        stop(e)
+    checkpoint.load(f"{out_dir}/ckpt", loaded, say)
     bad_tiles.update(json.loads(loaded["bad_tiles"]))
     if loaded["data"] != source.about:
         say(f"resume: the data were {loaded['data']}, are now {source.about}: other tiles follow than without the stop")
@@ -382,14 +376,21 @@ if resume:
         say(f"resume: {images} images per step instead of {before}: the learning rate's peak is {peak_lr:.4g} instead "
             f"of {base_lr * math.sqrt(before / 1024):.4g}; the data continue where they stopped, schedules count steps")
     progress.update({**loaded["progress"], "images": images})
-if wandb_project and rank == 0:  # before any file changes: what wandb refuses can be tried again
-    checkpoint.begin_wandb(wandb, wandb_project, out_dir, config)
-if rank == 0:
-    checkpoint.begin_folder(out_dir, config, progress["step"] if resume else None, say)
+
+
+def begin_files():
+    if wandb_project:  # before any file changes: what wandb refuses can be tried again
+        rundir.begin_wandb(wandb, wandb_project, out_dir, config)
+    rundir.begin_folder(out_dir, config, progress["step"] if resume else None, say)
     listing.say_left_out(source.left_out, say, f"{out_dir}/left_out.csv")
+
+
+rundir.on_rank_0(f"the run cannot begin in {out_dir}", begin_files)
+saver = checkpoint.Saver(f"{out_dir}/ckpt", keep_checkpoints, keep_every, say)
 if bach_dir:
     pixels = pixels.to(dev)
     dist.broadcast(pixels, 0)
+tflop = sum(budget.tflop(config, arch_config).values())  # per step and rank
 cost, warning = budget.report(config, world, gpu_memory_gb or (gpu_gb if dev == "cuda" else 0))
 say(f"{cost}\ndata: {source.about}" + (f"\nwarning: {warning}" if warning else ""))
 if progress["step"] == 0:
@@ -482,6 +483,6 @@ for step in range(progress["step"], max_steps):
 # ---- finish ---------------------------------------------------------------------------------------------------------
 bar.close()
 del batches  # its workers end now, not by loader's kill
-if progress["step"] == max_steps:
-    say(f"done: {max_steps} steps, {out_dir}")
+if progress["step"] >= max_steps:
+    say(f"done: {progress['step']} steps, {out_dir}")
 dist.destroy_process_group()

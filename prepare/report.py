@@ -4,10 +4,13 @@ What to know of slides before using them: their scale, tissue and scan defects, 
     python prepare/report.py --slides='data/TCGA/**/*.svs' --out=out/report    # report.csv, a row per slide; a summary
     python prepare/report.py ... --pictures=true                               # and NAME.png of what would be cut
 
-A picture has the tissue's outline in green, the tiles in blue, what is damaged in orange, and a scale bar. A slide that
-cannot be read, or whose process dies, has a row as well, with the reason and whatever could be learnt.
+A picture shows the slide once per um/px: tiles shaded in orange, tissue's edge in black, a legend, a scale bar. Pen,
+black areas and damage are hatched, so that no colour of a pen can be taken for ours. A slide that cannot be read, or
+whose process dies, has a row as well, with the reason and whatever could be learnt.
 """
 import math
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,18 +22,19 @@ import wsi
 from prepare.slides import each, one_line, open_slide, part_file, run, slides_of, write_csv
 
 # the keys of prepare/slides.py (slides, out, part, workers, ...) and these
-mpps = (0.5,)       # um/px of the tiles to count, one or several; a picture shows the first that the slide can give
+mpps = (0.5,)       # um/px of the tiles to count, one or several
 tile_px = 256
-pictures = False    # also draw each slide; a picture is 1 to 3 MB large
+pictures = False    # also draw each slide; a picture is 1 to 3 MB large per um/px
 patient = r"TCGA-\w\w-\w{4}"  # regular expression in the file name; without a match a slide is its own patient
 
 SURVEY_UM = 32.0    # um per cell of the thumbnail in which scan defects are sought; a pen's line is 100 um or more
 BLUR_UM = 2.0       # um/px at which a slide's sharpness is measured
 BLURRED = 50        # sharpness below which it is called blurred, as in hs2p. of three real slides, at 1100 to 5800, a
                     # Gaussian of sigma 2 um leaves 50 to 160, one of 5 um 4 to 8
-PICTURE_PX = 1600   # about the longer side of a picture
-BLUE, GREEN, ORANGE = (20, 60, 220, 130), (0, 140, 50), (255, 200, 0)  # a picture's tiles (translucent), tissue, damage
-BARS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)  # lengths in mm of a scale bar; a third of the width at most
+PICTURE_PX = 1600   # about the longer side of a slide in a picture
+LINE = 44           # px of a line of text in a picture
+LINES, SHADE = (190, 70, 0), (255, 150, 0, 35)  # a picture's tiles: edge, inside
+HATCHES = {"pen": (1, 1), "black": (1, -1), "damaged": (0, 1)}  # x and y across the stripes, which are black and white
 SCANNER_KEYS = ("aperio.ScanScope ID", "hamamatsu.Product", "leica.device-model", "tiff.Model")
 COLUMNS = """slide name patient vendor scanner width height mpp_x mpp_y mpp_source objective_power level_factors
 tissue_share tissue_mm2""".split()  # then tiles_0.5 and so on, sharpness, defects, error
@@ -88,7 +92,8 @@ def describe(row, slide):
 
 def measure(row, slide, config):
     """Defects, such as a level that is left out, tissue, tiles, sharpness."""
-    defects = survey(slide)
+    found, found_cell = survey(slide)
+    defects = [f"{name} {100 * mask.mean():.1f} %" for name, mask in found.items() if mask.mean() >= 0.001]
     row["defects"] = "; ".join(defects)
     mask, cell = slide.tissue_mask()
     slide.check_levels()  # a mask from mask_dir comes without this check
@@ -97,7 +102,7 @@ def measure(row, slide, config):
     row["tissue_share"] = round(float(mask.mean()), 4)
     row["tissue_mm2"] = round(float(area) / 1e6, 3)
     finest = max(slide.mpp_xy) / wsi.MAX_ENLARGE
-    grids = {}
+    grids = dict.fromkeys(config["mpps"])  # None where the slide does not have the detail
     for mpp in config["mpps"]:
         if finest <= mpp:
             grids[mpp], _ = slide.grid(config["tile_px"], mpp, config["min_tissue"], config["overlap"])
@@ -108,8 +113,8 @@ def measure(row, slide, config):
         row["sharpness"] = focus(slide, defects)
     row["defects"] = "; ".join(defects)
     if config["pictures"]:
-        text = f"{row['name']}, tissue {row['tissue_mm2']} mm2"
-        draw(slide, grids, config["tile_px"], text).save(Path(config["out"], f"{row['name']}.png"))
+        text = f"{row['name']}: tissue {row['tissue_mm2']} mm2, level 0 has {slide.mpp:.4g} um/px"
+        draw(slide, grids, found, found_cell, text, config).save(Path(config["out"], f"{row['name']}.png"))
 
 
 def focus(slide, defects):
@@ -129,69 +134,104 @@ def focus(slide, defects):
 
 
 def survey(slide):
-    """Texts on damage and scan defects."""
-    thumbnail, damaged, _ = slide.thumbnail(SURVEY_UM)
-    shares = {"damaged": damaged.mean(), **scan_defects(thumbnail)}
-    return [f"{name} {100 * share:.1f} %" for name, share in shares.items() if share >= 0.001]
+    """({scan defect: bool (h, w)}, (x, y) size of a cell in level-0 px) by a thumbnail."""
+    thumbnail, damaged, cell = slide.thumbnail(SURVEY_UM)
+    return {"damaged": damaged, **scan_defects(thumbnail)}, cell
 
 
 def scan_defects(rgb):
-    """{defect: share of the slide} in a thumbnail. Black is ink or a border, or fluorescence if it is most of it."""
+    """{defect: bool (h, w)} in a thumbnail. Black is ink or a border; if it is most of it, the slide is fluorescent."""
     channels = Image.fromarray(rgb).convert("HSV").split()
     hue, saturation, value = map(np.asarray, channels)
     black = value < 50
     green = (hue >= 50) & (hue <= 135) & (saturation > 40)
     blue = (hue > 135) & (hue <= 177) & (saturation > 100)
-    pen = (green | blue) & ~black
-    return {"pen": pen.mean(), "black": black.mean()}
+    return {"pen": (green | blue) & ~black & (black.mean() < 0.5), "black": black}
 
 
 # ---- a slide's picture ----------------------------------------------------------------------------------------------
 
 
-def draw(slide, grids, size, text):
-    """The slide with its tissue, the tiles of the first of `grids` {mpp: places} and a line of text: an image."""
-    longer = max(np.multiply(slide.dimensions, slide.mpp_xy))  # um
-    pixels, damaged, cell = slide.thumbnail(max(longer / PICTURE_PX, slide.mpp))
-    pixels[damaged] = ORANGE
-    image = Image.fromarray(pixels)
-    pen = ImageDraw.Draw(image, "RGBA")
-    for mpp, xy in list(grids.items())[:1]:
-        text += f": {len(xy)} tiles of {size} px at {mpp:g} um/px"
-        side = np.divide(slide.extent(size, mpp), cell)
-        for corner in xy / cell:
-            left, top = corner.round()
-            right, bottom = (corner + side).round()
-            pen.rectangle((left, top, right, bottom), outline=BLUE)
-    image.paste(GREEN, mask=outline(slide, image.size, cell))
-    return caption(image, cell[0] * slide.mpp_xy[0], text)
-
-
-def outline(slide, size, cell):
-    """The edge of the tissue mask, white on black, in a picture of a size whose pixels are `cell` level-0 px."""
+def draw(slide, grids, found, found_cell, text, config):
+    """An image: the slide with its tissue, what was `found` {defect: mask}, and the tiles of each of `grids`
+    {mpp: places, or None}; then the legend. Its pixels are square in um, whatever the slide's are."""
+    um_xy, size = np.array(slide.mpp_xy), config["tile_px"]
+    longer = max(um_xy * slide.dimensions)  # um
+    pixels, _, cell = slide.thumbnail(max(longer / PICTURE_PX, slide.mpp))
+    um = cell[0] * um_xy[0]  # per px of the picture
+    width, height = pixels.shape[1], round(len(pixels) * cell[1] * um_xy[1] / um)
+    plain = Image.fromarray(pixels).resize((width, height), Image.BILINEAR)
+    bar, bar_text = scale_bar(width * um / 3)
+    swatches = [Image.new("RGB", (56, 28), "white") for _ in range(1 + len(found))]
+    shade(swatches[0], 0, 0, 55, 27)
+    legend = {bar_text: Image.new("RGB", (round(bar / um), 8)), "edge of the tissue mask": Image.new("RGB", (56, 4)),
+              f"would be cut: {config['min_tissue']:.0%} or more is tissue, and half lies inside": swatches[0]}
+    for (name, mask), swatch in zip(found.items(), swatches[1:]):
+        hatch(plain, enlarged(mask, found_cell * um_xy / um, plain.size), *HATCHES[name])
+        hatch(swatch, Image.new("L", swatch.size, 255), *HATCHES[name])
+        legend[f"{name}, {100 * mask.mean():.1f} % of the slide"] = swatch
     mask, mask_cell = slide.tissue_mask()
-    extent = np.multiply(mask.shape[::-1], mask_cell) / cell
-    width, height = extent.round().astype(int).tolist()
-    tissue = Image.new("L", size)
-    tissue.paste(Image.fromarray(mask).convert("L").resize((width, height), Image.NEAREST))
-    edge = tissue.filter(ImageFilter.FIND_EDGES)
-    return edge.filter(ImageFilter.MaxFilter(3))
+    edge = enlarged(mask, mask_cell * um_xy / um, plain.size).filter(ImageFilter.FIND_EDGES)
+    panels = {}
+    for mpp, xy in grids.items():
+        panel, counted = plain.copy(), "none, level 0 is coarser"
+        if xy is not None:
+            counted = f"{len(xy)} tiles of {size} px, {size * mpp:g} um wide"
+            side = slide.extent(size, mpp) * um_xy / um
+            for corner in xy * um_xy / um:
+                shade(panel, *corner.round(), *(corner + side).round())
+        panel.paste("black", mask=edge.filter(ImageFilter.MaxFilter(3)))
+        panels[f"{mpp:g} um/px: {counted}"] = panel
+    return arranged(text, panels, legend)
 
 
-def caption(image, um, text):
-    """The image above a white strip with a scale bar and a line of text; wider where the text needs it."""
-    third = image.width * um / 3000
-    mm = max([length for length in BARS if length <= third], default=BARS[0])
-    bar = round(mm * 1000 / um)  # px
-    y = image.height + 22
-    font = ImageFont.load_default(22)
-    text = f"{mm:g} mm   {text}"
-    needed = bar + font.getlength(text) + 36
-    canvas = Image.new("RGB", (max(image.width, math.ceil(needed)), image.height + 44), "white")
-    canvas.paste(image)
+def enlarged(mask, px, size):
+    """A bool mask as an image of a size, white where it is true; each of its cells becomes px = (x, y) large."""
+    width, height = np.rint(np.multiply(mask.shape[::-1], px)).astype(int).tolist()
+    image = Image.new("L", size)
+    image.paste(Image.fromarray(mask).convert("L").resize((width, height), Image.NEAREST))
+    return image
+
+
+def shade(image, *box):
+    """Mark a tile: left, top, right, bottom."""
+    ImageDraw.Draw(image, "RGBA").rectangle(box, SHADE, LINES, 2)
+
+
+def hatch(image, where, across, down):
+    """Stripes where an image is white: of 12 px two are black and two white, so they show on every colour."""
+    y, x = np.indices(where.size[::-1], sparse=True)
+    stripe = (across * x + down * y) % 12 // 2
+    for number, colour in enumerate(("black", "white")):
+        image.paste(colour, mask=Image.fromarray((stripe == number) & (np.asarray(where) > 0)))
+
+
+def scale_bar(limit):
+    """(um, text) of the longest bar of 1, 2, 5, 10, 20, ... um that is at most `limit` um."""
+    power = 10.0 ** math.floor(math.log10(limit))
+    um = max(step * power for step in (1, 2, 5) if step * power <= limit)
+    return um, f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} um"
+
+
+def arranged(text, panels, legend):
+    """A headline, panels {title: image} in as many columns as make a square, and below them a legend {text: image}."""
+    font, (width, height) = ImageFont.load_default(28), next(iter(panels.values())).size
+    columns = min(len(panels), math.ceil(math.sqrt(len(panels) * height / width)))
+    across, down = max(width, *map(font.getlength, panels)) + 24, height + LINE
+    below = LINE + math.ceil(len(panels) / columns) * down
+    right = max(columns * across, 8 + font.getlength(text),
+                *(image.width + 24 + font.getlength(line) for line, image in legend.items()))
+    canvas = Image.new("RGB", (math.ceil(right), below + LINE * len(legend) + 8), "white")
     pen = ImageDraw.Draw(canvas)
-    pen.rectangle((12, y - 4, 12 + bar - 1, y + 3), fill="black")
-    pen.text((12 + bar + 10, y), text, "black", font, "lm")
+    pen.text((4, LINE // 2), text, "black", font, "lm")
+    for i, (title, panel) in enumerate(panels.items()):
+        left, top = math.ceil(i % columns * across), LINE + i // columns * down
+        pen.text((left + 4, top + LINE // 2), title, "black", font, "lm")
+        canvas.paste(panel, (left, top + LINE))
+    for i, (line, image) in enumerate(legend.items()):
+        middle = below + LINE * i + LINE // 2
+        canvas.paste(image, (4, middle - image.height // 2))
+        pen.text((image.width + 16, middle), line, "black", font, "lm")
     return canvas
 
 
@@ -217,7 +257,21 @@ def summary(rows, config):
     for (scanner, mpp, power), total in sorted(totals.items()):
         values = [f"{value:10.7g}" for value in total]
         print(f"{scanner[:24]:24} {mpp:>10} {power:>10}", *values)
-    print(f"{usable} of {len(rows)} slides usable")
+    told = [patient_told(row["slide"], config["patient"]) for row in rows]
+    patients = patients_text(len({*told} - {""}), f"--patient={config['patient']}", told.count(""), "slides")
+    print(f"{usable} of {len(rows)} slides usable; {patients}")
+
+
+def patient_told(path, pattern, groups={}):
+    """The patient of a file by {file or class/file: patient}, else by the pattern in its name, else ""."""
+    folder, name = os.path.split(path)
+    found = re.search(pattern, name)
+    listed = groups.get(f"{os.path.basename(folder)}/{name}") or groups.get(name)
+    return listed or (found.group() if found else "")
+
+
+def patients_text(count, by, without, kind):
+    return f"patients by {by}: {count}" + f"; {kind} that tell none: {without}, each counts as one" * bool(without)
 
 
 def main(config):

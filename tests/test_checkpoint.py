@@ -15,6 +15,7 @@ import torch.distributed as dist
 from test_train import ROOT, bit_equal, flags, refused, timeless, train, weights
 
 import checkpoint
+import rundir
 
 
 def exported(folder, step):
@@ -59,7 +60,7 @@ def test_the_newest_and_every_nth_are_kept(keep, keep_every, left, tmp_path, gro
     for step in range(1, 7):
         saver.save(step, {"w": torch.zeros(3)})
     saver.finish()
-    assert checkpoint.complete(tmp_path) == left
+    assert rundir.complete(tmp_path) == left
 
 
 DAMAGE = {"truncated": lambda folder: os.truncate(max(folder.glob("*.distcp"), key=os.path.getsize), 50_000),
@@ -91,7 +92,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(damage, fin
     assert "ckpt/7 is no checkpoint" in said and "resume: step 2" in said
     assert ("ckpt/3 is no checkpoint" if damage == "no_metadata" else "ckpt/3 does not load: ") in said
     assert (tmp_path / "a/ckpt/notes/mine.txt").exists() and (tmp_path / "a/ckpt/7/mine.txt").exists()
-    assert checkpoint.complete(tmp_path / "a/ckpt") == [1, 2, 3]  # 3 was written again
+    assert rundir.complete(tmp_path / "a/ckpt") == [1, 2, 3]  # 3 was written again
     assert (tmp_path / "a/ckpt/3.damaged").exists() == (damage != "no_metadata")
 
 
@@ -122,7 +123,69 @@ def test_a_resumed_run_follows_its_own_keys(finished, tmp_path, monkeypatch):
     assert all(moments["step"] == 4 for moments in resumed["optimizer"].state.values()), "moments come from the file"
 
 
-@pytest.mark.parametrize("lost", ["config.json", "rows", ".metadata"])
+def self_link(path):
+    """A link to itself stands for what may not be read: permissions do not hold back root, who may run the tests."""
+    os.rename(path, f"{path}.away")
+    os.symlink(path, path)
+
+
+def become(kind):
+    def change(path):
+        os.rename(path, f"{path}.away")
+        path.mkdir() if kind == "folder" else path.write_text("x")
+    return change
+
+
+@pytest.mark.parametrize("path, change, word", [
+    ("ckpt", become("file"), "Not a directory"), ("ckpt", self_link, "symbolic links"),
+    ("ckpt/3", self_link, "symbolic links"), ("ckpt/3/.metadata", self_link, "symbolic links"),
+    ("ckpt/3/.metadata", become("folder"), "Is a directory"), ("ckpt/3/__0_0.distcp", self_link, "symbolic links"),
+    ("config.json", become("folder"), "Is a directory"), ("metrics.jsonl", self_link, "symbolic links"),
+    ("lock", become("folder"), "Is a directory")])
+def test_what_cannot_be_read_is_named_and_not_damaged(path, change, word, finished, tmp_path, monkeypatch):
+    """The bug: a sound checkpoint that is renamed, an older one that is resumed in silence, or a traceback."""
+    argv, folder, _ = finished
+    shutil.copytree(folder, tmp_path / "a")
+    change(tmp_path / "a" / path)
+    before = contents(tmp_path / "a/ckpt")
+    message = refused(monkeypatch, [*argv, f"--out_dir={tmp_path}/a", "--resume=true"])
+    assert word in message and f"{tmp_path}/a/{path}" in message and "\n" not in message, message
+    assert contents(tmp_path / "a/ckpt") == before and not list(tmp_path.rglob("*.damaged"))
+
+
+def make(path, kind):
+    if kind in ("link", "loop"):
+        path.symlink_to("/nowhere/at/all" if kind == "link" else path)
+    elif kind != "missing":
+        (path.parent if kind == "file" else path / "ckpt/unfinished").mkdir(parents=True, exist_ok=True)
+        (path if kind == "file" else path / "ckpt/unfinished/__0_0.distcp").write_text("x")
+
+
+@pytest.mark.parametrize("kind, resume, word", [
+    ("file", False, "Not a directory"), ("link", False, "No such file"), ("missing", True, "nothing to resume"),
+    ("file", True, "Not a directory"), ("loop", True, "symbolic links"), ("loop", False, "symbolic links"),
+    ("begun", True, "nothing to resume"), ("begun", False, "is not empty")])
+def test_a_folder_that_a_run_cannot_have_is_named_and_left_as_it_is(kind, resume, word, finished, tmp_path,
+                                                                     monkeypatch):
+    """The bug: a traceback, or a folder that is made where somebody mistyped its name."""
+    make(tmp_path / "a", kind)
+    before = sorted(tmp_path.rglob("*"))
+    message = refused(monkeypatch, [*finished[0], f"--out_dir={tmp_path}/a", f"--resume={resume}"])
+    assert word in message and f"{tmp_path}/a" in message and "\n" not in message
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "out_dir = ''" in refused(monkeypatch, [*finished[0], "--out_dir="])
+
+
+def test_a_finished_run_says_that_nothing_is_left_to_do(finished, tmp_path, monkeypatch, capsys):
+    argv, folder, straight = finished
+    shutil.copytree(folder, tmp_path / "a")
+    resumed = train(monkeypatch, [*argv, f"--out_dir={tmp_path}/a", "--resume=true", "--max_steps=1"])
+    said = capsys.readouterr().out
+    assert "resume: step 3" in said and "nothing is left to do, max_steps is 1" in said and "done: 3 steps" in said
+    bit_equal(straight, weights(resumed))
+
+
+@pytest.mark.parametrize("lost", ["config.json", "nonsense", "rows", ".metadata"])
 def test_a_damaged_file_beside_the_checkpoints_is_named(lost, finished, tmp_path, monkeypatch, capsys):
     """The bug: a blank line ends every resume with a traceback, or the advice is to delete what is left."""
     argv, folder, straight = finished
@@ -131,6 +194,8 @@ def test_a_damaged_file_beside_the_checkpoints_is_named(lost, finished, tmp_path
     rows, row = tmp_path / "a/metrics.jsonl", '{"step": 2, "loss": 1.0}'
     if lost == "config.json":
         (tmp_path / "a/config.json").unlink()
+    if lost == "nonsense":
+        (tmp_path / "a/config.json").write_text('[["seed", "x"], ["base_lr", null], ["gone", {}]]')
     if lost == "rows":
         rows.write_text(f'\n{{"loss": 1}}\n[]\n{row}\n\0\0\n{{"step": 9}}\n{{"st')
         (tmp_path / "a/bach.jsonl").write_bytes(b"\n\xff\n")
@@ -142,7 +207,8 @@ def test_a_damaged_file_beside_the_checkpoints_is_named(lost, finished, tmp_path
         return
     bit_equal(straight, weights(train(monkeypatch, argv)))
     said = capsys.readouterr().out
-    assert lost == "rows" or "config.json is damaged or missing" in said
+    assert lost != "config.json" or "config.json is damaged or missing" in said
+    assert lost != "nonsense" or "resume: seed was 'x', is now 0" in said
     if lost == "rows":
         assert rows.read_text() == row + "\n" and "metrics.jsonl, line 1 is no row and is dropped" in said
         assert "metrics.jsonl, line 7" in said and "bach.jsonl, line 2" in said and "line 6" not in said
@@ -150,9 +216,9 @@ def test_a_damaged_file_beside_the_checkpoints_is_named(lost, finished, tmp_path
 
 def load_with_a_stale_listing(folder):
     dist.init_process_group("gloo")
-    listed = checkpoint.numbered
+    listed = os.listdir
     if dist.get_rank() == 1:
-        checkpoint.numbered = lambda folder: listed(folder)[:-1]
+        os.listdir = lambda folder: [name for name in listed(folder) if name != "2"]
     state = {"w": torch.zeros(3)}
     return checkpoint.load(folder, state, print), state["w"][0].item()
 
@@ -177,9 +243,9 @@ def test_a_checkpoint_that_lacks_a_ranks_file_gets_no_number(tmp_path, group, mo
     monkeypatch.setattr(checkpoint.dcp, "async_save", lose)
     saver = checkpoint.Saver(str(tmp_path), keep=0, keep_every=0)
     saver.save(1, {"w": torch.zeros(3)})
-    with pytest.raises(ValueError, match="__0_0.distcp of another rank is not there"):
+    with pytest.raises(SystemExit, match="__0_0.distcp of another rank is not there"):
         saver.finish()
-    assert checkpoint.complete(tmp_path) == []
+    assert rundir.complete(tmp_path) == []
 
 
 def test_saved_is_said_when_it_is_true_and_an_old_checkpoint_may_stay(tmp_path, group, monkeypatch):
@@ -199,18 +265,25 @@ def test_saved_is_said_when_it_is_true_and_an_old_checkpoint_may_stay(tmp_path, 
     for step in (1, 2, 3):
         saver.save(step, {"w": torch.zeros(3)})
     saver.finish()
-    assert checkpoint.complete(tmp_path) == [1, 3]
+    assert rundir.complete(tmp_path) == [1, 3]
     assert [m for m in said if m.startswith("saved")] == [f"saved: {tmp_path}/{step}" for step in (1, 2, 3)]
     assert [m for m in said if "cannot be deleted: OSError: [Errno 39]" in m]
 
 
-HOLD = "import sys, checkpoint; lock = open(sys.argv[1], 'a+'); checkpoint.take(lock, '.', print); print(); input()"
+HOLD = """
+import sys, rundir
+import torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+rundir.claim(sys.argv[1], True, print)
+print(flush=True)
+input()
+"""
 
 
 def test_a_second_run_in_a_folder_is_refused(finished, tmp_path, monkeypatch):
     """The bug: rows of two runs mixed, until one dies at a save."""
     argv, folder, _ = finished
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, f"{folder}/lock"], cwd=ROOT, stdin=subprocess.PIPE,
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, text=True)
     holder.stdout.readline()
     before = contents(folder)
@@ -224,8 +297,8 @@ def test_a_second_run_in_a_folder_is_refused(finished, tmp_path, monkeypatch):
 def claim_own(folder):
     """Each rank with a folder of its own, as on two nodes without a common disk."""
     dist.init_process_group("gloo")
-    with pytest.raises(ValueError, match="not the same folder on all nodes"):
-        checkpoint.claim(f"{folder}/{dist.get_rank()}", False, print)
+    with pytest.raises(SystemExit, match="not the same folder on all nodes"):
+        rundir.claim(f"{folder}/{dist.get_rank()}", False, print)
 
 
 def test_nodes_without_a_common_folder_are_refused(on_ranks, tmp_path):
@@ -235,10 +308,10 @@ def test_nodes_without_a_common_folder_are_refused(on_ranks, tmp_path):
 def test_source_diff_says_why_it_has_no_commit(tmp_path, monkeypatch):
     said = []
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "No such file" in checkpoint.git_state(said.append)
+    assert "git: not found" in rundir.git_state(said.append)
     (tmp_path / "git").write_text("#!/bin/sh\necho 'fatal: detected dubious ownership' >&2; exit 128\n")
     (tmp_path / "git").chmod(0o755)
-    assert checkpoint.git_state(said.append) == "no commit and no changes: fatal: detected dubious ownership\n"
+    assert rundir.git_state(said.append) == "no commit and no changes: fatal: detected dubious ownership\n"
     assert said[1] == "source.diff has no commit and no changes: fatal: detected dubious ownership"
 
 
@@ -263,7 +336,7 @@ def fill_the_disk(folder):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
     saver.save(2, {"w": torch.zeros(1_000_000)})
-    with pytest.raises(ValueError) as e:
+    with pytest.raises(SystemExit) as e:
         saver.finish()
     return str(e.value)
 
@@ -271,7 +344,55 @@ def fill_the_disk(folder):
 def test_a_full_disk_keeps_the_last_checkpoint_and_names_the_path(on_ranks, tmp_path):
     said, = on_ranks(1, fill_the_disk, f"{tmp_path}/ckpt")
     assert f"{tmp_path}/ckpt/unfinished could not be written (" in said and "the disk or a quota is full" in said
-    assert f"{tmp_path}/ckpt/1 is whole" in said and checkpoint.complete(tmp_path / "ckpt") == [1]
+    assert f"{tmp_path}/ckpt/1 is whole" in said and rundir.complete(tmp_path / "ckpt") == [1]
+
+
+def save_once(folder):
+    saver = checkpoint.Saver(f"{folder}/ckpt", 1, 0)
+    saver.save(1, {"w": torch.zeros(3)})
+    saver.finish()
+
+
+REFUSED = {  # to rank 0 alone
+    "row": lambda folder: rundir.append_row(f"{folder}/a.jsonl", {"step": 1}), "name": save_once,
+    "start": lambda folder: rundir.on_rank_0(folder, lambda: rundir.begin_folder(folder, {}, None, print)),
+    "export": lambda folder: checkpoint.export(f"{folder}/teacher", [("w", torch.zeros(3))], {"step": 1})}
+
+
+def fail(what, folder):
+    """The message of one of two ranks."""
+    dist.init_process_group("gloo")
+    os.makedirs(folder, exist_ok=True)
+
+    def refuse(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    if dist.get_rank() == 0:
+        os.replace = rundir.json.dumps = refuse
+    with pytest.raises(SystemExit) as e:
+        REFUSED[what](folder)
+    return str(e.value)
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_the_disk_refuses_to_rank_0_ends_all_ranks_with_the_same_line(what, on_ranks, tmp_path):
+    """The bug: a traceback of rank 0, and others that wait in a collective until the launcher kills them."""
+    first, second = on_ranks(2, fail, what, f"{tmp_path}/{what}")
+    assert first == second and "No space left on device" in first and str(tmp_path) in first and "\n" not in first
+    assert not rundir.complete(f"{tmp_path}/{what}/ckpt")
+
+
+def fill_by_an_export(folder):
+    dist.init_process_group("gloo")
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    with pytest.raises(SystemExit) as e:
+        checkpoint.export(folder, {"w": torch.zeros(1_000_000)}.items(), {"step": 1})
+    return str(e.value)
+
+
+def test_a_disk_that_is_full_at_an_export_is_named(on_ranks, tmp_path):
+    said, = on_ranks(1, fill_by_an_export, f"{tmp_path}/teacher")
+    assert f"{tmp_path}/teacher/unfinished could not be written" in said and "\n" not in said, said
 
 
 def wait_for(process, text):
@@ -298,7 +419,7 @@ def test_a_preempted_run_saves_and_resumes_as_if_uninterrupted(number, ranks, ti
         os.killpg(run.pid, number)  # to the data workers too, as scancel does
     said = run.communicate(timeout=120)[0]
     assert run.returncode == 0 and "stopped by a signal after step" in said and "--resume=true" in said, said
-    assert checkpoint.complete(tmp_path / "b/ckpt")[-1] < 40
+    assert rundir.complete(tmp_path / "b/ckpt")[-1] < 40
     resumed = launch(*flags(**keys, out_dir=tmp_path / "b", resume="true"), ranks=ranks)
     assert resumed.wait() == 0
     assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
@@ -312,8 +433,8 @@ def test_twenty_kills_at_random_moments_change_nothing(tiles, tmp_path):
     straight = launch(*flags(**keys, out_dir=tmp_path / "a"), ranks=2)
     assert straight.communicate()[0] and straight.returncode == 0
     draw, kills, inside = random.Random(0), 0, 0
-    while not checkpoint.complete(tmp_path / "b/ckpt") or checkpoint.complete(tmp_path / "b/ckpt")[-1] < 120:
-        before = checkpoint.complete(tmp_path / "b/ckpt")
+    while not rundir.complete(tmp_path / "b/ckpt") or rundir.complete(tmp_path / "b/ckpt")[-1] < 120:
+        before = rundir.complete(tmp_path / "b/ckpt")
         if not before and (tmp_path / "b").exists():
             shutil.rmtree(tmp_path / "b")
         run = launch(*flags(**keys, out_dir=tmp_path / "b", resume=str(bool(before)).lower()), ranks=2)
@@ -329,7 +450,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tiles, tmp_path):
         started = time.time()
         said += run.communicate()[0]
         assert time.time() - started < 60 or not run.returncode, said  # the other rank does not wait forever
-        after = checkpoint.complete(tmp_path / "b/ckpt")
+        after = rundir.complete(tmp_path / "b/ckpt")
         assert after[-1:] >= before[-1:], (before, after)
         if before:
             assert f"\nresume: step {before[-1]} of " in said, said

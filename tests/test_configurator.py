@@ -10,7 +10,8 @@ from configurator import configure
 
 
 def defaults():
-    return dict(lr=0.1, clip_grad=3.0, steps=10, resume=False, name="base", scale=(0.3, 1.0), tags=["a"], extra=None)
+    return dict(lr=0.1, clip_grad=3.0, steps=10, resume=False, name="base", scale=(0.3, 1.0), tags=["a"],
+                extra=None, mix=())
 
 
 def write(tmp_path, text, name="a.py"):
@@ -104,22 +105,45 @@ def test_files_are_checked_like_flags(tmp_path):
 def test_values_are_pythons_own_ones(tmp_path):
     """The bug: a numpy scalar in a config, and teacher files that weights_only=True refuses."""
     text = "import numpy as np\nlr = 1e-3 * np.sqrt(.5)\nsteps = np.int64(3)\nresume = np.bool_(True)\n"
-    text += "scale = (np.float32(.5), [np.float64(1)])\nextra = np.arange(2)\nname = np.str_('a')"
-    text += "\nfrom pathlib import Path\nmix = (('slides', Path('a') / '*.svs', 1),)"
-    config = configure({**defaults(), "mix": ()}, [write(tmp_path, text)])
-    assert config["mix"] == (("slides", "a/*.svs", 1),), "a path is its text"
-    assert config["scale"] == (0.5, [1.0]) and config["extra"] == [0, 1] and config["steps"] == 3
-    for value in (*config.values(), *config["scale"], *config["scale"][1], *config["extra"]):
+    text += "scale = (np.float32(.5), np.int64(1))\nextra = np.arange(2)\nname = np.str_('a')"
+    text += "\nfrom pathlib import Path\nmix = (('slides', Path('a') / '*.svs', [np.float64(1)]),)"
+    config = configure(defaults(), [write(tmp_path, text)])
+    assert config["mix"] == (("slides", "a/*.svs", [1.0]),), "a path is its text"
+    assert config["scale"] == (0.5, 1.0) and config["extra"] == [0, 1] and config["steps"] == 3
+    for value in (*config.values(), *config["scale"], *config["mix"][0][2], *config["extra"]):
         assert type(value).__module__ == "builtins", value
-    assert "expects tuple" in stopped(defaults(), [write(tmp_path, "scale = (0.1, object())")])
+    for text in ("scale = (0.1, object())", "scale = [object()]", "mix = ((1, object()),)", "extra = [{}]"):
+        assert "expects" in stopped(defaults(), [write(tmp_path, text)])
+
+
+@pytest.mark.parametrize("flag", [
+    "--scale=('a','b')", "--scale=('0.9',0.95)", "--scale=(None,1)", "--scale=(True,1)", "--scale=((1,),2)",
+    "--tags=[1]", "--tags=['a',None]"])
+def test_an_element_has_the_type_of_the_default_s(flag):
+    """The bug: a TypeError somewhere in the run, or text that is compared with numbers."""
+    assert "expects" in stopped(defaults(), [flag])
+    assert [type(v) for v in configure(defaults(), ["--scale=(1,2)"])["scale"]] == [float] * 2
+    assert configure(defaults(), ["--mix=(('a',1,2.5),)"])["mix"] == (("a", 1, 2.5),)
+
+
+@pytest.mark.parametrize("text", ["lr = float('nan')", "lr = 1e999", "scale = (0.1, -1e999)", "extra = (1, (1e999,))",
+                                  "import numpy as np\nlr = np.float64(np.inf)", "lr = 10**400"])
+def test_a_number_is_finite(text, tmp_path):
+    """The bug: a learning rate that is none is trained with."""
+    message = stopped(defaults(), [write(tmp_path, text)])
+    assert "must be finite" in message or "too large" in message
+    assert "must be finite" in stopped(defaults(), ["--lr=-1e999"])
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert configure(defaults(), ["--name=~/runs/a"])["name"] == "/home/me/runs/a"
     assert configure(defaults(), ["--name=~/a/*.svs,~/b,c~/d"])["name"] == "/home/me/a/*.svs,/home/me/b,c~/d"
-    config = configure(defaults(), [write(tmp_path, "name = '~'\nscale = (('slides', '~/x', 1.0),)")])
-    assert config["name"] == "/home/me" and config["scale"] == (("slides", "/home/me/x", 1.0),)
+    config = configure(defaults(), [write(tmp_path, "name = '~'\nmix = (('slides', '~/x', 1.0),)")])
+    assert config["name"] == "/home/me" and config["mix"] == (("slides", "/home/me/x", 1.0),)
+    assert configure(defaults(), ["--name=~root/a"])["name"].endswith("/a")
+    assert "can't encode" in stopped(defaults(), ["--name=a\udcff"])
+    assert "no such user" in stopped(defaults(), ["--name=~nobody-here/a"])
 
 
 def test_flags_without_equals_get_a_hint():

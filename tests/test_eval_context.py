@@ -245,7 +245,7 @@ def test_c_is_chosen_on_inner_folds_of_whole_patients(monkeypatch):
     groups, labels = torch.arange(36) // 3, torch.arange(36) // 3 % 2
     x = np.random.default_rng(0).normal(size=(36, 3)) + labels.numpy()[:, None]
     probe = eval_slides.regression(x, labels, groups, None)
-    assert len(probe.cv) == 3 and tuple(probe.Cs) == eval_slides.CS and probe.scoring == "balanced_accuracy"
+    assert len(probe.cv) == 3 and probe.param_grid["C"] == eval_slides.CS and probe.scoring == "balanced_accuracy"
     for fit, held in probe.cv:
         assert not set(groups[fit].tolist()) & set(groups[held].tolist()) and len(fit) + len(held) == 36
     with monkeypatch.context() as patch:

@@ -14,7 +14,7 @@ from configurator import configure
 from prepare import report, slides
 
 APERIO = "Aperio Image Library v12|AppMag = {}|MPP = {}|ScanScope ID = SS1234"
-BLUE, GREEN, BLACK = report.BLUE[:3], report.GREEN, (0, 0, 0)  # of a picture: tiles, tissue, scale bar
+GROUND = 2 * report.LINE  # px of a picture above its first panel: headline, title
 
 
 def keys(pattern, out, **changes):
@@ -122,6 +122,10 @@ def test_black_is_told_from_pen(tmp_path):
     assert row["defects"].startswith("black 12.5 %") and "pen" not in row["defects"]
     row = row_of(write_slide(tmp_path / "dark.tif", [np.zeros((640, 640, 3), np.uint8)], (0.5, 0.5)))
     assert row["defects"] == "black 100.0 %; no tissue"
+    fluorescent = np.zeros((10, 10, 3), np.uint8)
+    fluorescent[:4] = 0, 0, 200
+    found = report.scan_defects(fluorescent)
+    assert found["black"].mean() == 0.6 and not found["pen"].any()
 
 
 def test_a_slide_out_of_focus_is_called_blurred(tmp_path):
@@ -136,47 +140,89 @@ def test_a_slide_out_of_focus_is_called_blurred(tmp_path):
 
 def picture_of(tmp_path, image, mpp, **changes):
     path = write_slide(tmp_path / "slide.tif", pyramid(image, 4), mpp)
-    report.main(keys(path, tmp_path / "out", pictures=True, **changes))
+    row, = report.main(keys(path, tmp_path / "out", pictures=True, workers=0, **changes))
+    assert not row["error"]
     return wsi.Slide(path), np.asarray(Image.open(tmp_path / "out/slide.png"))
 
 
-def near(picture, colour, reach=90):
+def near(picture, colour, reach=3):
     return np.abs(picture.astype(int) - colour).sum(-1) < reach
 
 
-@pytest.mark.parametrize("mpp", [(0.5, 0.5), (1.0, 0.5)])
+def box_of(marked):
+    """(left, right, top, bottom) of what is true."""
+    rows, columns = np.nonzero(marked)
+    return np.array([columns.min(), columns.max() + 1, rows.min(), rows.max() + 1])
+
+
+@pytest.mark.parametrize("mpp", [(0.5, 0.5), (0.5, 0.25)])
 def test_a_picture_shows_tiles_tissue_and_a_scale_bar_where_they_are(tmp_path, mpp):
-    image = np.full((2600, 4000, 3), GLASS, np.uint8)
-    image[640:1664, 1024:2048] = mottled(1024, 1024)
-    slide, picture = picture_of(tmp_path, image, mpp, mpps=(0.25, 1.0), tile_px=128)
-    px = round(4000 * mpp[0] / report.PICTURE_PX / np.mean(mpp)) or 1  # level-0 px of a pixel
-    height = -(-2600 // px)
-    assert picture.shape[1] == -(-4000 // px) and height < picture.shape[0] < height + 50  # then a caption
-    xy, _ = slide.grid(128, 1.0)
-    assert len(xy) > 10
-    clear = np.ones(picture.shape[:2], bool)
-    bluish = near(picture, BLUE, 330) | near(picture, GREEN)
-    w, h = np.rint(128 / np.array(mpp) / px).astype(int)
-    for x, y in np.rint(xy / px).astype(int):
-        for edge in (0, w):
-            assert bluish[y:y + h, x + edge - 1:x + edge + 2].any(1).mean() > 0.95
-        for edge in (0, h):
-            assert bluish[y + edge - 1:y + edge + 2, x:x + w].any(0).mean() > 0.95
-        clear[y - 2:y + h + 3, x - 2:x + w + 3] = False
-    assert not near(picture, BLUE, 330)[:height][clear[:height]].any(), "there are lines where there is no tile"
-    rows, columns = np.nonzero(near(picture[:height], GREEN))
-    box = np.array([columns.min(), columns.max(), rows.min(), rows.max()]) * px * np.repeat(mpp, 2)
-    truth = np.array([1024, 2048, 640, 1664]) * np.repeat(mpp, 2)
-    assert np.abs(box - truth).max() < 40, "the outline is not where the tissue is"
-    bar = near(picture[height + 22, :1000], BLACK, 1).nonzero()[0]
-    length = {0.5: 500, 1.0: 1000}[mpp[0]]  # um: the slides are 2 and 4 mm wide
-    assert bar[0] == 12 and np.flatnonzero(np.diff(bar) > 1)[0] + 1 == pytest.approx(length / px / mpp[0], abs=1)
+    image = np.full((1200, 1600, 3), 255, np.uint8)
+    image[320:832, 512:1024] = mottled(512, 512)
+    slide, picture = picture_of(tmp_path, image, mpp, mpps=(1.0,), tile_px=64)
+    um = 0.5  # per px of the picture, both ways
+    height = round(1200 * mpp[1] / um)
+    panel = picture[GROUND:GROUND + height, :1600]
+    xy, _ = slide.grid(64, 1.0)
+    shaded = np.zeros(panel.shape[:2], bool)
+    for left, top in np.rint(xy * mpp / um).astype(int):
+        shaded[top:top + 129, left:left + 129] = True
+        for line in (panel[top:top + 128, left], panel[top, left:left + 128], panel[top:top + 128, left + 128]):
+            assert (near(line, report.LINES) | near(line, (0, 0, 0))).mean() > 0.95
+    white = near(panel, (255, 255, 255))
+    assert len(xy) > 9 and not white[shaded].any() and not near(panel[~shaded], report.LINES).any()
+    truth = np.array([512, 1024, 320, 832]) * np.repeat(mpp, 2)
+    assert np.abs(box_of(near(panel, (0, 0, 0))) * um - truth).max() < 20, "the outline is not where the tissue is"
+    legend = picture[GROUND + height:]
+    left, right, top, bottom = box_of(near(legend[:report.LINE, :410], (0, 0, 0)))
+    assert (right - left, bottom - top) == (200 / um, 8)  # the slide is 800 um wide: 200 are at most a third of it
 
 
-def test_a_small_slide_is_not_enlarged_and_its_caption_is_not_cut(tmp_path):
+def test_a_picture_shows_every_scale_asked_for_and_says_which_the_slide_has_not(tmp_path, monkeypatch):
+    panels = {}
+    arranged = report.arranged
+    monkeypatch.setattr(report, "arranged", lambda *parts: panels.update(parts[1]) or arranged(*parts))
+    _, picture = picture_of(tmp_path, mottled(800, 800), (0.5, 0.5), mpps=(0.25, 0.5, 1.0, 2.0), tile_px=100)
+    titles = ["0.25 um/px: none, level 0 is coarser", "0.5 um/px: 64 tiles of 100 px, 50 um wide",
+              "1 um/px: 16 tiles of 100 px, 100 um wide", "2 um/px: 4 tiles of 100 px, 200 um wide"]
+    assert list(panels) == titles
+    shaded = [near(np.asarray(panel), report.LINES).any() for panel in panels.values()]
+    assert shaded == [False, True, True, True]
+    assert min(picture.shape[:2]) > 2 * 800  # two rows of two
+
+
+def test_pen_is_hatched_and_no_pen_has_the_colours_of_the_drawing(tmp_path):
+    colours = {"green": (35, 140, 80), "blue": (30, 60, 200)}
+    image = np.full((600, 1200, 3), GLASS, np.uint8)
+    image[100:500, 100:500] = mottled(400, 400)
+    for i, colour in enumerate(colours.values()):
+        image[64:512, 640 + 256 * i:768 + 256 * i] = colour
+    _, picture = picture_of(tmp_path, image, (0.5, 0.5), mpps=(0.5,))
+    panel = picture[GROUND:GROUND + 600, :1200]
+    for i in range(2):
+        stroke = panel[80:500, 670 + 256 * i:740 + 256 * i]
+        for colour in ((0, 0, 0), (255, 255, 255)):
+            assert near(stroke, colour).mean() == pytest.approx(1 / 6, abs=0.02), "two of 12 px"
+    found = report.scan_defects(np.array([[report.LINES, report.SHADE[:3]]], np.uint8))
+    assert not found["pen"].any() and not found["black"].any()
+
+
+@pytest.mark.parametrize("limit, bar", [(1700, (1000, "1 mm")), (999, (500, "500 um")), (50, (50, "50 um"))])
+def test_a_scale_bar_has_the_longest_round_length(limit, bar):
+    assert report.scale_bar(limit) == bar
+
+
+def test_a_small_slide_is_not_enlarged_and_no_text_is_cut(tmp_path):
     _, picture = picture_of(tmp_path, mottled(200, 300), (0.5, 0.5), mpps=(0.5,))
-    assert picture.shape[1] > 300 and near(picture[:300, 200:], (255, 255, 255), 1).all()
-    assert near(picture[300:, -10:], (255, 255, 255), 1).all()
+    assert picture.shape[1] > 300 and near(picture[GROUND:GROUND + 300, 200:], (255, 255, 255), 1).all()
+    assert near(picture[:, -4:], (255, 255, 255), 1).all()
+
+
+def test_patients_are_counted_by_the_pattern_and_slides_without_one_are_said(capsys):
+    rows = [report.new_row(f"in/{name}.svs", name, keys("", "")) for name in ("TCGA-AB-1234-a", "TCGA-AB-1234-b", "c")]
+    report.summary(rows, keys("", ""))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].endswith("{4}: 1; slides that tell none: 1, each counts as one")
 
 
 @real_slides

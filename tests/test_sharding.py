@@ -1,13 +1,17 @@
 """Activation checkpointing, sharding, first values, resharding, and the memory that a save needs."""
 import gc
 import math
+import os
+import socket
 import time
 import weakref
 from collections import Counter
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import one_line
 from test_train import bit_equal, flags, rows, train, weights
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -152,6 +156,39 @@ def sharded(arch, mesh, prefetch=1):
         net = torch.nn.ModuleDict({"backbone": model.ViT(arch), "dino_head": model.DINOHead(64, 32, 16, 8)})
     sharding.shard(net, mesh, bf16=False, trained=True, prefetch=prefetch)
     return net
+
+
+def join(rank, world, port):
+    os.environ |= dict(RANK=rank, WORLD_SIZE=world, MASTER_ADDR="localhost", MASTER_PORT=port)
+    sharding.JOIN = timedelta(seconds=1)
+    with pytest.raises(SystemExit) as e:
+        sharding.begin("cpu")
+    return str(e.value)
+
+
+@pytest.mark.parametrize("rank, world, reason", [("0", "1", "address already in use"), ("0", "2", "1/2 clients"),
+                                                 ("1", "2", "timed out")])
+def test_ranks_that_do_not_meet_say_so_within_minutes(rank, world, reason, on_ranks):
+    """The bug: a traceback where the port is in use, and half an hour of silence where a rank is missing."""
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        if world == "2":
+            taken.close()
+        said, = on_ranks(1, join, rank, world, str(port))
+    assert f"rank {rank} of {world} ranks met no other at localhost:{port}" in said and reason in said
+    assert "\n" not in said and sharding.JOIN <= timedelta(minutes=10)
+
+
+@pytest.mark.parametrize("local, part", [
+    ("", "not set: LOCAL_RANK"), ("2", "LOCAL_RANK = 2, and this process sees 2 GPUs"), ("x", "LOCAL_RANK = x")])
+def test_each_rank_needs_a_gpu_of_its_own(local, part, monkeypatch):
+    """The bug: all ranks of a node on its first GPU, or CUDA's invalid device ordinal."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    launch = dict(RANK="2", WORLD_SIZE="4", MASTER_ADDR="localhost", MASTER_PORT="1", LOCAL_RANK=local)
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+    with one_line(part):
+        sharding.begin("cuda")
 
 
 @FAMILIES
