@@ -1,8 +1,8 @@
 """
-Compare training runs by their BACH curves: tables and a figure, from the files in their folders, also while they train.
+Compare training runs: tables and a figure, from the files in their folders, also while they train.
 
-    python curves.py --runs=out/toy                     # one run: its curve as a table, and out/toy/bach.png
-    python curves.py --runs='out/*'                     # several, against the first of them; curves in out/bach.png
+    python curves.py --runs=out/toy                     # one run: its curve as a table, and out/toy/curves.png
+    python curves.py --runs='out/*'                     # several, against the first of them; all in out/curves.png
     python curves.py --runs='out/clip3*,out/clip30*' --parent=out/clip30_0 --out=clip.png
 
 Runs of the same commit whose config.json differs only in the seed and the other REPEAT keys are repeats of one
@@ -30,11 +30,20 @@ FLOOR = 0.02  # all seeds meet the same 132 images, so a smaller difference is n
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (NIST handbook 1.3.6.7.2). Two groups of three seeds
 # have 4: a factor of 2 in place of t would find a difference between 12 % of equal pairs
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+PANELS = {  # keys of bach.jsonl and metrics.jsonl that are drawn, with their axes; the first that there is, is large
+    "bach": "BACH balanced accuracy, 132 images", "effective_rank": "effective rank, BACH's images",
+    "mean_cosine": "mean cosine, BACH's images", "loss/neighbours": "loss / loss of neighbours' mean",
+    "loss": "training loss (train.py: nats)", "grad_norm": "gradient norm before clipping", "lr": "learning rate",
+    "cls_rank": "effective rank, training crops", "cls_cosine": "mean cosine, training crops",
+    "images_per_s": "images / s", "windows_per_s": "windows / s"}
+MAX_BANDS = 6     # of mean +- deviation; more of them hide each other, then each repeat is a thin line
+MAX_POINTS = 200  # per line; of longer runs we draw means over equal stretches, because batches differ
+SALT = "690"      # gives "recipe" and the names in config/ablate different colours
 
 
 class Run(NamedTuple):
     folder: str
-    rows: dict     # {step: row of bach.jsonl}, at least one
+    rows: dict     # {step: what metrics.jsonl and bach.jsonl say}, at least one
     config: dict   # {} = there is no config.json
     setting: dict  # what repeats share: config without REPEAT, the code and the protocol
 
@@ -43,86 +52,95 @@ class Group(NamedTuple):
     name: str
     runs: list
     used: list        # those in the mean
-    x: list           # the steps that all of these have
+    x: list           # the steps at which all of these have BACH
     bach: np.ndarray  # (used, steps)
     protocol: str
 
 
-def read_rows(path):
-    """{step: row} of a bach.jsonl. A resumed run repeats steps: the later row counts. An unfinished line does not."""
+def read(path):
+    """A file's text, "" without the file."""
     if not os.path.isfile(path):
-        return {}
+        return ""
+    with open(path, errors="replace") as f:
+        return f.read()
+
+
+def read_rows(path):
+    """{step: row} of a .jsonl, without nulls. Of a step that is there twice the later row counts, as after a resume."""
+    points = {}
     try:
-        with open(path) as f:
-            rows = [json.loads(line) for line in f if line.endswith("\n")]
-        points = {int(row["step"]): row for row in rows if float(row["bach"]) >= 0}
-        return dict(sorted(points.items()))
+        for line in read(path).split("\n")[:-1]:  # what follows the last line's end is unfinished
+            row = json.loads(line)
+            step = int(row["step"])
+            points[step] = {k: v for k, v in row.items() if v is not None}
     except (ValueError, KeyError, TypeError) as e:
-        reason = f"{type(e).__name__}: {e}"
-        raise ValueError(f"{path}: each line must be a JSON object with a step and a bach ({reason})") from e
+        raise ValueError(f"{path}: each line must be a JSON object with a step ({e!r})") from e
+    return dict(sorted(points.items()))
 
 
 def read_code(path):
     """The commit in a source.diff, with a checksum of edits that were not committed; "unknown" without the file."""
-    if not os.path.isfile(path):
-        return "unknown"
-    with open(path, errors="replace") as f:
-        head, _, edits = f.read().partition("\ndiff --git ")
+    head, _, edits = read(path).partition("\ndiff --git ")
     commit = head.partition("\n")[2][:7] or "unknown"  # the command stands in the first line
     return commit + (f"+{zlib.crc32(edits.encode()):08x}" if edits else "")
 
 
 def load_run(folder):
-    """A Run, or None while bach.jsonl has no point. ValueError if it is damaged, except at its end."""
-    path, config = f"{folder}/config.json", {}
-    rows = read_rows(f"{folder}/bach.jsonl")
+    """A Run, or None while it has nothing of PANELS. ValueError if a file is damaged, except at its end."""
+    bach, rows = read_rows(f"{folder}/bach.jsonl"), read_rows(f"{folder}/metrics.jsonl")
+    for step, row in bach.items():
+        rows[step] = rows.get(step, {}) | row
+    rows = {step: row for step, row in sorted(rows.items()) if PANELS.keys() & row.keys()}
     if not rows:
         return None
-    if os.path.isfile(path):
-        with open(path) as f:
-            try:
-                config = dict(json.load(f))
-            except (ValueError, TypeError) as e:
-                raise ValueError(f"{path}: not the JSON object that a run writes ({e})") from e
-    if config:  # keys that are younger than the run have their defaults
-        config = {**config, **{k: v for k, v in json.loads(json.dumps(train_keys())).items() if k not in config}}
+    try:
+        config = dict(json.loads(read(f"{folder}/config.json") or "{}"))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{folder}/config.json: not the JSON object that a run writes ({e})") from e
+    if config and "task" not in config:  # train.py's: keys that are younger than the run have their defaults
+        config = config | json.loads(json.dumps(train_keys())) | config
     setting = {k: v for k, v in config.items() if k not in REPEAT}
     setting["code"] = read_code(f"{folder}/source.diff")
-    setting["protocol"] = " / ".join(sorted({str(row.get("protocol")) for row in rows.values()}))
+    setting["protocol"] = " / ".join(sorted({str(row.get("protocol")) for row in bach.values()}))
     return Run(folder, rows, config, setting)
 
 
 def group_runs(runs):
     """
-    Groups of repeats, in the order of their first runs. A run without config.json is no repeat.
-
-    A group's name is its first folder's without _0, -s1 or _seed2 at the end, or the whole path if that is not unique.
+    Groups of repeats, in the order of their first runs. A run without config.json is no repeat. A group's name is its
+    first folder's without _0, -s1 or _seed2 at the end, or the whole path if that is not unique.
     """
-    together = []
+    together, groups = {}, []
     for run in runs:
-        for repeats in together:
-            if run.config and run.setting == repeats[0].setting:
-                repeats.append(run)
-                break
-        else:
-            together.append([run])
-    folders = [os.path.basename(os.path.abspath(repeats[0].folder)) for repeats in together]
+        setting = json.dumps(run.setting, sort_keys=True) if run.config else run.folder
+        together.setdefault(setting, []).append(run)
+    folders = [os.path.basename(os.path.abspath(repeats[0].folder)) for repeats in together.values()]
     names = [re.sub(r"[-_](s|seed)?\d+$", "", folder) for folder in folders]
-    groups = []
-    for name, repeats in zip(names, together):
-        first = repeats[0]
-        used, x = mean_of(repeats)
+    for name, repeats in zip(names, together.values()):
+        first, used = repeats[0], mean_of(repeats)
+        x = common(used, "bach")
         name = name if names.count(name) == 1 else first.folder
         groups.append(Group(name, repeats, used, x, values(used, x, "bach"), first.setting["protocol"]))
     return groups
 
 
+def common(runs, key):
+    """The steps at which all runs have the key."""
+    return [step for step in runs[0].rows if all(key in run.rows.get(step, ()) for run in runs)]
+
+
+def logged(runs):
+    """The keys of PANELS that any of the runs has."""
+    return [key for key in PANELS if any(common([run], key) for run in runs)]
+
+
 def mean_of(runs):
-    """The runs whose mean is shown, and the steps that all of these have."""
-    ends = [max(run.rows) for run in runs]
-    used = [run for run in runs if max(run.rows) >= statistics.median_high(ends)]
-    x = sorted(set.intersection(*(set(run.rows) for run in used)))
-    return (used, x) if x else mean_of(used[:1])
+    """The repeats whose mean is shown. Without BACH they may lag a tenth behind the median, as rows are frequent."""
+    ends = [(common([run], "bach") or list(run.rows))[-1] for run in runs]
+    scored = common(runs[:1], "bach")
+    least = statistics.median_high(ends) * (1 if scored else 0.9)
+    used = [run for run, end in zip(runs, ends) if end >= least]
+    return used[:1] if scored and not common(used, "bach") else used
 
 
 def values(runs, x, key):
@@ -140,16 +158,20 @@ def dip(x, curve):
     The depth is from the value at step 0 to the lowest point before the recovery. The length, in steps, is from the
     last point before the fall to the recovery, inf if there is none. Falls within the noise count too.
     """
+    below = np.append(curve < curve[0], False)  # as if it recovered after the last point
     if x[0] != 0:
         return math.nan, math.nan
-    below = [value < curve[0] for value in curve]
-    if True not in below:
+    if not below.any():
         return 0.0, 0
-    first = below.index(True)
-    if False not in below[first:]:
-        return curve[0] - min(curve), math.inf
-    end = below.index(False, first)
-    return curve[0] - min(curve[first:end]), x[end] - x[first - 1]
+    first = below.argmax()
+    end = first + below[first:].argmin()
+    length = x[end] - x[first - 1] if end < len(x) else math.inf
+    return curve[0] - curve[first:end].min(), length
+
+
+def scores(group, step):
+    """BACH of the group's runs at a step."""
+    return group.bach[:, group.x.index(step)]
 
 
 def noise(groups, a, b, at):
@@ -159,13 +181,14 @@ def noise(groups, a, b, at):
     max(0.02, t s sqrt(1 / n_a + 1 / n_b)) is Student's test of two means at 95 %. s is pooled over all groups that have
     repeats, which assumes that all vary alike. Without repeats s is unknown (nan, 0) and only 0.02 is left.
     """
-    seeds = [g.bach[:, g.x.index(at)] for g in groups if at in g.x and g.protocol == b.protocol]
+    seeds = [scores(g, at) for g in groups if at in g.x and g.protocol == b.protocol]
     free = sum(len(ends) - 1 for ends in seeds)
     if not free:
         return FLOOR, math.nan, 0
     s = math.sqrt(sum(len(ends) * ends.var() for ends in seeds) / free)
     t = T[free - 1] if free <= len(T) else 1.96 + 2.37 / free + 2.82 / free**2  # Abramowitz and Stegun 26.7.5
-    return max(FLOOR, t * s * math.sqrt(1 / len(a.used) + 1 / len(b.used))), s, free
+    limit = t * s * math.sqrt(1 / len(a.used) + 1 / len(b.used))
+    return max(FLOOR, limit), s, free
 
 
 def against(group, parent, groups):
@@ -174,10 +197,10 @@ def against(group, parent, groups):
         return "parent"
     if group.protocol != parent.protocol:
         return "other protocol"
-    at = max((step for step in group.x if step in parent.x), default=None)
+    at = max({*group.x} & {*parent.x}, default=None)
     if at is None:
         return "no common step"
-    difference = group.bach[:, group.x.index(at)].mean() - parent.bach[:, parent.x.index(at)].mean()
+    difference = scores(group, at).mean() - scores(parent, at).mean()
     limit, _, _ = noise(groups, group, parent, at)
     verdict = "within" if abs(difference) < limit else "beyond"
     return f"{difference:+.3f} {verdict} {limit:.3f}"
@@ -185,12 +208,11 @@ def against(group, parent, groups):
 
 def remarks(group, parent):
     """What the group changed against its parent, and which of its runs have not ended."""
-    run, other = group.runs[0], parent.runs[0]
-    mine, theirs = run.setting, other.setting
-    changed = [f"{k}={mine.get(k)!r}" for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
-    if not (run.config and other.config):
-        changed = ["unknown, no config.json"]
-    lines = [f"changed: {', '.join(changed)}"] if group is not parent else []
+    mine, theirs, lines = group.runs[0].setting, parent.runs[0].setting, []
+    if group is not parent:
+        changed = [f"{k}={mine.get(k)!r}" for k in mine | theirs if mine.get(k) != theirs.get(k)]
+        known = group.runs[0].config and parent.runs[0].config
+        lines.append("changed: " + (", ".join(changed) if known else "unknown, no config.json"))
     if len({run.config.get("seed") for run in group.runs}) < len(group.runs):
         lines.append("one seed occurs twice: these are no independent repeats, so the noise is underestimated")
     for run in group.runs:
@@ -210,9 +232,9 @@ def columns(rows):
     """Lines of a table of texts: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
-    for row in rows:
-        cells = [text.rjust(width) for text, width in zip(row, widths)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    for first, *others in rows:
+        cells = map(str.rjust, others, widths[1:])
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
     return lines
 
 
@@ -224,10 +246,11 @@ def compare_table(groups, parent):
     rows = [["run", "seeds", "best", "at", "final         ", "against parent", "dip", "length"]]
     for group in groups:
         best = group.bach.max(1).mean()
-        at = statistics.median_low(group.x[i] for i in group.bach.argmax(1))
+        at = group.x[statistics.median_low(group.bach.argmax(1))]
         depth, length = dip(group.x, group.bach.mean(0))
-        rows.append([group.name, str(len(group.used)), f"{best:.3f}", str(at), plus_minus(group.bach[:, -1]),
-                     against(group, parent, groups), f"{depth:.3f}", str(length)])
+        final, verdict = plus_minus(group.bach[:, -1]), against(group, parent, groups)
+        numbers = [f"{best:.3f}", str(at), final, verdict, f"{depth:.3f}", str(length)]
+        rows.append([group.name, str(len(group.used)), *numbers])
     head, *found = columns(rows)
     lines = [head]
     for line, group in zip(found, groups):
@@ -246,86 +269,125 @@ def collapse_table(groups):
     rows = [["run", "start         ", "own dip       ", "end           ", "rank 0", "least", "end         ", "cosine 0",
              "most", "end           "]]
     for group in groups:
-        rank, cosine = (values(group.used, group.x, key) for key in ("effective_rank", "mean_cosine"))
         depths = [dip(group.x, curve)[0] for curve in group.bach]
-        bach = [plus_minus(group.bach[:, 0]), plus_minus(depths), plus_minus(group.bach[:, -1])]
-        ranks = [f"{rank[:, 0].mean():.1f}", f"{rank.min(1).mean():.1f}", plus_minus(rank[:, -1], 1)]
-        cosines = [f"{cosine[:, 0].mean():.3f}", f"{cosine.max(1).mean():.3f}", plus_minus(cosine[:, -1])]
-        rows.append([group.name, *bach, *ranks, *cosines])
+        row = [group.name, plus_minus(group.bach[:, 0]), plus_minus(depths), plus_minus(group.bach[:, -1])]
+        for key, worst, digits in (("effective_rank", np.min, 1), ("mean_cosine", np.max, 3)):
+            found = values(group.used, group.x, key)
+            start, least = found[:, 0].mean(), worst(found, 1).mean()
+            row += [f"{start:.{digits}f}", f"{least:.{digits}f}", plus_minus(found[:, -1], digits)]
+        rows.append(row)
     return "\n".join([*columns(rows), "rank, cosine: effective rank and mean cosine of BACH's images in the teacher"])
 
 
+def rows_table(name, rows, keys, form):
+    """A line per row of {row's name: {key: number}}."""
+    lines = [[name, *keys]]
+    for label, row in rows.items():
+        numbers = [row.get(key, math.nan) for key in keys]
+        lines.append([str(label), *(f"{number:{form}}" for number in numbers)])
+    return "\n".join(columns(lines))
+
+
 def curve_table(run):
-    """A line per row of bach.jsonl."""
-    keys = ("bach", "std", "plateau", "effective_rank", "mean_cosine", "clean", "clean_std", "knn")
-    rows = [["step", *keys]]
-    for step, row in run.rows.items():
-        rows.append([str(step)] + [f"{row.get(key, math.nan):.4f}" for key in keys])
-    return "\n".join(columns(rows))
+    """A line per point of the BACH curve; without one, about twenty rows of metrics.jsonl."""
+    points = {step: run.rows[step] for step in common([run], "bach")}
+    if points:
+        keys = ("bach", "std", "plateau", "effective_rank", "mean_cosine", "clean", "clean_std", "knn")
+        return rows_table("step", points, keys, ".4f")
+    at = np.linspace(0, len(run.rows) - 1, min(len(run.rows), 20)).astype(int)
+    steps = np.array(list(run.rows))[at]
+    return rows_table("step", {step: run.rows[step] for step in steps}, logged([run]), ".4g")
 
 
 def plot(groups, path):
-    """Curves as a PNG: BACH with a band of +- std over seeds, and collapse metrics. The parent is black."""
+    """A PNG of means over repeats. A name has one colour in every figure; of two that share it, one is dashed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 5.4), dpi=150, layout="constrained")
-    panels = figure.subplot_mosaic([["bach", "bach", "effective_rank"], ["bach", "bach", "mean_cosine"]])
+    keys = logged([run for group in groups for run in group.used])
+    first, second, third, *others = keys + ["."] * (-len(keys) % 3)  # "." stays empty
+    mosaic = [[first, first, second], [first, first, third]]
+    mosaic += np.reshape(others, (-1, 3)).tolist()
+    figure = Figure(figsize=(12, 2.8 * len(mosaic) + 0.6), dpi=120, layout="constrained")
+    panels = figure.subplot_mosaic(mosaic)
+    colors = [f"C{zlib.crc32((SALT + group.name).encode()) % 10}" for group in groups]
+    bands = sum(len(group.used) > 1 for group in groups)
     for i, group in enumerate(groups):
-        color = f"C{(i - 1) % 10}" if i else "black"
-        line = ("-", "--", ":")[i // 11 % 3]
-        for key, panel in panels.items():
-            found = values(group.used, group.x, key)
-            mean = found.mean(0)
-            panel.plot(group.x, mean, line, color=color, label=f"{group.name} (n = {len(found)})")
-            if key == "bach" and len(found) > 1:
-                std = found.std(0, ddof=1)
-                panel.fill_between(group.x, mean - std, mean + std, color=color, alpha=0.15, lw=0)
-    for key, panel in panels.items():
-        panel.set_title(key.replace("_", " "), fontsize=9)
-        panel.grid(alpha=0.25)
-    panels["bach"].set(title="", xlabel="step", ylabel="BACH balanced accuracy, 132 images")
-    figure.legend(*panels["bach"].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        line = {"color": colors[i], "ls": ("-", "--", ":", "-.")[colors[:i].count(colors[i]) % 4]}
+        panels[first].plot([], [], **line, label=f"{group.name} (n = {len(group.used)})")
+        for key in logged(group.used):
+            x = common(group.used, key)
+            rows = np.vstack([x, values(group.used, x, key)])
+            parts = np.array_split(rows, min(len(x), MAX_POINTS), axis=1)
+            x, *found = np.stack([part.mean(1) for part in parts], 1)
+            mean = np.mean(found, 0)
+            panels[key].plot(x, mean, **line)
+            if bands > MAX_BANDS:
+                panels[key].plot(x, np.transpose(found), **line, lw=0.5, alpha=0.4)
+            elif len(found) > 1:
+                std = np.std(found, 0, ddof=1)
+                panels[key].fill_between(x, mean - std, mean + std, color=colors[i], alpha=0.15, lw=0)
+    for key in keys:
+        panels[key].set(xlabel="step", ylabel=PANELS[key])
+        panels[key].locator_params(axis="x", nbins=5)
+        panels[key].grid(alpha=0.25)
+    figure.legend(*panels[first].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path)
 
 
-def show(runs, parent="", out=""):
-    """
-    Print the tables of the runs in the folders that match `runs`, globs with commas between, and draw their curves.
+def write_events(runs, top, folder):
+    """TensorBoard's event files of runs, in the folders that these have below `top`. What was there before is void."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    parent: a run's folder or a group's name; "" = the first. out: the PNG; "" = bach.png in the runs' common folder.
-    ValueError, in one line, if no folder matches, a file is damaged or there is no such parent.
-    """
+    for run in runs:
+        with SummaryWriter(os.path.join(folder, os.path.relpath(run.folder, top)), purge_step=0) as events:
+            for step, row in run.rows.items():
+                for key in row:
+                    if isinstance(row[key], int | float):
+                        events.add_scalar(key, row[key], step)
+
+
+def show(runs, parent="", out="", tensorboard=""):
+    """Tables and figure of the runs; the arguments are the keys below. ValueError, in one line, for what is wrong."""
     folders = []
     for pattern in runs.split(","):
         folders += [os.path.normpath(folder) for folder in sorted(glob.glob(pattern.strip()))]
-    found = [load_run(folder) for folder in dict.fromkeys(folders)]
-    found = [run for run in found if run]
+    found = [run for run in map(load_run, dict.fromkeys(folders)) if run]
     if not found:
-        raise ValueError(f"runs={runs}: no folder with a point in bach.jsonl; train with bach_dir set to get one")
+        raise ValueError(f"runs={runs}: no folder with a row in metrics.jsonl or bach.jsonl; runs write them")
     groups = group_runs(found)
-    named = [g for g in groups if parent == g.name or os.path.normpath(parent) in [run.folder for run in g.runs]]
+    scored = [group for group in groups if group.x]
+    named = [g for g in scored if os.path.normpath(parent) in [g.name, *(run.folder for run in g.runs)]]
     if parent and not named:
-        raise ValueError(f"parent={parent}: no such run with a curve; there are {', '.join(g.name for g in groups)}")
-    parent = named[0] if named else groups[0]
-    groups.sort(key=lambda group: group is not parent)
-    if len(found) > 1:
-        print(compare_table(groups, parent), collapse_table(groups), sep="\n\n")
-    else:
+        names = ", ".join(group.name for group in scored)
+        raise ValueError(f"parent={parent}: no such run with a curve; there are {names}")
+    scored.sort(key=lambda group: group not in named)
+    others = [run for run in found if "bach" not in logged([run])]
+    if len(found) == 1:
         print(curve_table(found[0]))
-    path = out or os.path.join(os.path.commonpath([run.folder for run in found]), "bach.png")
+    else:
+        if scored:
+            print(compare_table(scored, scored[0]), collapse_table(scored), sep="\n\n")
+        if others:
+            rows = {run.folder: run.rows[max(run.rows)] for run in others}
+            print(rows_table("no BACH, last row", rows, ["step", *logged(others)], ".4g"))
+    top = os.path.commonpath([run.folder for run in found])
+    path = out or os.path.join(top, "curves.png")
     try:
         plot(groups, path)
         print(path)
     except ImportError:
         print(f"{path} not written: pip install matplotlib")
+    if tensorboard:
+        write_events(found, top, tensorboard)
 
 
 if __name__ == "__main__":
-    runs = ""    # folders of runs: a glob in quotes, or several with commas between
-    parent = ""  # the run or group that the others are compared with; "" = the first
-    out = ""     # file of the figure; "" = bach.png in the folder that the runs share
+    runs = ""         # folders of runs: a glob in quotes, or several with commas between
+    parent = ""       # a run's folder or a group's name that the others are compared with; "" = the first
+    out = ""          # file of the figure; "" = curves.png in the folder that the runs share
+    tensorboard = ""  # folder for TensorBoard's event files of the runs; "" = none
     configure(globals())
     try:
-        show(runs, parent, out)
-    except (ValueError, OSError) as e:
+        show(runs, parent, out, tensorboard)
+    except (ValueError, OSError, ImportError) as e:
         raise SystemExit(f"curves: {e}") from e

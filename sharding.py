@@ -12,8 +12,11 @@ All of it is applied from outside, in this order. model.py knows nothing of it, 
 At most one tensor is whole at a time. materialize draws it, or takes this rank's rows of a mapped weight file, which a
 node reads once for all its ranks; gathered brings a network to rank 0's host memory tensor by tensor.
 """
+import atexit
+import functools
 import math
 import os
+import time
 import zlib
 from datetime import timedelta
 from functools import partial
@@ -66,6 +69,15 @@ def check_launch(world, rank, dev):
                          "process, set none")
 
 
+@functools.cache
+def linger():
+    """
+    Once per process: let gloo's threads drop the tensors that they sent before Python ends. Python 3.11 ends a thread
+    that asks for the GIL later, and on a busy machine one in twenty finished runs ended with "terminate called".
+    """
+    atexit.register(time.sleep, 0.5)
+
+
 def begin(dev):
     """Join the processes of a launch, "cuda" or "cpu": their DeviceMesh. Without torchrun it is one process."""
     world, rank = launched()
@@ -78,6 +90,7 @@ def begin(dev):
         torch.cuda.set_device(int(gpu))
     else:
         torch.set_num_threads(1)  # results depend on the number of threads, and busy cores slow several of them down
+    linger()
     store = dist.HashStore()
     if os.environ.get("RANK"):
         try:

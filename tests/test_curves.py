@@ -13,6 +13,7 @@ from conftest import ROOT, one_line
 from PIL import Image
 
 import curves
+from bench import configs
 
 CONFIG = {"out_dir": "", "seed": 0, "max_steps": 300, "kde": "uniformity", "mpps": [0.5, 1.0], "workers": 1}
 COMMIT = "train.py config/toy.py\n" + "a" * 40 + "\n M README.md\n"
@@ -78,13 +79,13 @@ def test_command(script, tmp_path):
 
     *_, last, path = command(f"--runs={tmp_path}/first")
     assert last.split() == ["200", "0.8000", "0.0100", "nan", "7.0000", "nan", "nan", "nan", "nan"]
-    assert path == f"{tmp_path}/first/bach.png" and Image.open(path).size == (1440, 810)
+    assert path == f"{tmp_path}/first/curves.png" and Image.open(path).size[0] == 1440
     lines = command(f"--runs={tmp_path}/*", f"--parent={tmp_path}/second", f"--out={tmp_path}/x.png")
     assert [line.split()[0] for line in lines[3:5]] == ["run", "second"] and lines[-1] == f"{tmp_path}/x.png"
     with Image.open(tmp_path / "x.png") as page:
         assert np.asarray(page.convert("L")).std() > 10
     for flag, message in ((f"--runs={tmp_path}/*", "parent=nowhere: no such run with a curve; there are first, second"),
-                          ("--runs=nowhere/*", "runs=nowhere/*: no folder with a point in bach.jsonl")):
+                          ("--runs=nowhere/*", "runs=nowhere/*: no folder with a row in metrics.jsonl or bach.jsonl")):
         with one_line(f"^curves: .*{re.escape(message)}"):
             command(flag, "--parent=nowhere")
 
@@ -93,8 +94,8 @@ def test_the_picture_is_at_the_runs_common_folder(tmp_path, monkeypatch, capsys,
     monkeypatch.chdir(tmp_path)
     for name in ("out/a", "out/sub/b", "c"):
         run(Path(name), [0.7, 0.8])
-    for runs, place in (("out/a/", "out/a/bach.png"), ("out/a,out/sub/b", "out/bach.png"), ("*,out/a", "bach.png")):
-        assert shown(capsys, runs)[1].splitlines()[-1] == place
+    for runs, folder in (("out/a/", "out/a/"), ("out/a,out/sub/b", "out/"), ("*,out/a", "")):
+        assert shown(capsys, runs)[1].splitlines()[-1] == f"{folder}curves.png"
 
 
 def test_neither_torch_nor_matplotlib_is_needed_for_the_tables(tmp_path, monkeypatch, capsys):
@@ -102,7 +103,125 @@ def test_neither_torch_nor_matplotlib_is_needed_for_the_tables(tmp_path, monkeyp
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run(tmp_path / "a", [0.7])
-    assert shown(capsys, tmp_path / "a")[1].endswith("bach.png not written: pip install matplotlib\n")
+    assert shown(capsys, tmp_path / "a")[1].endswith("curves.png not written: pip install matplotlib\n")
+
+
+# runs without BACH
+
+def metrics(path, rows, **config):
+    """A run's folder with metrics.jsonl alone."""
+    run(path, [], **config)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def trained(steps, shift=0.0):
+    """Rows as train.py writes them."""
+    first = {"step": 0, "loss": None, "lr": None}
+    return [first] + [{"step": s, "loss": 11 + shift - s / 100, "grad_norm": 2.0, "lr": 1e-4 * s, "cls_rank": 9.0,
+                       "cls_cosine": 0.5, "images_per_s": 30.0} for s in range(10, steps + 1, 10)]
+
+
+CONTEXT = [{"step": s, "loss": 0.8, "neighbours": 0.9, "loss/neighbours": 0.89, "lr": 1e-3, "grad_norm": 0.3,
+            "windows_per_s": 40.0} for s in (10, 20)]
+
+
+def test_a_run_without_bach_has_a_table_of_what_it_logged(tmp_path, tableonly, capsys):
+    metrics(tmp_path / "a", trained(500))
+    lines = shown(capsys, tmp_path / "a")[1].splitlines()
+    assert lines[0].split() == ["step", "loss", "grad_norm", "lr", "cls_rank", "cls_cosine", "images_per_s"]
+    assert lines[1].split()[:2] == ["10", "10.9"] and lines[20].split()[:2] == ["500", "6"] and len(lines) == 22
+    metrics(tmp_path / "empty", trained(0))  # has only begun
+    with pytest.raises(ValueError, match="no folder with a row in metrics.jsonl or bach.jsonl"):
+        curves.show(f"{tmp_path}/empty")
+
+
+def test_runs_with_and_without_bach_stand_together(tmp_path, tableonly, capsys):
+    for seed in range(2):
+        metrics(tmp_path / f"short_{seed}", trained(20, seed), seed=seed)
+    metrics(tmp_path / "ctx", CONTEXT, task="train")
+    rows, text = shown(capsys, tmp_path / "*")
+    head, *lines = [line.split() for line in text.splitlines()[:-1]]
+    assert head[4:6] == ["step", "loss/neighbours"] and [line[:3] for line in lines] == [
+        [f"{tmp_path}/ctx", "20", "0.89"], [f"{tmp_path}/short_0", "20", "nan"], [f"{tmp_path}/short_1", "20", "nan"]]
+    run(tmp_path / "z", [0.3, 0.4, 0.5, 0.6])
+    rows, text = shown(capsys, tmp_path / "*", parent="z")
+    assert rows["z"][1:4] == ["1", "0.600", "300"] and "no BACH, last row" in text and rows.keys() & {"ctx"} == set()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were drawn, as matplotlib's objects."""
+    figure = pytest.importorskip("matplotlib.figure")
+    found = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path: found.append(self))
+    return found
+
+
+def colours(figure):
+    return {text.get_text().split()[0]: line.get_color() for text, line in
+            zip(figure.legends[0].get_texts(), figure.legends[0].get_lines())}
+
+
+def test_a_panel_per_metric_with_its_name_on_the_axis(tmp_path, drawn, capsys):
+    metrics(tmp_path / "a", trained(500 * 10))
+    run(tmp_path / "b", [0.3, 0.4], rank=(9, 8), cosine=(0.9, 0.8), kde="none")
+    metrics(tmp_path / "ctx", CONTEXT, task="train")
+    for name, labels in (("a", "loss grad_norm lr cls_rank cls_cosine images_per_s"), ("*", curves.PANELS),
+                         ("b", "bach effective_rank mean_cosine"),
+                         ("ctx", "loss/neighbours loss grad_norm lr windows_per_s")):
+        shown(capsys, tmp_path / name)
+        panels = drawn[-1].axes
+        labels = labels.split() if isinstance(labels, str) else labels
+        assert [panel.get_ylabel() for panel in panels] == [curves.PANELS[key] for key in labels]
+        assert {panel.get_xlabel() for panel in panels} == {"step"}
+    points = len(drawn[0].axes[0].get_lines()[1].get_xdata())
+    assert points == curves.MAX_POINTS  # 500 rows would hide each other
+
+
+def test_a_name_has_one_colour_in_every_figure(tmp_path, drawn, capsys):
+    names = ["recipe", *(path.stem for path in (ROOT / "config/ablate").glob("*.py"))]
+    for name in names:
+        run(tmp_path / name, [0.3, 0.4], kde=name)
+    shown(capsys, tmp_path / "*")
+    shown(capsys, tmp_path / "koleo", tmp_path / "noreg", parent="noreg")
+    everyone, two = map(colours, drawn)
+    assert len(set(everyone.values())) == len(names) and two == {name: everyone[name] for name in ("koleo", "noreg")}
+
+
+@pytest.mark.parametrize("groups", [curves.MAX_BANDS, curves.MAX_BANDS + 1])
+def test_many_bands_become_lines(groups, tmp_path, drawn, capsys):
+    for i in range(groups):
+        for seed in range(2):
+            run(tmp_path / f"{'abcdefg'[i]}_{seed}", [0.3, 0.4 + 0.1 * seed], seed=seed, kde=str(i))
+    shown(capsys, tmp_path / "*")
+    panel, few = drawn[0].axes[0], groups <= curves.MAX_BANDS
+    assert len(panel.collections) == groups * few  # bands
+    assert sum(len(line.get_xdata()) > 0 for line in panel.get_lines()) == groups * (1 if few else 3)
+
+
+def test_tensorboard_gets_every_number(tmp_path, tableonly, capsys, monkeypatch):
+    told = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            self.folder = folder
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def add_scalar(self, key, value, step):
+            told.append((self.folder, key, value, step))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("fake"))
+    sys.modules["torch.utils.tensorboard"].SummaryWriter = Writer
+    metrics(tmp_path / "a/x", trained(20))
+    run(tmp_path / "b/x", [0.3])
+    curves.show(f"{tmp_path}/*/x", tensorboard="tb")
+    assert {("tb/a/x", "loss", 10.8, 20), ("tb/b/x", "bach", 0.3, 0)} <= set(told)
+    assert not any(isinstance(value, str) or value is None for _, _, value, _ in told)
 
 
 # groups of repeats
@@ -256,3 +375,25 @@ def test_an_unfinished_run_is_compared_where_both_have_a_point(tmp_path, tableon
     run(tmp_path / "b", [0.3, 0.45, 0.55], kde="koleo")
     rows, text = shown(capsys, tmp_path / "*")
     assert rows["b"][5:8] == ["+0.050", "beyond", "0.020"] and f"{tmp_path}/b at step 200 of 300" in under(text, "b")
+
+
+# what the pages say of differences
+
+def unproven(text):
+    """What a page's prose calls beyond or within the noise, and no table of docs/toy_runs does."""
+    prose = " ".join(re.sub(configs.TABLE, "", text).replace("within or beyond", "").split())
+    for name, verdict in set(re.findall(r"(\w+) ([+-][.\d]+ (?:within|beyond) [.\d]+\d)", prose)):
+        if verdict in [configs.against(folder, name) for folder in configs.FOLDERS]:
+            prose = prose.replace(f"{name} {verdict}", "")
+    return re.findall(r".{,40}(?:beyond|[+-][.\d]+ within).{,20}", prose)
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_beyond_is_said_only_with_the_verdict_of_a_table(page):
+    assert unproven((ROOT / page).read_text()) == []
+
+
+def test_claims_that_no_table_carries_are_refused():
+    assert not unproven("It was koleo +0.178 beyond 0.094, within or beyond what\nseeds explain.")
+    for claim in ("koleo +0.049 beyond 0.058", "koleo +0.178 within 0.094", "it does not dip beyond the noise"):
+        assert unproven(f"continued, {claim}")
