@@ -139,6 +139,6 @@ def test_a_measurement_of_steps_survives_what_comes_after_it_and_writes_no_weigh
     monkeypatch.setattr(step, "TRAIN", step.TRAIN + "raise OSError('no space left')")
     shutil.copytree(tiles, tmp_path / "tiles")
     assert step.measure("tiny", "eager bf16", tmp_path).startswith("| tiny | eager bf16 | none | 0.")
-    assert not list((tmp_path / "run").rglob("ckpt/*")) and not (tmp_path / "run/teacher").exists()
+    assert not list((tmp_path / "run").rglob("ckpt/*/*")) and not (tmp_path / "run/teacher").exists()
     monkeypatch.setattr(step, "TRAIN", "raise OSError('no space left')")
     assert "OSError: no space left" in step.measure("tiny", "eager bf16", tmp_path)
