@@ -12,6 +12,8 @@ import fcntl
 import json
 import math
 import os
+import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -52,6 +54,35 @@ def agree(what, work):
 def on_rank_0(what, work):
     """What work() returns on rank 0, which does it alone. A collective, as agree is."""
     return agree(what, lambda: work() if dist.get_rank() == 0 else None)[0]
+
+
+def catch_signals():
+    """
+    A list that gets SIGTERM, SIGUSR1 (some time before it: sbatch --signal=USR1@300) and SIGINT, which is Ctrl-C. The
+    run then saves and ends at its next row; a second Ctrl-C ends it at once.
+    """
+    caught = []
+
+    def note(number, frame):
+        caught.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            if dist.get_rank() == 0:  # print may be at work just now, and is not to be called twice at a time
+                os.write(2, b"\nCtrl-C: the run saves at its next row, then ends; Ctrl-C again ends it at once\n")
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, note)
+    return caught
+
+
+def resume_command():
+    """The line that resumes this run."""
+    ranks, here = (os.environ.get(name) or "1" for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    launcher = f"torchrun --nproc_per_node={here}" if ranks == here else "(launched as before)"
+    if ranks == "1":
+        launcher = "python"
+    given = [arg for arg in sys.argv if not arg.startswith("--resume=")]
+    return f"{launcher} {shlex.join(given)} --resume=true"
 
 
 def complete(folder, say=lambda message: None):
