@@ -6,13 +6,11 @@ Configuration as plain Python variables: defaults in the script, overrides in fi
 
 Config files are exec'd from left to right, so they may compute (`lr = 2 * lr`) and may exec a parent config. Flags win
 wherever they stand. Keys are the public variables of a plain type that are defined above the call; UPPER_CASE names are
-constants, not keys. Derive other values after the call, under names that are not keys. --help shows the comments beside
-keys, which are the only place that explains them.
+constants, not keys. Derive other values after the call, under names that are not keys. --help reads keys' comments.
 """
 import ast
 import copy
 import difflib
-import io
 import math
 import os
 import sys
@@ -41,15 +39,14 @@ def configure(namespace, argv=None, shared=""):
     Apply config files and --key=value flags to the plain variables of `namespace`, in place.
 
     Returns a dict of every key and its final value. Raises SystemExit with one line on anything it does not understand,
-    before any variable has changed. `argv` defaults to the command line. `shared` is the file of keys that are not the
-    script's own, where --help finds what they mean.
+    before any variable has changed. `argv` defaults to the command line. --help finds other scripts' keys in `shared`.
     """
     keys = {k: v for k, v in namespace.items() if k[:1] != "_" and not k.isupper() and isinstance(v, TYPES)}
-    final, flags, said, delta = copy.deepcopy(keys), {}, [], ""
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(help_text(namespace, keys, shared))
         sys.exit()
+    final, flags, said, delta = copy.deepcopy(keys), {}, [], ""
     for arg, following in zip(argv, [*argv[1:], "-"]):
         if arg.startswith("-"):
             name, value = parse_flag(arg, following, keys)
@@ -65,9 +62,9 @@ def configure(namespace, argv=None, shared=""):
             final |= found
         else:
             stop(f"unexpected argument '{arg}': config files end in .py and flags look like --key=value")
-    if changed := ", ".join(f"{k} = {v!r} (default {keys[k]!r})" for k, v in flags.items() if v != final[k]):
-        said.append(f"config: {changed}")
-    if (os.environ.get("RANK") or "0") == "0" and said:
+    if changes := ", ".join(f"{k} = {v!r} (default {keys[k]!r})" for k, v in flags.items() if v != final[k]):
+        said.append(f"config: {changes}")
+    if said and (os.environ.get("RANK") or "0") == "0":
         print("\n".join(said))
     final |= flags
     namespace.update(final)
@@ -76,32 +73,38 @@ def configure(namespace, argv=None, shared=""):
 
 def help_text(namespace, keys, shared):
     """Each key with its default and what its file says beside it, under that file's ruled headings."""
-    about, left, heading = (namespace["__doc__"] or "").strip().partition("\n\n")[0], dict(keys), None
-    lines = [textwrap.fill(about, 79), "", f"usage: python {sys.argv[0]} [FILE.py ...] [--key=value ...]"]
-    for path in (namespace["__file__"], os.path.join(HERE, shared))[: 1 + bool(shared)]:
-        for title, name, comment in assignments(path):
-            if name in left:
-                if (path, title) != heading:
-                    lines += ["", textwrap.fill(os.path.basename(path) + ", " * bool(title) + title, 79)]
-                heading, start = (path, title), f"  {name} = {left.pop(name)!r}"
-                text = f"{start:28}  {comment}"
-                lines.append(textwrap.fill(text, 79, subsequent_indent=30 * " ", break_on_hyphens=False))
-    return "\n".join(lines)
+    about = textwrap.fill(namespace["__doc__"].strip().partition("\n\n")[0], 79)
+    lines = [f"usage: python {os.path.relpath(sys.argv[0])} [FILE.py ...] [--key=value ...]"]
+    found = list(assignments(namespace["__file__"]))
+    if shared:
+        found += assignments(os.path.join(HERE, shared))
+    left, above = dict(keys), ""
+    for heading, name, comment in found:
+        if name in left:
+            if heading != above:
+                lines += ["", heading]
+            above, start = heading, f"  {name} = {left.pop(name)!r}"
+            lines.append(f"{start:28}  {comment}")
+    wrap = textwrap.TextWrapper(79, subsequent_indent=30 * " ", break_on_hyphens=False)
+    return "\n".join([about, "", *map(wrap.fill, lines)])
 
 
 def assignments(path):
-    """Yields (ruled heading above, name, comment beside) of what a file assigns outside of functions and classes."""
+    """Yields (heading, first word, comment beside) of the statements of a script and of its `if __name__` block."""
+    word, comment, column, heading = "", "", 0, os.path.basename(path)
     with tokenize.open(path) as f:
-        text = f.read()
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
-    ruled = [line for line, comment in comments.items() if comment.startswith("# ----")]
-    for block in ast.parse(text).body:
-        for node in block.body if isinstance(block, ast.If) else [block]:  # if __name__ == "__main__"
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                title = [comments[line].strip("# -") for line in ruled if line < node.lineno]
-                beside = [comments.get(line, "").strip("# ") for line in range(node.lineno, node.end_lineno + 1)]
-                yield (title or [""])[-1], node.targets[0].id, " ".join(beside)
+        for kind, text, (_, start), _, _ in tokenize.generate_tokens(f.readline):
+            if kind == tokenize.NAME and start == column:
+                word = text
+            elif text == "__name__":
+                column = 4
+            elif kind == tokenize.COMMENT and text.startswith("# ----"):
+                heading = f"{os.path.basename(path)}, {text.strip('# -')}"
+            elif kind == tokenize.COMMENT:
+                comment = text.strip("# ")
+            elif kind in (tokenize.NEWLINE, tokenize.NL):
+                yield heading, word, comment
+                word = comment = ""
 
 
 def run_file(path, values, keys):

@@ -1,5 +1,5 @@
 """
-Which files a key names: a folder, whose whole tree is meant, or a pattern.
+Which files a key names: a folder, whose whole tree is meant, or a pattern. And the bar that shows how many are done.
 
     slides/*.svs          * ? and [abc] stand for a part of a name
     slides/**/*.svs       ** stands for any folders, also none

@@ -1,5 +1,5 @@
 """
-A run's folder, and how all ranks end where its disk refuses something.
+A run's folder, and how all ranks end by a signal or where its disk refuses something.
 
     lock, config.json, source.diff         whose it is, its keys, its command, commit and uncommitted changes
     metrics.jsonl, bach.jsonl, wandb.id    rows; those of steps that a resumed run repeats are dropped
@@ -58,17 +58,18 @@ def on_rank_0(what, work):
 
 def catch_signals():
     """
-    A list that gets SIGTERM, SIGUSR1 (some time before it: sbatch --signal=USR1@300) and SIGINT, which is Ctrl-C. The
-    run then saves and ends at its next row; a second Ctrl-C ends it at once.
+    A list that gets SIGTERM, SIGUSR1 (some time before it: sbatch --signal=USR1@300) and SIGINT, which is Ctrl-C, for
+    the run to save and end at its next row. A second Ctrl-C ends it at once.
     """
-    caught = []
+    caught, rank = [], dist.get_rank()
+    more = "Ctrl-C again ends it at once" if dist.get_world_size() == 1 else "torchrun gives it 30 s"
 
     def note(number, frame):
         caught.append(number)
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-            if dist.get_rank() == 0:  # print may be at work just now, and is not to be called twice at a time
-                os.write(2, b"\nCtrl-C: the run saves at its next row, then ends; Ctrl-C again ends it at once\n")
+            if rank == 0:  # not by print, which may be at work just now
+                os.write(2, f"\nCtrl-C: the run saves at its next row, then ends; {more}\n".encode())
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, note)
