@@ -6,7 +6,7 @@ Configuration as plain Python variables: defaults in the script, overrides in fi
 
 Config files are exec'd from left to right, so they may compute (`lr = 2 * lr`) and may exec a parent config. Flags win
 wherever they stand. Keys are the public variables of a plain type that are defined above the call; UPPER_CASE names are
-constants, not keys. Derive other values after the call, under names that are not keys.
+constants, not keys. Derive other values after the call, under names that are not keys. --help reads keys' comments.
 """
 import ast
 import copy
@@ -14,45 +14,97 @@ import difflib
 import math
 import os
 import sys
+import textwrap
+import tokenize
 import traceback
 import types
 
 TYPES = (int, float, bool, str, tuple, list, type(None))
+ALIASES = {"lr": "base_lr", "learning_rate": "base_lr", "bs": "batch_size", "batch": "batch_size", "model": "arch",
+           "epochs": "max_steps", "wd": "weight_decay", "grad_clip": "clip_grad", "pretrained": "weights"}
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def train_keys():
     """The keys of train.py with their defaults. Importing train.py would start a run; this executes its key block."""
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")) as f:
+    with open(f"{HERE}/train.py") as f:
         text, keys = f.read(), {}
     exec(text[text.index("# ---- run ") : text.index("\nconfig = configure(globals())")], keys)
     del keys["__builtins__"]
     return keys
 
 
-def configure(namespace, argv=None):
+def configure(namespace, argv=None, shared=""):
     """
     Apply config files and --key=value flags to the plain variables of `namespace`, in place.
 
     Returns a dict of every key and its final value. Raises SystemExit with one line on anything it does not understand,
-    before any variable has changed. `argv` defaults to the command line.
+    before any variable has changed. `argv` defaults to the command line. --help finds other scripts' keys in `shared`.
     """
     keys = {k: v for k, v in namespace.items() if k[:1] != "_" and not k.isupper() and isinstance(v, TYPES)}
-    final, flags = copy.deepcopy(keys), {}
     argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(help_text(namespace, keys, shared))
+        sys.exit()
+    final, flags, said, delta = copy.deepcopy(keys), {}, [], ""
     for arg, following in zip(argv, [*argv[1:], "-"]):
         if arg.startswith("-"):
             name, value = parse_flag(arg, following, keys)
             flags[name] = value
         elif arg.endswith(".py"):
-            final |= run_file(arg, final, keys)
+            if os.path.basename(os.path.dirname(os.path.abspath(arg))) == "ablate":
+                delta = arg
+            elif delta:
+                stop(f"{delta} changes a recipe, and {arg} after it would undo that: write {arg} {delta}")
+            found = run_file(arg, final, keys)
+            changes = ", ".join(f"{k} = {v!r}" for k, v in found.items() if v != final[k])
+            said.append(textwrap.shorten(f"config: {arg}: {changes}", 158, placeholder=" ..."))
+            final |= found
         else:
             stop(f"unexpected argument '{arg}': config files end in .py and flags look like --key=value")
+    if changes := ", ".join(f"{k} = {v!r} (default {keys[k]!r})" for k, v in flags.items() if v != final[k]):
+        said.append(f"config: {changes}")
+    if said and (os.environ.get("RANK") or "0") == "0":
+        print("\n".join(said))
     final |= flags
-    for k, default in keys.items() if (os.environ.get("RANK") or "0") == "0" else ():
-        if final[k] != default or type(final[k]) is not type(default):
-            print(f"config: {k} = {final[k]!r} (default {default!r})")
     namespace.update(final)
     return final
+
+
+def help_text(namespace, keys, shared):
+    """Each key with its default and what its file says beside it, under that file's ruled headings."""
+    about = textwrap.fill(namespace["__doc__"].strip().partition("\n\n")[0], 79)
+    lines = [f"usage: python {os.path.relpath(sys.argv[0])} [FILE.py ...] [--key=value ...]"]
+    found = list(assignments(namespace["__file__"]))
+    if shared:
+        found += assignments(os.path.join(HERE, shared))
+    left, above = dict(keys), ""
+    for heading, name, comment in found:
+        if name in left:
+            if heading != above:
+                lines += ["", heading]
+            above, start = heading, f"  {name} = {left.pop(name)!r}"
+            lines.append(f"{start:28}  {comment}")
+    wrap = textwrap.TextWrapper(79, subsequent_indent=30 * " ", break_on_hyphens=False)
+    return "\n".join([about, "", *map(wrap.fill, lines)])
+
+
+def assignments(path):
+    """Yields (heading, first word, comment beside) of the statements of a script and of its `if __name__` block."""
+    word, comment, column, heading = "", "", 0, os.path.basename(path)
+    with tokenize.open(path) as f:
+        for kind, text, (_, start), _, _ in tokenize.generate_tokens(f.readline):
+            if kind == tokenize.NAME and start == column:
+                word = text
+            elif text == "__name__":
+                column = 4
+            elif kind == tokenize.COMMENT and text.startswith("# ----"):
+                heading = f"{os.path.basename(path)}, {text.strip('# -')}"
+            elif kind == tokenize.COMMENT:
+                comment = text.strip("# ")
+            elif kind in (tokenize.NEWLINE, tokenize.NL):
+                yield heading, word, comment
+                word = comment = ""
 
 
 def run_file(path, values, keys):
@@ -78,8 +130,6 @@ def run_file(path, values, keys):
 def parse_flag(arg, following, keys):
     """(key, value) of a flag; `following`, the next argument, only serves a hint."""
     name, equals, text = arg.lstrip("-").partition("=")
-    if name in ("h", "help"):
-        stop("the keys, with their meaning, are the variables above configure() in the script; set one by --key=value")
     if not equals or not arg.startswith("--"):
         value = text or following
         if value.startswith("-") or value.endswith(".py"):
@@ -141,8 +191,8 @@ def fit(value, default):
 
 
 def nearest(name, keys):
-    close = difflib.get_close_matches(name, keys, 1, 0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    close = [key for key in (ALIASES.get(name),) if key in keys] or difflib.get_close_matches(name, keys, 1, 0.6)
+    return f"; did you mean '{close[0]}'?" if close else "; --help lists the keys"
 
 
 def stop(message):

@@ -14,6 +14,7 @@ mean of visible neighbours: at 1 nothing has been learnt. A step is a pure funct
 """
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -159,7 +160,6 @@ if __name__ == "__main__":
     world, rank = sharding.launched()
     windows = batch_size * world  # per step
     progress = {"step": 0, "bad_steps": 0, "samples": 0}
-    signals = []  # SIGTERM, or SIGUSR1 some time before it: save and end
 
     def say(message):
         if rank == 0:
@@ -230,8 +230,7 @@ if __name__ == "__main__":
         progress |= loaded["progress"]
     step = progress["step"] if resume else None
     rundir.on_rank_0("the run cannot begin", lambda: rundir.begin_folder(out_dir, config, step, say))
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: signals.append(number))
+    signals = rundir.catch_signals()
     dataset = places.Windows(slides, about, config, rank, world, progress["samples"] - progress["step"] * windows)
     batches = iter(data.loader(dataset, range(progress["step"], max_steps), workers, dev))
     bad_steps = torch.tensor(progress["bad_steps"], device=dev)  # counted on the device, so that no step waits for it
@@ -279,7 +278,10 @@ if __name__ == "__main__":
         if saving or preempted:
             save(done, wait=last or preempted)
         if preempted and not last:
-            say(f"stopped by a signal after step {done}: resume with the same command and --resume=true")
+            say(f"stopped by a signal after step {done}; resume by:\n    {rundir.resume_command()}")
             break
     del batches  # its workers end now
     torch.distributed.destroy_process_group()
+    if signal.SIGINT in signals:
+        os.kill(os.getpid(), signal.SIGINT)  # as train.py
+

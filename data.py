@@ -191,7 +191,7 @@ def end_workers():
 
 def ignore_signals(worker):
     """Signals to all processes of a job must not end the workers before the step and the save are done."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # a terminal sends Ctrl-C to workers, too
         signal.signal(number, signal.SIG_IGN)
 
 

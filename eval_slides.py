@@ -41,7 +41,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import eval_bach
 import listing
@@ -596,7 +595,7 @@ def read_slides(found, files, stored, controls, device):
         for slide in names:
             of_slide.setdefault(slide, []).append(i)
     rows, bags = {}, [([], []) for _ in found.slides]
-    for slide, mine in tqdm(of_slide.items(), "slides", ncols=80, leave=False):
+    for slide, mine in listing.bar(of_slide.items(), "slides", leave=False):
         scales = [open_features(own[slide]) for own in files]
         raw, centres, about = scales[0]
         contexts = contexts_of(slide, scales, stored, controls, device)
@@ -747,7 +746,7 @@ def mil_probe(found, bags, name, device):
     setting is chosen inside each fold; it is the first where a class has too few patients for that.
     """
     classes, k = len(found.classes), int(found.folds.max()) + 1
-    bar = tqdm(desc=name, total=len(found.folds) * k * (len(MIL) + 1), unit="fit", ncols=80)
+    bar = listing.bar(desc=name, total=len(found.folds) * k * (len(MIL) + 1), unit="fit")
 
     def fit(train, test):
         labels, mine = found.labels[train], [bags[i] for i in train]

@@ -1,5 +1,5 @@
 """
-Which files a key names: a folder, whose whole tree is meant, or a pattern.
+Which files a key names: a folder, whose whole tree is meant, or a pattern. And the bar that shows how many are done.
 
     slides/*.svs          * ? and [abc] stand for a part of a name
     slides/**/*.svs       ** stands for any folders, also none
@@ -12,9 +12,22 @@ import csv
 import fnmatch
 import glob
 import os
+import shutil
 import stat
+import sys
+
+from tqdm import tqdm
 
 SHOWN = 20  # of what is left out, in the log
+
+
+def bar(*args, **keys):
+    """tqdm's bar for a terminal, of 80 columns where that does not tell its size; in a log, a line per minute."""
+    if sys.stderr.isatty():
+        size = shutil.get_terminal_size()
+        return tqdm(*args, ncols=size.columns, nrows=size.lines, **keys)
+    form = "{l_bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]\n"
+    return tqdm(*args, mininterval=60, bar_format=form, **keys)
 
 
 def find(pattern, key, endings=("",)):

@@ -1,5 +1,5 @@
 """
-A run's folder, and how all ranks end where its disk refuses something.
+A run's folder, and how all ranks end by a signal or where its disk refuses something.
 
     lock, config.json, source.diff         whose it is, its keys, its command, commit and uncommitted changes
     metrics.jsonl, bach.jsonl, wandb.id    rows; those of steps that a resumed run repeats are dropped
@@ -12,6 +12,8 @@ import fcntl
 import json
 import math
 import os
+import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -52,6 +54,36 @@ def agree(what, work):
 def on_rank_0(what, work):
     """What work() returns on rank 0, which does it alone. A collective, as agree is."""
     return agree(what, lambda: work() if dist.get_rank() == 0 else None)[0]
+
+
+def catch_signals():
+    """
+    A list that gets SIGTERM, SIGUSR1 (some time before it: sbatch --signal=USR1@300) and SIGINT, which is Ctrl-C, for
+    the run to save and end at its next row. A second Ctrl-C ends it at once.
+    """
+    caught, rank = [], dist.get_rank()
+    more = "Ctrl-C again ends it at once" if dist.get_world_size() == 1 else "torchrun gives it 30 s"
+
+    def note(number, frame):
+        caught.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            if rank == 0:  # not by print, which may be at work just now
+                os.write(2, f"\nCtrl-C: the run saves at its next row, then ends; {more}\n".encode())
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, note)
+    return caught
+
+
+def resume_command():
+    """The line that resumes this run."""
+    ranks, here = (os.environ.get(name) or "1" for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    launcher = f"torchrun --nproc_per_node={here}" if ranks == here else "(launched as before)"
+    if ranks == "1":
+        launcher = "python"
+    given = [arg for arg in sys.argv if not arg.startswith("--resume=")]
+    return f"{launcher} {shlex.join(given)} --resume=true"
 
 
 def complete(folder, say=lambda message: None):

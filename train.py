@@ -161,6 +161,7 @@ if dry_run and world_size:
 def say(message):
     if rank == 0:
         tqdm.write(message)
+        sys.stdout.flush()  # a log shows it at once
 
 
 def stop(message):
@@ -254,7 +255,6 @@ progress = {"step": 0, "bad_steps": 0, "samples": 0, "images": images}  # sample
 bad_steps = torch.zeros((), dtype=torch.int64, device=dev)  # counted on the device, so that no step waits for it
 bad_tiles = {}     # file -> first message, of all ranks
 bad_messages, useless = [], []  # of this rank, since the last exchange: unreadable tiles; slides of no use
-signals = []       # SIGTERM, or SIGUSR1 some time before it (sbatch --signal=USR1@300): save and end
 
 # ---- what happens at log points and saves ---------------------------------------------------------------------------
 
@@ -319,10 +319,8 @@ def log(done, losses, norms, now, cls):
     if dev == "cuda":
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         row["mfu"] = tflop * steps / seconds / gpu_tflops
-    text = f"loss {row['loss']:.4f}, gradient {row['grad_norm']:.2f}, {row['images_per_s']:.1f} images/s"
-    bar.set_postfix_str(text)
-    if bar.disable:
-        say(f"step {done}/{max_steps}: {text}")
+    say(f"step {done}/{max_steps}: loss {row['loss']:.4f}, gradient {row['grad_norm']:.2f}, "
+        f"{row['images_per_s']:.1f} images/s")
     return row
 
 
@@ -391,17 +389,16 @@ if bach_dir:
     pixels = pixels.to(dev)
     dist.broadcast(pixels, 0)
 tflop = sum(budget.tflop(config, arch_config).values())  # per step and rank
-cost, warning = budget.report(config, world, gpu_memory_gb or (gpu_gb if dev == "cuda" else 0))
-say(f"{cost}\ndata: {source.about}" + (f"\nwarning: {warning}" if warning else ""))
+cost, _ = budget.report(config, world, gpu_memory_gb or (gpu_gb if dev == "cuda" else 0), details=False)
+say(f"data: {source.about}\n{cost}\nwrites to {out_dir}, where config.json has all keys")
 if progress["step"] == 0:
     blank = dict.fromkeys(("loss", *loss_weights, "grad_norm", "lr", "images_per_s"))
     write_row("metrics.jsonl", {"step": 0, **blank, **evaluate(0)})
-for number in (signal.SIGTERM, signal.SIGUSR1):
-    signal.signal(number, lambda number, frame: signals.append(number))
+signals = rundir.catch_signals()
 offset = progress["samples"] - progress["step"] * images  # nonzero only after resuming with other ranks or batches
 dataset = data.Batches(source, config, global_px // patch, rank, world, offset)
 batches = iter(data.loader(dataset, range(progress["step"], max_steps), workers, dev))
-bar = tqdm(total=max_steps, initial=progress["step"], unit="step", disable=rank != 0 or not sys.stderr.isatty())
+bar = listing.bar(total=max_steps, initial=progress["step"], unit="step", disable=rank != 0 or not sys.stderr.isatty())
 clock = {"start": time.time(), "step": progress["step"], "data": 0.0}
 bad_steps.fill_(progress["bad_steps"])
 gc.disable()  # ranks that collect at different times wait for each other
@@ -475,7 +472,7 @@ for step in range(progress["step"], max_steps):
         save(done, wait=last or preempted)
         clock["start"] += time.time() - began
     if preempted and not last:
-        say(f"stopped by a signal after step {done}: resume with the same command and --resume=true")
+        say(f"stopped by a signal after step {done}; resume by:\n    {rundir.resume_command()}")
         break
     if done % 100 == 0:
         gc.collect()
@@ -486,3 +483,6 @@ del batches  # its workers end now, not by loader's kill
 if progress["step"] >= max_steps:
     say(f"done: {progress['step']} steps, {out_dir}")
 dist.destroy_process_group()
+if signal.SIGINT in signals:
+    os.kill(os.getpid(), signal.SIGINT)  # the end that a shell knows as Ctrl-C's: it starts nothing that comes next
+

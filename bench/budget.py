@@ -16,9 +16,11 @@ import model
 
 CONTEXT = 2e9  # bytes of CUDA's context, libraries and NCCL's buffers; a guess
 MODES = ("none", "selective", "full")
-REPORT = """\
+SUMMARY = """\
 {arch}: {backbone:,.1f} M parameters, heads {heads:,.1f} M
-batch: {batch_size} images x {world} ranks = {images}; {max_steps:,} steps are {millions:,.2f} M images
+batch: {batch_size} images x {world} ranks = {images}; {max_steps:,} steps are {total:,} images
+"""
+DETAILS = """\
 tokens: {tokens:,} per rank, {kept_tokens:,} of them in each residual branch; {masked:,} masked patches
 compute: {tflop:.4g} TFLOP per step and rank (student {cost[student]:.4g}, teacher {cost[teacher]:.4g}, heads \
 {cost[heads]:.4g}), and {recomputed_tflop:.4g} to compute blocks again
@@ -171,12 +173,16 @@ def estimate(config, world=1):
         "checkpoint_gb": 16e-9 * everything, "teacher_gb": 4e-9 * backbone}
 
 
-def report(config, world, limit_gb):
-    """(text of a dry run, a warning or ""): what `estimate` says, against `limit_gb` of memory where that is not 0."""
+def report(config, world, limit_gb, details=True):
+    """
+    (text of a dry run, a warning or ""): what `estimate` says, against `limit_gb` of memory where that is not 0. The
+    start of a run leaves out the details.
+    """
     found = estimate(config, world)
-    millions = config["max_steps"] * found["images"] / 1e6
+    total = config["max_steps"] * found["images"]
     parts = ", ".join(f"{name} {held:.3g}" for name, held in found["memory_parts"].items())
-    text = REPORT.format(**{**config, **found}, world=world, millions=millions, parts=parts)
+    text = SUMMARY + DETAILS * details
+    text = text.format(**{**config, **found}, world=world, total=total, parts=parts)
     seconds = config["step_seconds"]
     if seconds:
         flops, hours = found["tflop"] / seconds, config["max_steps"] * seconds / 3600
@@ -187,4 +193,4 @@ def report(config, world, limit_gb):
         warning = (f"does not fit: about {held:.1f} of {limit_gb:.3g} GB per GPU; try "
                    "--activation_checkpointing=selective or full, a smaller --batch_size, or more ranks")
         return text + warning, warning
-    return text + (f"fits: about {held:.3g} GB per GPU" if limit_gb else ""), ""
+    return text + (f"fits: about {held:.3g} GB per GPU" if limit_gb else f"memory: about {held:.3g} GB per rank"), ""

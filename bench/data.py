@@ -27,6 +27,8 @@ import sources
 from configurator import configure
 from prepare.stats import train_keys
 
+repeats = 5  # rounds, beside train.py's keys
+
 
 def augmented(batch, config):
     for kind in ("global", "local") if config["local_crops"] else ("global",):
@@ -58,7 +60,7 @@ def main(config):
 
 
 if __name__ == "__main__":
-    config = configure(train_keys() | {"repeats": 5})
+    config = configure({**train_keys(), **globals()}, shared="train.py")
     try:
         main(config)
     except (ValueError, OSError) as e:

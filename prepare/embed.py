@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_bach
@@ -58,7 +57,7 @@ def embed_files(paths, backbone, mean_std, config, left_out):
     """([path], features fp32 (n, D)) of the files that can be read."""
     view = eval_bach.View(config["input_px"], concat=config["feature"] != "cls")
     done, features = [], []
-    bar = tqdm(paths, "embed", unit="tile")
+    bar = listing.bar(paths, "embed", unit="tile")
     for at in range(0, len(paths), CHUNK):
         some, pixels = read_some(paths[at : at + CHUNK], view, left_out)
         if some:

@@ -53,7 +53,7 @@ def main():
     paths, unfinished = wsi.one_each(found, left_out), f"{out}.unfinished"
     listing.say_left_out(left_out, tqdm.write)
     with open(unfinished, "w") as file:
-        for number, path in enumerate(tqdm(paths, "slides", unit="slide")):
+        for number, path in enumerate(listing.bar(paths, "slides", unit="slide")):
             try:
                 file.writelines(lines(wsi.Slide(path, mpp=1.0), number))  # its um/px does not matter
             except wsi.SlideError as e:

@@ -46,7 +46,7 @@ SECONDS = 10        # between lines of progress
 
 def run(script, function, namespace):
     """A script: set its keys and those of this file, and call function(config). Errors of the user's are one line."""
-    config = configure({**globals(), **namespace})
+    config = configure({**globals(), **namespace}, shared=__file__)
     try:
         if config["workers"] < 0:
             raise ValueError(f"workers={config['workers']}: give 0 or more")

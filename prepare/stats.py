@@ -30,11 +30,10 @@ import wsi
 from configurator import configure, train_keys
 from prepare.report import patient_told, patients_text, scale_bar, sharpness
 
-KEYS = {  # beside train.py's
-    "samples": 2000,  # tiles to read
-    "against": "",    # another command line of train.py's keys, to compare with
-    "picture": "",    # a .png to write: histograms, and six tiles of each side at one scale
-}
+# keys beside train.py's
+samples = 2000  # tiles to read
+against = ""    # another command line of train.py's keys, to compare with
+picture = ""    # a .png to write: histograms, and six tiles of each side at one scale
 
 RESAMPLES = 1000  # bootstrap samples of the patients
 NEAR = 4          # two tiles are near-duplicates if at most this many bits of their 64-bit difference hashes differ
@@ -67,7 +66,7 @@ def difference_hash(tile):
 def tiles_of(source, samples):
     """Yields (tile, where) of samples 0, 1, ... that can be read, and names the others."""
     count, reason = 0, ""
-    for n in tqdm(range(samples), "stats", unit="tile"):
+    for n in listing.bar(range(samples), "stats", unit="tile"):
         try:
             tile, where = source.read(n)
         except sources.READ_ERRORS as e:
@@ -221,8 +220,9 @@ def contact_sheet(row, shown, widest):
 
 
 def main(argv):
-    config = configure(train_keys() | KEYS, argv)
-    configs, commands = [config], [" ".join(flag for flag in argv if flag.split("=")[0][2:] not in KEYS)]
+    config = configure({**train_keys(), **globals()}, argv, "train.py")
+    own = ("--samples", "--against", "--picture")
+    configs, commands = [config], [" ".join(flag for flag in argv if flag.split("=")[0] not in own)]
     if config["against"]:
         commands.append(config["against"])
         configs.append(train_config(shlex.split(config["against"])) | {"samples": config["samples"]})

@@ -22,10 +22,13 @@ def exported(folder, step):
     return torch.load(f"{folder}/teacher/{step}.pth", weights_only=True)["teacher"]
 
 
+LOG = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}  # a line is in a log as soon as it is said
+
+
 def launch(*argv, ranks=1, **kwargs):
     many = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
     return subprocess.Popen([sys.executable, *many, "train.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+                            stderr=subprocess.STDOUT, env={**os.environ, **LOG}, **kwargs)
 
 
 @pytest.fixture
@@ -405,7 +408,7 @@ def wait_for(process, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)])
+@pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGUSR1, 2)])
 def test_a_preempted_run_saves_and_resumes_as_if_uninterrupted(number, ranks, tiles, tmp_path):
     keys = dict(tiles=tiles, arch="toy", max_steps=40, schedule_steps=40, workers=1)
     straight = launch(*flags(**keys, out_dir=tmp_path / "a"), ranks=ranks)
@@ -416,9 +419,10 @@ def test_a_preempted_run_saves_and_resumes_as_if_uninterrupted(number, ranks, ti
         number_of = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
         os.kill(int(number_of[-1]), number)
     else:
-        os.killpg(run.pid, number)  # to the data workers too, as scancel does
+        os.killpg(run.pid, number)  # to the data workers too, as scancel and a terminal do
     said = run.communicate(timeout=120)[0]
-    assert run.returncode == 0 and "stopped by a signal after step" in said and "--resume=true" in said, said
+    assert run.returncode == (-number if number == signal.SIGINT else 0), said
+    assert "stopped by a signal after step" in said and "--resume=true" in said, said
     assert rundir.complete(tmp_path / "b/ckpt")[-1] < 40
     resumed = launch(*flags(**keys, out_dir=tmp_path / "b", resume="true"), ranks=ranks)
     assert resumed.wait() == 0

@@ -92,6 +92,8 @@ def test_clip3_is_what_vitg_is():
     assert changed([TRAIN["vitg"]], TRAIN["vitg_clip3"]) == {"out_dir": "out/vitg_clip3"}
     assert resolve(TRAIN["vitg_clip3"])["clip_grad"] == 3.0
     with pytest.raises(SystemExit, match="this file wants vitg.py's 3"):
+        resolve(TRAIN["vit7b"], TRAIN["vitg_clip3"])
+    with pytest.raises(SystemExit, match="write .*vitg_clip3.py .*clip30.py$"):
         resolve(TRAIN["vitg"], ABLATE["clip30"], TRAIN["vitg_clip3"])
 
 

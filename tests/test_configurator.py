@@ -1,4 +1,5 @@
 """The configurator's contract, one test a row."""
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from configurator import configure
+import configurator
+from configurator import configure, train_keys
 
 
 def defaults():
@@ -151,8 +153,46 @@ def test_flags_without_equals_get_a_hint():
     assert "--resume=true" in stopped(defaults(), ["--resume"])
     assert "--steps=VALUE" in stopped(defaults(), ["--steps", "--lr=1"])
     assert "--lr=3" in stopped(defaults(), ["-lr=3"])
-    assert "above configure()" in stopped(defaults(), ["--help"])
     assert "'lr'" in stopped(defaults(), ["--lrr", "3"])
+
+
+@pytest.mark.parametrize("typed, key", [
+    ("lr=1e-4", "base_lr"), ("bs=8", "batch_size"), ("batch=8", "batch_size"), ("epochs=3", "max_steps"),
+    ("grad_clip=1", "clip_grad"), ("model=toy", "arch"), ("num_workers=1", "workers")])
+def test_what_people_type_leads_to_the_key(typed, key):
+    assert stopped(train_keys(), [f"--{typed}"]).endswith(f"; did you mean '{key}'?")
+    assert stopped(train_keys(), ["--dataset=1"]).endswith("; --help lists the keys"), "and to none that is only alike"
+    assert stopped(train_keys(), ["--mpps=0.5"]).endswith("; write --mpps=0.5,")
+
+
+def test_a_delta_before_its_parent_is_refused_with_the_right_order(tmp_path):
+    """The bug: the parent took back the delta's keys, and its baseline was trained in silence."""
+    (tmp_path / "ablate").mkdir()
+    parent, delta = write(tmp_path, "lr = 1.0"), write(tmp_path / "ablate", "lr = 2.0", "b.py")
+    assert stopped(defaults(), [delta, "--steps=1", parent]).endswith(f": write {parent} {delta}")
+    assert configure(defaults(), [parent, delta, delta])["lr"] == 2.0
+
+
+SCRIPTS = [str(path.relative_to(ROOT)) for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("[bp]*e*/*.py")])
+           if re.search(r"^ +configure\(|= configure\(|main\(configure|^    run\(", path.read_text(), re.M)
+           and path.name not in ("configurator.py", "slides.py")]
+
+
+@pytest.mark.parametrize("file", SCRIPTS)
+def test_help_shows_every_key_with_its_default_and_comment(file, script, monkeypatch, capsys):
+    keys, real = {}, configurator.help_text
+    monkeypatch.setattr(configurator, "help_text", lambda *args: keys.update(args[1]) or real(*args))
+    with pytest.raises(SystemExit) as e:
+        script(file, "config/toy.py", "--help")
+    lines = capsys.readouterr().out.splitlines()
+    assert not e.value.code and max(map(len, lines)) < 80 and keys
+    said = " ".join(" ".join(lines).split())
+    for key, default in keys.items():
+        assert f" {key} = {default!r}" in said
+    if file == "train.py":
+        assert "train.py, losses ibot_weight = 1.0 weight of the masked-patch term; DINO's is 1 kde =" in said
+    if file == "prepare/features.py":  # its own workers; slides are slides.py's
+        assert "workers = 2 processes that read ahead" in said and "slides.py slides = '' glob of whole" in said
 
 
 def test_bad_files_and_stray_words_stop_with_one_line(tmp_path):

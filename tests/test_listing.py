@@ -1,11 +1,18 @@
-"""Which files a key names, and which of them are one slide."""
+"""Which files a key names, and which of them are one slide; the bar of those that are done."""
+import fcntl
 import os
+import pty
+import re
 import struct
+import subprocess
+import sys
+import termios
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import one_line
+from conftest import ROOT, one_line
 from test_report import keys, rows_in
 from test_tiles import write
 
@@ -138,3 +145,25 @@ def test_what_is_left_out_is_said_in_part_and_listed_in_whole(tmp_path):
     assert file.read_text().splitlines()[:2] == ["path,reason", '0.svs,"cut, short"'] and len(said) == 21
     listing.say_left_out({}, said.append, file)
     assert file.read_text() == "path,reason\n", "a resumed run can use them all"
+
+
+@pytest.mark.parametrize("columns, width", [(80, 80), (50, 50), (0, 80)])
+def test_a_bar_is_as_wide_as_its_terminal(columns, width):
+    """The bug: of a terminal that does not tell its size, as in a container, the bar was not seen at all."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", columns and 24, columns, 0, 0))
+    code = "import listing, time\nfor _ in listing.bar(range(3), 'slides'): time.sleep(0.11)"
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=theirs, stderr=theirs, check=True)
+    os.close(theirs)
+    bars = re.split("[\r\n]+", os.read(ours, 10_000).decode())
+    os.close(ours)
+    assert any(" 3/3 [" in bar for bar in bars) and set(map(len, bars)) - {0} == {width}, bars
+
+
+def test_a_bar_in_a_log_is_a_line_per_minute(capsys):
+    for _ in listing.bar(range(4), "slides"):
+        time.sleep(0.11)
+    said = capsys.readouterr().err
+    assert re.findall(r"\rslides: +(\d+)%\| (\d)/4 \[.*\]\n", said) == [("0", "0"), ("100", "4")], said
+    assert said.count("%") == 2

@@ -3,8 +3,11 @@ import importlib
 import json
 import math
 import os
+import re
 import runpy
+import shlex
 import shutil
+import signal
 import sys
 import time
 from types import SimpleNamespace
@@ -294,6 +297,41 @@ def test_the_rows_of_a_run(tiles, tmp_path, monkeypatch, capsys):
         mine = run["teacher"]["backbone"].state_dict()[k]
         assert torch.equal(v, mine.full_tensor() if hasattr(mine, "full_tensor") else mine), k
     assert not torch.equal(exported.cls_token, run["student"]["backbone"].cls_token.full_tensor())
+
+
+def test_a_start_is_one_screen_and_losses_stay_above_a_terminals_bar(tiles, tmp_path, monkeypatch, capsys):
+    keys = dict(bach_dir="", slides="", tiles=tiles, max_steps=4, device="cpu", batch_size=2, log_interval=2, workers=0)
+    argv = [f"--{k}={v}" for k, v in keys.items()]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train(monkeypatch, ["config/toy.py", "config/ablate/koleo.py", *argv, f"--out_dir={tmp_path / 'a'}"])
+    said, bars = capsys.readouterr()
+    start, first, rest = said.partition("step 2/4: loss ")
+    assert first and "step 4/4: loss " in rest and " 4/4 [" in bars and max(map(len, re.split("[\r\n]", bars))) <= 80
+    assert sum(math.ceil(len(line) / 80) for line in start.splitlines()) <= 15, "rows of a terminal"
+    for part in ("config: config/toy.py: out_dir = 'out/toy', ", "koleo.py: out_dir = 'out/toy_koleo', kde = 'koleo', ",
+                 "data: 24 of 24 tiles", "toy: 0.9 M parameters", "4 steps are 8 images", "\nmemory: about 0.0",
+                 f"\nwrites to {tmp_path / 'a'}, "):
+        assert part in start, start
+
+
+def test_ctrl_c_saves_and_prints_the_line_that_resumes(tiles, tmp_path, monkeypatch, capfd):
+    keys = dict(tiles=tiles, max_steps=6)
+    straight = train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
+    batch, ended = data.Batches.__getitem__, []
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Batches, "__getitem__", lambda self, step: (
+            signal.raise_signal(signal.SIGINT) if step == 2 else None, batch(self, step))[1])
+        patch.setattr(os, "kill", lambda process, number: ended.append(number))  # what a shell sees
+        train(patch, flags(**keys, out_dir=tmp_path / "b c", resume="false"))
+        assert ended == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL, "a second one ends it"
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    said, errors = capfd.readouterr()
+    assert "Ctrl-C: the run saves at its next row" in errors and "stopped by a signal after step 3; resume by:" in said
+    launcher, *argv = shlex.split(said.splitlines()[-1])
+    assert launcher == "python" and argv[-1] == "--resume=true" and "--resume=false" not in argv
+    resumed = train(monkeypatch, argv[1:])
+    bit_equal(weights(straight), weights(resumed))
+    assert timeless(tmp_path / "a") == timeless(tmp_path / "b c")
 
 
 def test_a_run_starts_from_the_weights_that_it_is_given(tiles, tmp_path, monkeypatch):
