@@ -58,7 +58,8 @@ RUNS, SEED, MAX_STEPS = eval_bach.RUNS, eval_bach.SEED, eval_bach.MAX_STEPS
 CHUNK = 20                      # support sets drawn at a time, which bounds the memory
 DRAWS = 1000                    # of patients, in the bootstrap
 CS = tuple(10.0**e for e in range(-3, 3))  # that the regression may choose from
-# attention MIL (Ilse et al. 2018) as three groups train it; which one is chosen inside each fold
+# attention MIL (Ilse et al. 2018) close to how three groups train it; which one is chosen inside each fold. eva's MLP
+# and its early stopping differ, and so do our class weights
 MIL = {
     "patho-bench": dict(width=512, gated=False, dropout=0.25, lr=3e-4, weight_decay=1e-5, batch=1, epochs=20),
     "eva": dict(width=128, gated=True, dropout=0.0, lr=1e-3, weight_decay=0.01, batch=32, epochs=100),
