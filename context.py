@@ -170,11 +170,13 @@ if __name__ == "__main__":
 
     if task not in ("train", "embed") or device not in ("", "cpu", "cuda") or not 0 < mask_share < 1:
         stop("task is train or embed, device is cpu or cuda, mask_share lies between 0 and 1")
-    if not 1 <= mask_block[0] <= mask_block[1] or not 1 <= mask_share * window < window - 1 or hide in (1, -1):
+    if not 1 <= mask_block[0] <= mask_block[1] or not 1 <= mask_share * window < window - 1 or hide < 0 or hide == 1:
         stop(f"window = {window}, mask_share = {mask_share}, mask_block = {mask_block}, hide = {hide}: some places are "
              "hidden and some seen, blocks are (fewest, most), and hide is 0, or 2 or more")
-    if width % (4 * heads) or depth < 1:
-        stop(f"width = {width}, heads = {heads}, depth = {depth}: give 1 block or more, and a multiple of 4 x heads")
+    if min(width, heads, depth) < 1 or width % (4 * heads) or registers < 0 or min(periods) <= 0 or batch_size < 1:
+        stop(f"width = {width}, heads = {heads}, depth = {depth}, registers = {registers}, periods = {periods}, "
+             f"batch_size = {batch_size}: give a width that is a multiple of 4 x heads, 1 block or more, 0 registers "
+             "or more, periods above 0, and 1 window or more")
     if task == "embed" and not (weights and out):
         stop("embed needs --weights=FILE, of training, and --out=FOLDER")
     try:  # what users state, and the files that it names
@@ -189,7 +191,10 @@ if __name__ == "__main__":
             slides = [places.shuffle_slide(slide) for slide in slides]
     except (ValueError, OSError) as e:
         stop(e)
-    names = json.dumps([slide.name for slide in slides])  # eval_slides.py refuses patients of these
+    names = [slide.name for slide in slides]  # eval_slides.py refuses patients of these
+    kept = {key: config[key] for key in ("heads", "periods", "scale_embedding", "centre", "subtract_mean", "shuffle")}
+    kept |= {"slides": names, "features": [[scale.get(key) for key in places.STATED] for scale in about]}
+    kept = json.dumps(kept)  # what the shapes of a checkpoint do not tell
     counts = [scale["count"] for scale in about]
     mean, square = found.mean(0)  # (scales, C); every slide counts the same, as in windows
     std = (square - mean.square()).clamp(min=1e-8).sqrt()
@@ -202,10 +207,10 @@ if __name__ == "__main__":
 
     def state():
         tensors = checkpoint.tensors(net, optimizer)
-        return {**tensors, "mean": mean, "std": std, "progress": dict(progress), "slides": names}
+        return {**tensors, "mean": mean, "std": std, "progress": dict(progress), "kept": kept}
 
     def save(done, wait):
-        header = {"config": config, "about": about, "slides": json.loads(names)}
+        header = {"config": config, "about": about, "slides": names}
         header |= {"step": done, "mean": mean.cpu(), "std": std.cpu()}
         checkpoint.export(out_dir, sharding.gathered(net["backbone"]), header)
         saver.save(done, state())
@@ -225,8 +230,10 @@ if __name__ == "__main__":
     if resume:
         loaded = state()
         checkpoint.load(f"{out_dir}/ckpt", loaded, say)
-        if loaded["slides"] != names:
-            stop("resume: the run was trained on other slides than are there now: give it those, or start anew")
+        before = json.loads(loaded["kept"])
+        for key, value in json.loads(kept).items():
+            if before.get(key) != value:
+                stop(f"resume: the run was trained on other {key} than now: go back to those, or start anew")
         progress |= loaded["progress"]
     step = progress["step"] if resume else None
     rundir.on_rank_0("the run cannot begin", lambda: rundir.begin_folder(out_dir, config, step, say))

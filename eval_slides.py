@@ -57,7 +57,8 @@ RUNS, SEED, MAX_STEPS = eval_bach.RUNS, eval_bach.SEED, eval_bach.MAX_STEPS
 CHUNK = 20                      # support sets drawn at a time, which bounds the memory
 DRAWS = 1000                    # of patients, in the bootstrap
 CS = tuple(10.0**e for e in range(-3, 3))  # that the regression may choose from
-# attention MIL (Ilse et al. 2018) as three groups train it; which one is chosen inside each fold
+# attention MIL (Ilse et al. 2018) close to how three groups train it; which one is chosen inside each fold. eva's MLP
+# and its early stopping differ, and so do our class weights
 MIL = {
     "patho-bench": dict(width=512, gated=False, dropout=0.25, lr=3e-4, weight_decay=1e-5, batch=1, epochs=20),
     "eva": dict(width=128, gated=True, dropout=0.0, lr=1e-3, weight_decay=0.01, batch=32, epochs=100),
@@ -422,8 +423,8 @@ class Labels(NamedTuple):
 def find_labels(config, files):
     """The Labels of the csv in config; `files` are {slide: path} of each folder that slides must be in. ValueError."""
     path, column = config["places"] or config["labels"], config["label"]
-    if not path:
-        raise ValueError("features need labels: give --labels=FILE (slides) or --places=FILE")
+    if not path or (config["places"] and config["labels"]):
+        raise ValueError("features need labels: give either --labels=FILE (slides) or --places=FILE")
     if config["repeats"] < 1:
         raise ValueError(f"repeats = {config['repeats']}: give 1 or more")
     columns, lines = read_csv(path, ("slide", "patient"))
@@ -440,6 +441,7 @@ def find_labels(config, files):
     numbers = {*kept, "fold"} & set(columns) | set(outcome[1:])
     check_lines(path, lines, ["slide", "patient", outcome[0]], numbers, once="" if kept else "slide")
     rows = [row for _, row in lines]
+    rows = on_tiles(rows, files[0]) if kept else rows
     stated_folds(path, rows, least=2)  # refuses a patient in two folds, also within a case
     kind, samples = samples_of(rows, outcome, kept)
     first = [own[0] for own in samples]
@@ -569,10 +571,11 @@ def contexts_of(slide, scales, stored, controls, device):
     features, centres, about = zip(*scales)
     contexts, hides = {}, set()
     for name, files in stored.items():
-        contexts[name], _, made = open_features(files[slide], "context")
+        contexts[name], where, made = open_features(files[slide], "context")
         hides.add(made.get("hide", 0))
-        if not np.array_equal(open_features(files[slide])[0], features[0]):
-            raise ValueError(f"{files[slide]}: context of other features than {slide}'s; embed them again")
+        same = np.array_equal(open_features(files[slide])[0], features[0])
+        if not (same and np.array_equal(where, centres[0])):
+            raise ValueError(f"{files[slide]}: context of other features or places than {slide}'s; embed them again")
     if len(hides) > 1:
         raise ValueError(f"{slide}: --context and --retrained were made with other --hide: {sorted(hides)}")
     for name, (net, header) in controls.items():
@@ -605,9 +608,8 @@ def read_slides(found, files, stored, controls, device):
         contexts = {name: np.asarray(own, np.float32) for name, own in contexts.items()}
         vectors = readouts(np.asarray(raw, np.float32), contexts, centres, found.kind)
         if found.kind == "places":
-            um = about.get("level0_mpp", about["side"] / about["patch_size_level0"])
-            nearest = nearest_tiles(slide, found.where[mine] * um, centres, about["pitch"])
-            vectors = {name: own[nearest] for name, own in vectors.items()}
+            index, _ = nearest_tiles(found.where[mine], centres, about)
+            vectors = {name: own[index] for name, own in vectors.items()}
         for name, own in vectors.items():
             if name not in rows:
                 rows[name] = np.zeros((len(found.slides), own.shape[-1]), np.float32)
@@ -615,14 +617,30 @@ def read_slides(found, files, stored, controls, device):
     return rows, bags
 
 
-def nearest_tiles(slide, where, centres, pitch):
-    """Index of the tile whose centre is nearest to each place (n, 2), in um. ValueError if it is a tile away."""
+def nearest_tiles(where, centres, about):
+    """(index of the tile whose centre is nearest to each place (n, 2) in level-0 px, whether it is a tile away)."""
     from sklearn.neighbors import NearestNeighbors
-    distance, index = NearestNeighbors(n_neighbors=1).fit(centres).kneighbors(where)
-    if (distance > pitch).any():
-        raise ValueError(f"{slide}: {int((distance > pitch).sum())} places are more than a tile from any feature; are "
-                         "x and y level-0 px of the centre?")
-    return index[:, 0]
+    um = about.get("level0_mpp", about["side"] / about["patch_size_level0"])
+    distance, index = NearestNeighbors(n_neighbors=1).fit(centres).kneighbors(where * um)
+    return index[:, 0], distance[:, 0] > about["pitch"]
+
+
+def on_tiles(rows, files):
+    """The rows of places that have a tile; the others are said. ValueError where most of a slide's have none."""
+    of_slide = {}
+    for row in rows:
+        of_slide.setdefault(row["slide"], []).append(row)
+    dropped = set()
+    for slide, own in of_slide.items():
+        _, centres, about = open_features(files[slide])
+        _, off = nearest_tiles(np.array([[row["x"], row["y"]] for row in own]), centres, about)
+        text = f"{slide}: {off.sum()} places are more than a tile from any feature"
+        if off.mean() > 0.5:
+            raise ValueError(f"{text}; are x and y level-0 px of the centre?")
+        if off.any():
+            print(f"left out: {text}")
+        dropped |= {id(row) for row, away in zip(own, off) if away}
+    return [row for row in rows if id(row) not in dropped]  # in the csv's order, by which folds are drawn
 
 
 # ---- slides and places: out-of-fold predictions ---------------------------------------------------------------------
@@ -839,6 +857,8 @@ def score_features(config, table):
     trained_on = {slide for own in keys.values() for slide in own["trained_on"]}
     text = check_unseen(found, trained_on, config["allow_seen"], config["patient"])
     controls = open_controls(config["encoder"], keys) if config["encoder"] else {}
+    if config["write"]:
+        open(config["write"], "a").close()  # a path that cannot be written is known before minutes of fitting
     rows, bags = read_slides(found, files, stored, controls, config["device"])
     survival = bool(found.time.any())
     first, mean = next(iter(rows)), None  # that all are compared with, and what it predicts
@@ -916,6 +936,8 @@ def main(config):
     if not config["features"]:
         eval_bach.score_files("eval_slides", config, lambda: load(config))
         return
+    if config["image_dir"]:
+        raise SystemExit("eval_slides: --features is of slides and --image_dir of tiles: give one of them")
     table = {}
     try:
         score_features(config, table)

@@ -23,6 +23,7 @@ from torch.utils.data import default_collate
 import data
 import listing
 import model
+import rundir
 
 STATED = "weights_sha256", "norm", "mpp", "tile_px"  # what all features of a run must agree on, where they state it
 ARRAYS = "features", "coords", "context", "mean_raw", "mean_context"  # the rest of an .npz are attributes
@@ -73,7 +74,10 @@ def open_features(path, name="features"):
 def stored(path, name):
     """((shape, dtype, offset in the file) of the array `name`, coords, attributes)."""
     if path.endswith(".h5"):
-        import h5py
+        try:
+            import h5py
+        except ImportError:
+            raise SystemExit(f"{path}: to read .h5 files: pip install h5py") from None
         with h5py.File(path) as h5:
             array, coords = h5[name], h5["coords"]
             where = array.shape, array.dtype, array.id.get_offset()  # None where it is chunked
@@ -221,6 +225,10 @@ def training_set(folders, names_file, window, dev, say):
     files = [files_of(folder) for folder in folders]
     names = read_names(names_file, files[0], say) if names_file else sorted(files[0])
     slides, about = open_slides(files, names, window, say)
+    seen = rundir.agree("features", lambda: ([slide.name for slide in slides], about))
+    if any(other != seen[0] for other in seen):
+        raise ValueError("features: the ranks see different slides, or different features of them: give all nodes the "
+                         "same folders and train_slides")
     if not slides:
         raise ValueError("features: no slide is left to train on")
     found = torch.zeros(len(slides), 2, len(folders), about[0]["width"])

@@ -82,6 +82,11 @@ def contexts(sections, weights, seed):
     return found
 
 
+def wide_mean(features, centres, count):
+    """The mean of the `count` places nearest to each, (N, C): what attention that has learnt nothing may come to."""
+    return np.stack([features[places.nearest(centres, at, count)].mean(0) for at in centres])
+
+
 def score(x, layers, donors, tested):
     """Balanced accuracy on the places of donor `tested` of a regression on the others'; lists per section."""
     of_donor = {donor: set() for donor in donors}
@@ -108,11 +113,15 @@ if __name__ == "__main__":
     files = places.files_of(f"{out}/features")
     sections = [places.open_features(files[name])[:2] for name in names]
     raw = [np.asarray(features, np.float32) for features, _ in sections]
+    means = {"3x3 mean": [neighbours(own, centres) for own, (_, centres) in zip(raw, sections)]}
+    for count in (128, 256):
+        means[f"mean of {count}"] = [wide_mean(own, centres, count) for own, (_, centres) in zip(raw, sections)]
     table = {}
     for tested in sorted(set(donors)):
-        near = [np.concatenate([own, neighbours(own, centres)], 1) for own, (_, centres) in zip(raw, sections)]
         table.setdefault("raw", {})[tested] = [score(raw, layers, donors, tested)]
-        table.setdefault("raw, 3x3 mean", {})[tested] = [score(near, layers, donors, tested)]
+        for row, near in means.items():
+            both = [np.concatenate(pair, 1) for pair in zip(raw, near)]
+            table.setdefault(f"raw, {row}", {})[tested] = [score(both, layers, donors, tested)]
         listed = Path(out, f"without_{tested}.txt")
         listed.write_text("\n".join(name for name, donor in zip(names, donors) if donor != tested))
         for seed in range(seeds):

@@ -42,7 +42,7 @@ def similarity(features, chosen):
 
 def read_scores(path, name, column):
     """(places (n, 2) in level-0 px, scores (n,)) of the slide `name` in a csv. Raises ValueError if there are none."""
-    with open(path, newline="") as f:
+    with open(path, newline="", encoding="utf-8-sig") as f:
         rows = [row for row in csv.DictReader(f) if row.get("slide") == name]
     if not rows:
         raise ValueError(f"{path}: no place of slide {name} in it")

@@ -352,6 +352,46 @@ def test_two_ranks_equal_one(folder, tmp_path, monkeypatch):
     torch.testing.assert_close(one["teacher"], two["teacher"], atol=1e-4, rtol=1e-3)
 
 
+def test_ranks_that_see_different_slides_are_refused(folder, tmp_path, monkeypatch):
+    """Each would train by its own listing: sums over ranks would mix slides."""
+    agree = places.rundir.agree
+    monkeypatch.setattr(places.rundir, "agree", lambda what, work: agree(what, work) + [(["S0"], [])] * (what != ""))
+    monkeypatch.setattr(places.rundir, "on_rank_0", lambda what, work: work())
+    monkeypatch.setattr(places.rundir, "claim", lambda *a: None)
+    with pytest.raises(SystemExit, match="^context.py: features: the ranks see different slides"):
+        run(monkeypatch, features=folder, out_dir=tmp_path, max_steps=1)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("heads", 4), ("periods", (2.0, 32.0)), ("scale_embedding", False), ("centre", True), ("subtract_mean", True),
+    ("shuffle", True), ("features", None)])
+def test_a_run_does_not_resume_as_another_network(key, value, folder, tmp_path, monkeypatch):
+    keys = dict(features=folder, out_dir=tmp_path / "run")
+    run(monkeypatch, **keys, max_steps=1)
+    if key == "features":  # the same slides by another tile encoder
+        value = tmp_path / "other"
+        value.mkdir()
+        for i in range(6):
+            write(value / f"S{i}.npz", waves(i, grid(16, 16)), grid(16, 16), weights_sha256="b" * 64)
+    with pytest.raises(SystemExit, match=f"resume: the run was trained on other {key} than now"):
+        run(monkeypatch, **keys | {key: value}, max_steps=2, resume=True)
+
+
+def test_files_of_h5py_say_that_it_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "a.h5").touch()
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(SystemExit, match="a.h5: to read .h5 files: pip install h5py$"):
+        places.agreeing([places.files_of(str(tmp_path))], ["a"], print)
+
+
+@pytest.mark.parametrize("keys", [dict(heads=0), dict(width=0), dict(periods=(0, 4)), dict(registers=-1),
+                                  dict(batch_size=0), dict(hide=-2), dict(hide=1), dict(hide=-1)], ids=str)
+def test_keys_without_a_meaning_are_refused_in_one_line(keys, folder, tmp_path, monkeypatch):
+    (key,) = keys
+    with pytest.raises(SystemExit, match=f"^context.py: .*{key} = "):
+        run(monkeypatch, features=folder, out_dir=tmp_path / "new", **keys)
+
+
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(folder, tmp_path, monkeypatch):
     change_batches(monkeypatch, lambda step, batch: step < 2 or batch["features"].fill_(np.nan))
     run(monkeypatch, features=folder, out_dir=tmp_path, max_steps=4, save_interval=2)

@@ -24,8 +24,8 @@ pytest.importorskip("sklearn")
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-CONFIG = dict(write="", features="", context="", encoder="", retrained="", labels="", places="", label="label",
-              repeats=1, mil=False, allow_seen=False, patient=r"P\d\d", device="cpu")
+CONFIG = dict(image_dir="", write="", features="", context="", encoder="", retrained="", labels="", places="",
+              label="label", repeats=1, mil=False, allow_seen=False, patient=r"P\d\d", device="cpu")
 UM = 0.5  # um/px of level 0
 NAMES = [f"P{i // 2:02d}-{i}" for i in range(16)]
 QUICK = dict(width=8, gated=True, dropout=0.0, lr=0.02, weight_decay=0.0, batch=4, epochs=3)
@@ -209,6 +209,29 @@ def test_files_do_not_stay_open(world):
     assert len(held[1]) == 8 and len(os.listdir("/proc/self/fd")) <= before + 2
 
 
+def test_places_without_a_tile_are_left_out_by_slide(world, capsys):
+    """As where tissue was not tiled; only where most are off, it is the unit."""
+    with open(world / "places.csv", "a") as f:
+        f.write("P00-0,P00,5000,50,top\nP03-6,P03,100,-900,top\nP00-0,P00,5000,150,top\nP00-0,P00,100,100,top\n")
+    found = labels_of(world, places=world / "places.csv")
+    assert len(found.slides) == 481 and found.where.max() == 1100 and found.where.min() == 100
+    assert found.slides[-1] == ("P00-0",), "the order of the csv stays: folds are drawn by it"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert lines == [f"left out: {name}: {n} places are more than a tile from any feature"
+                     for name, n in (("P00-0", 2), ("P03-6", 1))]
+
+
+@pytest.mark.parametrize("stated", [{}, {"level0_mpp": 0.6}], ids=str)
+def test_places_are_in_the_px_of_their_slide(tmp_path, stated):
+    """The um/px of level 0 that the file states, else a tile's side over its extent."""
+    coords = np.stack([np.arange(20), np.zeros(20, int)], 1) * 200
+    about = dict(mpp=1.0, tile_px=100, patch_size_level0=200, overlap=0)
+    np.savez(tmp_path / "a.npz", features=np.ones((20, 2), np.float16), coords=coords, **about, **stated)
+    _, centres, about = places.open_features(str(tmp_path / "a.npz"))
+    index, off = eval_slides.nearest_tiles(coords + 100.0, centres, about)
+    assert index.tolist() == list(range(20)) and not off.any()
+
+
 # probes
 
 def test_the_headline_is_balanced_logistic_regression_with_a_c_of_a_half(world):
@@ -313,6 +336,17 @@ def test_the_best_setting_of_mil_is_taken_and_attention_is_of_context(world, mon
             assert where in (["features"] * 4, ["context"] * 2 + ["features"] * 2)
             assert keys is values or keys[0][-1] == (30, 8) and keys[0][-2] != values[0][-2]
     assert "context" in calls[-1][1][0][0][0][0] and found.kind == "cases"
+
+
+def test_a_setting_of_mil_is_chosen_on_patients_that_it_was_not_trained_on(monkeypatch):
+    found = found_of(np.repeat([0, 1], 24).tolist(), np.zeros(48), (np.arange(48) // 3 % 2).tolist(),
+                     groups=np.arange(48) // 3)
+    pairs = []
+    monkeypatch.setattr(eval_slides, "train_mil", lambda bags, *a: bags)
+    monkeypatch.setattr(eval_slides, "apply_mil",
+                        lambda net, bags, device: pairs.append((net, bags)) or torch.zeros(len(bags), 2))
+    eval_slides.mil_probe(found, found.groups.tolist(), "MIL", "cpu")  # a bag here is its patient
+    assert len(pairs) == 6 and not any(set(fit) & set(held) for fit, held in pairs)
 
 
 def test_folds_keep_patients_whole_and_each_sample_is_predicted_by_others(world):
@@ -529,6 +563,10 @@ def test_context_of_other_features_is_refused_and_a_slide_without_is_left_out(wo
         edit(world / "context/P05-10.npz", features=f["features"] + np.float16(1))
     with one_line("P05-10.*other features"):
         score(world)
+    with np.load(world / "features/P05-10.npz") as f:
+        edit(world / "context/P05-10.npz", features=f["features"], coords=f["coords"][::-1])
+    with one_line("P05-10.*other features or places"):
+        score(world)
 
 
 # bad input
@@ -593,6 +631,8 @@ def test_the_command_ends_with_one_json_object_whatever_stops_it(world, seen, ca
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["row"] for row in found["rows"]] == ["mean", "max", "moments", "stats: raw", "attention MIL"]
     for changes, message in (({"labels": str(world / "none.csv")}, "not a readable csv"), ({"repeats": 0}, "1 or more"),
+                             ({"places": "p.csv"}, "give either --labels"), ({"image_dir": "x"}, "give one of them"),
+                             ({"write": "no/such.csv"}, "No such file.*no/such.csv"),
                              ({"patient": "("}, "no regular expression")):
         with one_line(f"^eval_slides: .*{message}"):
             eval_slides.main({**config, **changes})

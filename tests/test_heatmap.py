@@ -61,6 +61,22 @@ def test_the_chosen_place_is_the_nearest_and_scores_are_this_slides(world):
         heatmap.main(CONFIG)
 
 
+@pytest.mark.parametrize("keys, limits", [({"x": 100, "y": 60}, (-1, 1)), ({"column": "tumor"}, (0, 1))], ids=str)
+def test_squares_lie_on_their_tiles_and_colours_span_the_range(world, monkeypatch, keys, limits):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    config, folder = world
+    (folder / "scores.csv").write_text("\ufeffslide,x,y,tumor\na,60,100,0.9\n", encoding="utf-8")  # of a spreadsheet
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    heatmap.main(config | keys | ({"scores": str(folder / "scores.csv")} if "column" in keys else {}))
+    axis = drawn[0].axes[1]
+    (squares,) = axis.collections
+    boxes = [path.get_extents().get_points().ravel().tolist() for path in squares.get_paths()]
+    expected = [[20, 40, 40, 60]] if "column" in keys else [[x / 2, y / 2, x / 2 + 20, y / 2 + 20] for x, y in COORDS]
+    assert boxes == expected and squares.get_clim() == limits
+    assert [mark.get_bbox().bounds for mark in axis.patches] == [(40, 20, 20, 20)] * ("x" in keys)
+
+
 def changed(folder, source, to, **arrays):
     """A copy of a file of features, with other arrays; its path."""
     with np.load(folder / source) as found:
