@@ -137,6 +137,8 @@ class SlideEncoder(nn.Module):
 
 def load_encoder(path):
     """(SlideEncoder on the CPU, header) of an export of training. Raises ValueError if it is another file."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such slide encoder; context.py writes them to out_dir/<step>.pth")
     header = convert.read_stored(path)
     if "slides" not in header:
         raise ValueError(f"{path}: no slide encoder; context.py writes them to out_dir/<step>.pth")
@@ -213,6 +215,7 @@ if __name__ == "__main__":
         header = {"config": config, "about": about, "slides": names}
         header |= {"step": done, "mean": mean.cpu(), "std": std.cpu()}
         checkpoint.export(out_dir, sharding.gathered(net["backbone"]), header)
+        say(f"exported: {out_dir}/{done}.pth")
         saver.save(done, state())
         if wait:
             saver.finish()

@@ -78,6 +78,8 @@ def read_csv(path, needed):
         with open(path, newline="", encoding="utf-8-sig") as f:
             table = csv.DictReader(f, skipinitialspace=True)
             lines, columns = [(table.line_num, row) for row in table], table.fieldnames or []
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such csv") from None
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f"{path}: not a readable csv in UTF-8 ({e})") from e
     head = ",".join(needed)
@@ -436,7 +438,8 @@ def find_labels(config, files):
     owners = {row["slide"]: row["patient"] for _, row in lines}
     slides = sound(path, files, set(owners))
     if not slides:
-        raise ValueError(f"{path}: none of its slides is left to score; its names are those of the files of features")
+        raise ValueError(f"{path}: none of its slides is left to score; its names must be those of "
+                         "the files of features, without their ending")
     lines = [(line, row) for line, row in lines if row["slide"] in slides]
     numbers = {*kept, "fold"} & set(columns) | set(outcome[1:])
     check_lines(path, lines, ["slide", "patient", outcome[0]], numbers, once="" if kept else "slide")
@@ -493,6 +496,9 @@ def check_unseen(found, slides, allowed, pattern):
     names = {name for own in found.slides for name in own}
     tested = set(found.patients) | {wsi.patient_of(name, pattern) for name in names}
     trained = {found.owners.get(name, name) for name in slides} | {wsi.patient_of(name, pattern) for name in slides}
+    if unknown := [name for name in slides if name not in found.owners and wsi.patient_of(name, pattern) == name]:
+        print(f"patients of {len(unknown)} slides that the encoder was trained on are unknown, such as {unknown[0]}: "
+              "whether they are tested cannot be told; list these slides in the csv, or give --patient")
     seen = sorted({found.owners.get(name, name) for name in tested & trained})
     if not seen:
         return ""
@@ -899,6 +905,8 @@ def protocol_of(found):
 
 
 def say_caveats(found, text):
+    if len(found.patients) < 10:
+        print(f"only {len(found.patients)} patients: the intervals are rough guesses")
     if text:
         print(f"allowed, so the rows of context are too good: {text}")
     trained = [train for folds in found.folds for train, _, _ in splits(folds, 2)]

@@ -55,6 +55,8 @@ def open_features(path, name="features"):
         about = {key: np.asarray(value).tolist() for key, value in stated.items()}
         extent = about["patch_size_level0"]
         side = about["mpp"] * about["tile_px"]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as e:
         raise ValueError(f"{path}: not features as prepare/features.py writes them ({e})") from None
     if len(shape) != 2 or coords.shape != (shape[0], 2):

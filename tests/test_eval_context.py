@@ -583,7 +583,7 @@ PLACED = [(name, name[:3], 100, 100, "ab"[i % 2]) for i, name in enumerate(NAMES
     ("label", [*LABELLED[:3], (NAMES[3], "P01", ""), *LABELLED[4:]], "line 5: no label"),
     ("label", [(n, p, "b" if p == "P01" else "a") for n, p, _ in LABELLED],
      "groups (patients) of class b: 1; 2 are needed, to train and test"),
-    ("label", [(f"{n}.svs", p, y) for n, p, y in LABELLED], "none of its slides is left to score; its names are"),
+    ("label", [(f"{n}.svs", p, y) for n, p, y in LABELLED], "none of its slides is left to score; its names must be"),
     ("grade", LABELLED, "no column label"),
     ("label,fold", [(*row, i % 2) for i, row in enumerate(LABELLED)], "patient P00 is in folds 0 and 1"),
     ("label,fold", [(*row, 0) for row in LABELLED], "give at least 2"),
@@ -630,7 +630,7 @@ def test_the_command_ends_with_one_json_object_whatever_stops_it(world, seen, ca
     eval_slides.main(config)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["row"] for row in found["rows"]] == ["mean", "max", "moments", "stats: raw", "attention MIL"]
-    for changes, message in (({"labels": str(world / "none.csv")}, "not a readable csv"), ({"repeats": 0}, "1 or more"),
+    for changes, message in (({"labels": str(world / "none.csv")}, "no such csv"), ({"repeats": 0}, "1 or more"),
                              ({"places": "p.csv"}, "give either --labels"), ({"image_dir": "x"}, "give one of them"),
                              ({"write": "no/such.csv"}, "No such file.*no/such.csv"),
                              ({"patient": "("}, "no regular expression")):
@@ -710,3 +710,12 @@ def test_the_norm_that_is_checked_is_the_one_that_is_used(tmp_path, monkeypatch,
                   device="cpu")
     eval_bach.score_file(path, norm, config, None, lambda features, view: {})
     assert calls == [(path, used), used]
+
+
+def test_patients_that_nothing_tells_are_said(world, seen, capsys):
+    """The fault: an encoder trained on slides of tested patients was scored in silence where the csv lists none of
+    its slides."""
+    score(world, encoder=encoder(world, ["other-1", "P77-0"]))
+    out = capsys.readouterr().out
+    assert "patients of 1 slides that the encoder was trained on are unknown, such as other-1: " in out
+    assert "only 8 patients: the intervals are rough guesses" in out

@@ -220,7 +220,7 @@ def test_a_folder_without_a_table_is_split_by_image_with_a_warning(tiles, capsys
     assert samples.groups.tolist() == list(range(24)) and len(samples.folds.unique()) == 5
     assert "images of one patient may be on both sides" in capsys.readouterr().out
     mine = tiles.parent / "mine.csv"
-    with pytest.raises(ValueError, match="mine.csv: not a readable csv"):
+    with pytest.raises(ValueError, match="mine.csv: no such csv"):
         samples_of(keys(tiles, groups=str(mine)))
     groups_csv(mine, [line.rsplit(",", 1)[0] for line in ROWS], "file,patient")
     samples = samples_of(keys(tiles, groups=str(mine)))
