@@ -89,7 +89,8 @@ def claim(out_dir, resume, say):
     def take():
         check_folder(out_dir, resume)
         os.makedirs(out_dir, exist_ok=True)
-        lock = os.open(f"{out_dir}/lock", os.O_RDWR | os.O_CREAT)  # to close it would end the lock
+        lock = os.open(f"{out_dir}/lock", os.O_RDWR | os.O_CREAT, 0o644)
+        # it stays open, and rank 0 must not open the file again: a lock ends when any descriptor of its file is closed
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers would inherit a flock
         except (BlockingIOError, PermissionError):

@@ -282,7 +282,9 @@ input()
 
 def test_a_second_run_in_a_folder_is_refused(finished, tmp_path, monkeypatch):
     """The bug: rows of two runs mixed, until one dies at a save."""
-    argv, folder, _ = finished
+    argv, original, _ = finished  # which this process has locked itself, if no other test has read the file since
+    folder = tmp_path / "a"
+    shutil.copytree(original, folder)
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, text=True)
     holder.stdout.readline()
