@@ -183,6 +183,16 @@ def test_a_finished_run_says_that_nothing_is_left_to_do(finished, tmp_path, monk
     said = capsys.readouterr().out
     assert "resume: step 3" in said and "nothing is left to do, max_steps is 1" in said and "done: 3 steps" in said
     bit_equal(straight, weights(resumed))
+    for file in ("config.json", "source.diff"):
+        assert (tmp_path / "a" / file).read_bytes() == (folder / file).read_bytes(), "they are the run's that came here"
+
+
+def test_the_keys_of_the_steps_that_are_left_outlast_a_second_resume(tmp_path):
+    """The bug: a resume that dies early, and a second one that notes its keys as those of all steps before."""
+    for step, lr in ((None, 1), (5, 2), (5, 3)):
+        rundir.begin_folder(str(tmp_path), {"max_steps": 9, "lr": lr}, step, print)
+    assert json.load(open(tmp_path / "config.before-5.json"))["lr"] == 1
+    assert json.load(open(tmp_path / "config.json"))["lr"] == 3
 
 
 @pytest.mark.parametrize("lost", ["config.json", "nonsense", "rows", ".metadata"])
@@ -294,6 +304,7 @@ def test_a_second_run_in_a_folder_is_refused(finished, tmp_path, monkeypatch):
     assert f"another run is writing there ({os.uname().nodename}, process {holder.pid}, since " in message
     assert contents(folder) == before and "\n" not in message
     train(monkeypatch, [*argv, f"--out_dir={folder}", "--resume=true"])  # a process that ends leaves no lock
+    assert not (folder / "lock").stat().st_mode & 0o111, "it is no program"
 
 
 def claim_own(folder):
@@ -301,6 +312,23 @@ def claim_own(folder):
     dist.init_process_group("gloo")
     with pytest.raises(SystemExit, match="not the same folder on all nodes"):
         rundir.claim(f"{folder}/{dist.get_rank()}", False, print)
+
+
+class Foreign(Exception):
+    """As wandb's own errors, neither an OSError nor a RuntimeError."""
+
+
+@pytest.mark.parametrize("error", [Foreign("no network"), ValueError("no network")])
+def test_an_error_of_any_kind_ends_all_ranks_with_one_line(error, group):
+    """The bug: a traceback of rank 0, while the others wait for it. What agree raises, it raises on each rank."""
+    with pytest.raises(SystemExit, match=rf"^wandb refuses \({type(error).__name__}: no network\): mend that"):
+        rundir.agree("wandb refuses", lambda: (_ for _ in ()).throw(error))
+
+
+def test_a_file_name_that_is_not_utf_8_can_be_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "\udcff.py"])
+    rundir.begin_folder(str(tmp_path), {"max_steps": 9}, None, print)
+    assert (tmp_path / "source.diff").read_text().startswith("train.py \\udcff.py\n")
 
 
 def test_nodes_without_a_common_folder_are_refused(on_ranks, tmp_path):

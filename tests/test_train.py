@@ -559,6 +559,19 @@ def evaluating_rank(argv, poisoned):
     train_rank(argv)
 
 
+def point_with_a_stale_listing(note):
+    """curve_point where rank 0 alone sees the note of a forward that failed."""
+    dist.init_process_group("gloo")
+    return eval_bach.curve_point(None, None, ((), ()), "cpu", note if dist.get_rank() == 0 else f"{note}x", None)
+
+
+def test_rank_0_says_which_point_is_passed_over(on_ranks, tmp_path):
+    """The bug: an older listing on another node, which begins to embed alone."""
+    (tmp_path / "note").write_text("OSError: x")
+    assert on_ranks(2, point_with_a_stale_listing, str(tmp_path / "note")) == [
+        {"bach": None, "bach_error": "OSError: x"}] * 2
+
+
 @pytest.mark.slow
 def test_two_ranks_stay_in_step_when_an_evaluation_fails_on_one(on_ranks, tiles, tmp_path):
     keys = dict(tiles=tiles, max_steps=3, eval_interval=2, bach_dir="x", wandb_project="x")
