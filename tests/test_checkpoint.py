@@ -100,13 +100,15 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
 
 
-@pytest.mark.parametrize("key", ["dino_prototypes=32", "depth=1", "depth=3"])
+@pytest.mark.parametrize("key", ["dino_prototypes=32", "depth=1", "depth=3", "global_px=28",
+                                 "head_weight_norm=false"])
 def test_checkpoints_of_another_architecture_are_named_and_left_alone(key, finished, monkeypatch):
     """The bug: a smaller network took what it had a place for, and its saves replaced the checkpoints."""
     argv, folder, _ = finished
     before = contents(folder)
     message = refused(monkeypatch, [*argv, f"--out_dir={folder}", "--resume=true", f"--{key}"])
-    assert "ckpt/3 does not load: " in message and "go back to its arch" in message and "\n" not in message
+    assert "ckpt/3 does not load: " in message and "go back to its keys of the network (config" in message, message
+    assert "\n" not in message
     assert contents(folder) == before
 
 
@@ -432,6 +434,21 @@ def wait_for(process, text):
         if text in line:
             return "".join(lines)
     raise AssertionError("".join(lines))
+
+
+@pytest.mark.parametrize("folders, resume", [("", "false"), ("unfinished 5.damaged notes", "false"), ("5", "true"),
+                                             ("unfinished 2500", "true")])
+def test_a_slurm_job_resumes_only_from_a_complete_checkpoint(folders, resume, tmp_path):
+    """The bug: what a stop or a damage left counts, and the job that is queued again has nothing to resume."""
+    for name in folders.split():
+        (tmp_path / "a/ckpt" / name).mkdir(parents=True)
+        (tmp_path / "a/ckpt" / name / ".metadata").touch()
+    for name in ("srun", "scontrol", "python"):
+        (tmp_path / name).write_text('#!/bin/sh\n[ "${0##*/}" != srun ] || echo "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    said = subprocess.run(["bash", ROOT / "docs/slurm.sh", f"--out_dir={tmp_path}/a"], env=path, capture_output=True)
+    assert f"--resume={resume} " in said.stdout.decode() and not said.stderr, said
 
 
 @pytest.mark.slow

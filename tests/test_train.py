@@ -400,8 +400,8 @@ def test_a_spreading_term_within_a_rank_needs_two_images_per_rank(monkeypatch):
     (dict(RANK="0"), "not set: WORLD_SIZE, MASTER_ADDR"), (dict(RANK="x", WORLD_SIZE="2"), "must be numbers"),
     (dict(RANK="2", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1"), "rank 2 of 2 ranks"),
     (dict(SLURM_NTASKS="2"), "SLURM_NTASKS = 2 without RANK: each task would be a run of its own"),
-    (dict(SLURM_PROCID="1", MASTER_ADDR="n", MASTER_PORT="29500"), "srun bash -c 'MASTER_ADDR=HOST MASTER_PORT=29500 "
-     "RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS python"),
+    (dict(SLURM_PROCID="1", MASTER_ADDR="n", MASTER_PORT="29500"), "srun --kill-on-bad-exit=1 bash -c "
+     "'MASTER_ADDR=HOST MASTER_PORT=29500 RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS python"),
     (dict(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2"), "mpirun bash -c 'MASTER_ADDR=HOST"),
     (dict(PMI_RANK="1", PMI_SIZE="2"), "RANK=$PMI_RANK LOCAL_RANK=$MPI_LOCALRANKID WORLD_SIZE=$PMI_SIZE"),
     (dict(WORLD_SIZE="0"), "1 or more"), (dict(RANK="-1", WORLD_SIZE="2"), "must be numbers"),
