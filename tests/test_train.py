@@ -1,4 +1,5 @@
 """train.py as a program: what it computes, what it refuses, and what survives a stop."""
+import copy
 import importlib
 import json
 import math
@@ -18,6 +19,7 @@ from conftest import ROOT
 import data
 import eval_bach
 import model
+import rundir
 import sharding
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -401,7 +403,7 @@ def test_a_spreading_term_within_a_rank_needs_two_images_per_rank(monkeypatch):
     (dict(RANK="2", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1"), "rank 2 of 2 ranks"),
     (dict(SLURM_NTASKS="2"), "SLURM_NTASKS = 2 without RANK: each task would be a run of its own"),
     (dict(SLURM_PROCID="1", MASTER_ADDR="n", MASTER_PORT="29500"), "srun --kill-on-bad-exit=1 bash -c "
-     "'MASTER_ADDR=HOST MASTER_PORT=29500 RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS python"),
+     "'MASTER_ADDR=HOST MASTER_PORT=29500 RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS"),
     (dict(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2"), "mpirun bash -c 'MASTER_ADDR=HOST"),
     (dict(PMI_RANK="1", PMI_SIZE="2"), "RANK=$PMI_RANK LOCAL_RANK=$MPI_LOCALRANKID WORLD_SIZE=$PMI_SIZE"),
     (dict(WORLD_SIZE="0"), "1 or more"), (dict(RANK="-1", WORLD_SIZE="2"), "must be numbers"),
@@ -641,6 +643,24 @@ def test_twenty_steps_on_real_slides(tmp_path, monkeypatch):
     left_out = (tmp_path / "a/left_out.csv").read_text().splitlines()
     assert len(left_out) == 3 and "tcga-cr" in left_out[1] and "no usable mpp" in left_out[1]
     assert 'fluorescence.ndpi,"no tissue found' in left_out[2] and not run["bad_tiles"]
+
+
+def test_what_one_rank_tells_the_others_is_known_to_all_and_told_once(tiles, tmp_path, monkeypatch, capsys):
+    run = train(monkeypatch, flags(tiles=tiles, max_steps=0, out_dir=tmp_path / "a"))
+    monkeypatch.setattr(rundir, "on_rank_0", lambda what, work: work())
+
+    def gather(everyone, mine):
+        other = ["x.png: no image"], ["y.svs: no tissue"], number_of_signals
+        everyone[:] = copy.deepcopy(mine), other
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    for number_of_signals in (0, 1):
+        run["bad_messages"].append("z.png: no image")
+        run["useless"].append("y.svs: no tissue")
+        assert run["exchange"]() is bool(number_of_signals), "a signal to any rank stops all"
+        assert run["bad_messages"] == run["useless"] == []
+    assert (tmp_path / "a/left_out.csv").read_text() == "path,reason\ny.svs,no tissue\n"
+    said = capsys.readouterr().out
+    assert said.count("x.png") == said.count("z.png") == said.count("y.svs") == 1 and len(run["bad_tiles"]) == 2
 
 
 def test_what_went_wrong_between_two_rows_is_in_the_checkpoint(tiles, tmp_path, monkeypatch):
