@@ -21,6 +21,7 @@ import eval_bach
 import model
 import rundir
 import sharding
+import sources
 
 SHARED = ROOT.parent / "shared" / "data"
 model.ARCHS["tiny"] = model.replace(model.ARCHS["toy"], embed_dim=32, depth=2, num_heads=1, ffn_hidden=128)
@@ -395,6 +396,22 @@ def test_a_spreading_term_within_a_rank_needs_two_images_per_rank(monkeypatch):
         message = refused(monkeypatch, flags(kde=kde, batch_size=1, dry_run="true"))
         assert f"kde = '{kde}' compares images of one rank: batch_size must be at least 2" in message
     assert "at least" not in refused(monkeypatch, flags(batch_size=1, dry_run="true"))
+
+
+def read_by_rank_0_alone(argv):
+    """The message of this rank."""
+    if os.environ["RANK"] == "1":
+        sources.open_source = lambda config: open("/nowhere/at/all")
+    with pytest.raises(SystemExit) as e:
+        train_rank(argv)
+    return str(e.value)
+
+
+def test_data_that_one_rank_cannot_read_are_named_by_all(on_ranks, tiles, tmp_path):
+    """The bug: the others wait for it, or end with a message of the network."""
+    first, second = on_ranks(2, read_by_rank_0_alone, flags(tiles=tiles, out_dir=tmp_path / "a"))
+    assert first == second == "train.py: [Errno 2] No such file or directory: '/nowhere/at/all'"
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("launch, part", [
