@@ -91,7 +91,7 @@ class Exactly(dcp.DefaultLoadPlanner):
             former = name.startswith("optimizer.param_groups.")  # earlier commits saved them
             if saved.get(name) != mine.get(name) and not former:
                 raise SystemExit(f"{name} is {saved.get(name, 'missing')}, this run needs {mine.get(name, 'none')}; go "
-                                 "back to its arch, depth and heads (config.json), or start anew in another --out_dir")
+                                 "back to its keys of the network (config.json), or start anew in another --out_dir")
         return super().create_local_plan()
 
 

@@ -41,7 +41,8 @@ def configure(namespace, argv=None, shared=""):
     Returns a dict of every key and its final value. Raises SystemExit with one line on anything it does not understand,
     before any variable has changed. `argv` defaults to the command line. --help finds other scripts' keys in `shared`.
     """
-    keys = {k: v for k, v in namespace.items() if k[:1] != "_" and not k.isupper() and isinstance(v, TYPES)}
+    keys = {k: plain(v) for k, v in namespace.items() if k[:1] != "_" and not k.isupper()}
+    keys = {k: v for k, v in keys.items() if isinstance(v, TYPES)}
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(help_text(namespace, keys, shared))
@@ -163,13 +164,20 @@ def check(name, value, keys, source):
     stop(f"{source}: key '{name}' expects {type(default).__name__} (default {default!r}), got {value!r}{hint}")
 
 
+def plain(value):
+    """`value` without numpy's types: a teacher file with them would not load."""
+    if type(value) in (tuple, list):
+        return type(value)(map(plain, value))
+    return value.tolist() if hasattr(value, "tolist") and not isinstance(value, type) else value
+
+
 def fit(value, default):
     """
     `value` in the type of `default`, an element of a tuple in that of the default's first; ValueError if it has
-    another. Only int -> float and list -> tuple are converted, and numpy's types, as a teacher file with them would not
-    load. In text, which may be several paths with commas between them, ~ is the home folder.
+    another. Only int -> float and list -> tuple are converted, and numpy's types. In text, which may be several paths
+    with commas between them, ~ is the home folder.
     """
-    kind, value = type(default), value.tolist() if hasattr(value, "tolist") else value
+    kind, value = type(default), plain(value)
     if isinstance(value, os.PathLike):
         value = str(value)
     if kind is float and type(value) is int:

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 import model
 import sources
 from configurator import configure
+from rundir import on_rank_0, read_text
 
 # ---- the protocol: changing any of these invalidates earlier rows; all except the ranges show in `protocol` ----------
 CLASSES = {"Benign": "b", "InSitu": "is", "Invasive": "iv", "Normal": "n"}  # label = position; value = file prefix
@@ -443,8 +444,9 @@ def curve_point(backbone, pixels, norm, dev, note, before_exit):
     call before_exit() and stop; the resumed run finds the note and skips this evaluation.
     """
     start = time.time()
-    if os.path.exists(note):
-        return {"bach": None, "bach_error": open(note).read()}
+    failed = on_rank_0(f"{note} cannot be read", lambda: read_text(note))  # other nodes may list it later
+    if failed is not None:
+        return {"bach": None, "bach_error": failed}
     try:
         features = embed(backbone, pixels, *norm, dev)
     except Exception as e:

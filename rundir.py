@@ -34,14 +34,14 @@ def one_line(error):
 
 def agree(what, work):
     """
-    [what work() returns on each rank]. If a file or a disk refuses it on one, all ranks end with one line: `what`, the
-    reason and the remedy. A SystemExit of work ends all, too. A collective.
+    [what work() returns on each rank]. If it fails on one, all ranks end with one line: `what`, the reason and the
+    remedy. A SystemExit of work ends all, too. A collective.
     """
     try:
         mine = work(), None
     except SystemExit as e:
         mine = None, str(e)
-    except (OSError, RuntimeError, CheckpointException) as e:  # RuntimeError: torch.save, the disk is full
+    except (Exception, CheckpointException) as e:  # of any kind, as the others would wait: wandb has its own
         mine = None, f"{what} ({one_line(e)}): mend that, then start again, with --resume=true if a checkpoint is there"
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
@@ -121,7 +121,8 @@ def claim(out_dir, resume, say):
     def take():
         check_folder(out_dir, resume)
         os.makedirs(out_dir, exist_ok=True)
-        lock = os.open(f"{out_dir}/lock", os.O_RDWR | os.O_CREAT)  # to close it would end the lock
+        lock = os.open(f"{out_dir}/lock", os.O_RDWR | os.O_CREAT, 0o644)
+        # it stays open, and rank 0 must not open the file again: a lock ends when any descriptor of its file is closed
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers would inherit a flock
         except (BlockingIOError, PermissionError):
@@ -148,8 +149,8 @@ def read_text(path):
 
 
 def write_text(path, text):
-    """Write a file in one step, so that a stop leaves the old one whole."""
-    with open(f"{path}.new", "w") as f:
+    """Write a file in one step, so that a stop leaves the old one whole. A file name in it may not be UTF-8."""
+    with open(f"{path}.new", "w", errors="backslashreplace") as f:
         f.write(text)
     os.replace(f"{path}.new", path)
 
@@ -201,9 +202,13 @@ def begin_folder(out_dir, config, step, say):
             say(f"resume: {out_dir}/config.json is damaged or missing: nobody can say which keys have changed")
         for key in (k for k in now if before and k != "resume" and before.get(k) != now[k]):
             say(f"resume: {key} was {before.get(key)!r}, is now {now[key]!r}")
-        write_text(f"{out_dir}/config.before-{step}.json", text)
-        done = f": nothing is left to do, max_steps is {config['max_steps']}" * (step >= config["max_steps"])
-        say(f"resume: step {step} of {out_dir}{done}")
+        if step >= config["max_steps"]:  # so the files below stay those of the run
+            say(f"resume: step {step} of {out_dir}: nothing is left to do, max_steps is {config['max_steps']}")
+            return
+        say(f"resume: step {step} of {out_dir}")
+        former = f"{out_dir}/config.before-{step}.json"
+        if not os.path.lexists(former):  # a resume that came no further has trained nothing that is left
+            write_text(former, text)
     write_text(f"{out_dir}/config.json", json.dumps(config, indent=1))
     write_text(f"{out_dir}/source.diff", " ".join(sys.argv) + "\n" + git_state(say))
 

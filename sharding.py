@@ -33,7 +33,8 @@ from model import all_reduce, named_tensors
 CHECKPOINTING = ("none", "selective", "full")
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHERS = {  # what they call rank, rank on the node, and ranks
-    "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"), "mpiexec": ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+    "srun --kill-on-bad-exit=1": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),  # as torchrun and mpirun do
+    "mpiexec": ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE")}
 JOIN = timedelta(minutes=5)  # for all ranks to meet; collectives have longer
 aten = torch.ops.aten

@@ -215,10 +215,11 @@ except ImportError:
 
 mesh = sharding.begin(dev)
 rundir.on_rank_0(f"out_dir = {out_dir!r}", lambda: rundir.check_folder(out_dir, resume))
-start = None
-try:  # all that users state, and the files that it names
+start = refusal = None
+try:  # all that users state, and the files that it names; no collective, as it may fail on one rank
     if dev == "cuda" and fp8 != "off" and torch.cuda.get_device_capability() < (8, 9):
-        stop(f"fp8 = '{fp8}': {torch.cuda.get_device_name()} has no fp8 (Ada, Hopper or newer do); fp8 = 'off'")
+        raise ValueError(f"fp8 = '{fp8}': {torch.cuda.get_device_name()} has no fp8 (Ada, Hopper or newer do); fp8 = "
+                         "'off'")
     mean, std = model.norm_values(norm) if norm is not None or not weights else model.stored_norm(weights)
     if weights and (mean, std) != model.norm_values(None):
         config["norm"] = norm or (mean, std)
@@ -226,7 +227,6 @@ try:  # all that users state, and the files that it names
     pixels = torch.empty(400, 3, 224, 224, dtype=torch.uint8)  # rank 0 decodes BACH once: 60 MB
     if bach_dir and rank == 0:
         pixels = eval_bach.load_pixels(bach_dir)
-    rundir.claim(out_dir, resume, say)
     if weights:
         start = model.first_weights(weights, arch_config, pos_embed_init)
     with torch.device("meta"):
@@ -234,10 +234,11 @@ try:  # all that users state, and the files that it names
     for net in (student, teacher) if fp8 != "off" else ():
         to_fp8(net["backbone"], force=fp8 == "force")
 except (ValueError, OSError) as e:
-    stop(e)
-found = set(rundir.agree("", lambda: source.about))
+    refusal = e
+found = set(rundir.agree("", lambda: stop(refusal) if refusal else source.about))
 if len(found) > 1:
     stop(f"ranks have found different data, is something still being written there? {'; '.join(sorted(found))}")
+rundir.claim(out_dir, resume, say)
 teacher.requires_grad_(False).eval()
 sharding.checkpoint_activations(student["backbone"].blocks, activation_checkpointing)
 for net in (student, teacher):

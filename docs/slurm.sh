@@ -18,7 +18,7 @@ out=$(printf '%s\n' "$@" | sed -n 's/^--out_dir=//p' | tail -n 1)
 out=${out/#\~/$HOME}  # as train.py reads it
 : "${out:?give --out_dir=...; the job looks there for a checkpoint to resume from}"
 resume=false
-ls "$out"/ckpt/*/.metadata >/dev/null 2>&1 && resume=true
+ls "$out"/ckpt/*/.metadata 2>/dev/null | grep -q '/[0-9][0-9]*/\.metadata$' && resume=true  # not 5.damaged
 if [ "$resume" = false ] && [ -d "$out" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
     mv "$out" "$out.begun-$SLURM_RESTART_COUNT"  # this job began it and ended before a checkpoint
 fi

@@ -103,13 +103,15 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
 
 
-@pytest.mark.parametrize("key", ["dino_prototypes=32", "depth=1", "depth=3"])
+@pytest.mark.parametrize("key", ["dino_prototypes=32", "depth=1", "depth=3", "global_px=28",
+                                 "head_weight_norm=false"])
 def test_checkpoints_of_another_architecture_are_named_and_left_alone(key, finished, monkeypatch):
     """The bug: a smaller network took what it had a place for, and its saves replaced the checkpoints."""
     argv, folder, _ = finished
     before = contents(folder)
     message = refused(monkeypatch, [*argv, f"--out_dir={folder}", "--resume=true", f"--{key}"])
-    assert "ckpt/3 does not load: " in message and "go back to its arch" in message and "\n" not in message
+    assert "ckpt/3 does not load: " in message and "go back to its keys of the network (config" in message, message
+    assert "\n" not in message
     assert contents(folder) == before
 
 
@@ -186,6 +188,16 @@ def test_a_finished_run_says_that_nothing_is_left_to_do(finished, tmp_path, monk
     said = capsys.readouterr().out
     assert "resume: step 3" in said and "nothing is left to do, max_steps is 1" in said and "done: 3 steps" in said
     bit_equal(straight, weights(resumed))
+    for file in ("config.json", "source.diff"):
+        assert (tmp_path / "a" / file).read_bytes() == (folder / file).read_bytes(), "they are the run's that came here"
+
+
+def test_the_keys_of_the_steps_that_are_left_outlast_a_second_resume(tmp_path):
+    """The bug: a resume that dies early, and a second one that notes its keys as those of all steps before."""
+    for step, lr in ((None, 1), (5, 2), (5, 3)):
+        rundir.begin_folder(str(tmp_path), {"max_steps": 9, "lr": lr}, step, print)
+    assert json.load(open(tmp_path / "config.before-5.json"))["lr"] == 1
+    assert json.load(open(tmp_path / "config.json"))["lr"] == 3
 
 
 @pytest.mark.parametrize("lost", ["config.json", "nonsense", "rows", ".metadata"])
@@ -285,7 +297,9 @@ input()
 
 def test_a_second_run_in_a_folder_is_refused(finished, tmp_path, monkeypatch):
     """The bug: rows of two runs mixed, until one dies at a save."""
-    argv, folder, _ = finished
+    argv, original, _ = finished  # which this process has locked itself, if no other test has read the file since
+    folder = tmp_path / "a"
+    shutil.copytree(original, folder)
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, text=True)
     holder.stdout.readline()
@@ -295,6 +309,7 @@ def test_a_second_run_in_a_folder_is_refused(finished, tmp_path, monkeypatch):
     assert f"another run is writing there ({os.uname().nodename}, process {holder.pid}, since " in message
     assert contents(folder) == before and "\n" not in message
     train(monkeypatch, [*argv, f"--out_dir={folder}", "--resume=true"])  # a process that ends leaves no lock
+    assert not (folder / "lock").stat().st_mode & 0o111, "it is no program"
 
 
 def claim_own(folder):
@@ -302,6 +317,23 @@ def claim_own(folder):
     dist.init_process_group("gloo")
     with pytest.raises(SystemExit, match="not the same folder on all nodes"):
         rundir.claim(f"{folder}/{dist.get_rank()}", False, print)
+
+
+class Foreign(Exception):
+    """As wandb's own errors, neither an OSError nor a RuntimeError."""
+
+
+@pytest.mark.parametrize("error", [Foreign("no network"), ValueError("no network")])
+def test_an_error_of_any_kind_ends_all_ranks_with_one_line(error, group):
+    """The bug: a traceback of rank 0, while the others wait for it. What agree raises, it raises on each rank."""
+    with pytest.raises(SystemExit, match=rf"^wandb refuses \({type(error).__name__}: no network\): mend that"):
+        rundir.agree("wandb refuses", lambda: (_ for _ in ()).throw(error))
+
+
+def test_a_file_name_that_is_not_utf_8_can_be_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "\udcff.py"])
+    rundir.begin_folder(str(tmp_path), {"max_steps": 9}, None, print)
+    assert (tmp_path / "source.diff").read_text().startswith("train.py \\udcff.py\n")
 
 
 def test_nodes_without_a_common_folder_are_refused(on_ranks, tmp_path):
@@ -405,6 +437,21 @@ def wait_for(process, text):
         if text in line:
             return "".join(lines)
     raise AssertionError("".join(lines))
+
+
+@pytest.mark.parametrize("folders, resume", [("", "false"), ("unfinished 5.damaged notes", "false"), ("5", "true"),
+                                             ("unfinished 2500", "true")])
+def test_a_slurm_job_resumes_only_from_a_complete_checkpoint(folders, resume, tmp_path):
+    """The bug: what a stop or a damage left counts, and the job that is queued again has nothing to resume."""
+    for name in folders.split():
+        (tmp_path / "a/ckpt" / name).mkdir(parents=True)
+        (tmp_path / "a/ckpt" / name / ".metadata").touch()
+    for name in ("srun", "scontrol", "python"):
+        (tmp_path / name).write_text('#!/bin/sh\n[ "${0##*/}" != srun ] || echo "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    said = subprocess.run(["bash", ROOT / "docs/slurm.sh", f"--out_dir={tmp_path}/a"], env=path, capture_output=True)
+    assert f"--resume={resume} " in said.stdout.decode() and not said.stderr, said
 
 
 @pytest.mark.slow

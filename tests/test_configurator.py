@@ -33,6 +33,15 @@ def stopped(namespace, argv):
     return message
 
 
+def test_numpys_scalars_among_the_defaults_become_pythons():
+    """The bug: a run that ends well, and a teacher that cannot be read; or a key that is none."""
+    np = pytest.importorskip("numpy")
+    namespace = {"lr": np.float64(0.5), "steps": np.int64(3), "scale": (np.float32(0.5),), "ndarray": np.ndarray}
+    config = configure(namespace, ["--lr=1"])
+    assert config == {"lr": 1.0, "steps": 3, "scale": (0.5,)} and namespace == config | {"ndarray": np.ndarray}
+    assert [type(v) for v in (config["lr"], namespace["steps"], *config["scale"])] == [float, int, float]
+
+
 def test_only_public_plain_variables_are_keys():
     namespace = dict(defaults(), _private=1, path=Path("."), CONSTANT=3, function=len, module=sys)
     assert set(configure(namespace, [])) == set(defaults())

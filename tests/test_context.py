@@ -325,7 +325,7 @@ def test_six_steps_equal_three_resume_three_bit_for_bit(scales, folder, tmp_path
         assert run(monkeypatch, **keys, out_dir=tmp_path / "b")["progress"]["step"] == 3  # done and saved
     with pytest.raises(SystemExit, match="is not empty"):  # known before features are read
         run(monkeypatch, **keys | {"features": "none"}, out_dir=tmp_path / "b")
-    with pytest.raises(SystemExit, match="this run needs none; go back to its arch"):
+    with pytest.raises(SystemExit, match="this run needs none; go back to its keys"):
         run(monkeypatch, **keys, out_dir=tmp_path / "b", resume=True, depth=1)
     resumed = run(monkeypatch, **keys, out_dir=tmp_path / "b", resume=True)
     groups = resumed["optimizer"].param_groups

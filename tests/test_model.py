@@ -111,8 +111,8 @@ def test_drop_path_computes_only_the_kept_crops_and_keeps_the_expectation(name):
 
 def test_drop_path_keeps_no_copy_of_the_branch_and_equals_adding_in_place():
     """The bug: index_add_ keeps its source, 8 % of a step's activations."""
-    shapes, kept, results = [(10, 17), (20, 5)], [], []
-    start, w = torch.randn(270, 32), torch.randn(270, 32)
+    shapes, kept, results = [(11, 17), (12, 5)], [], []  # weights 11/6 and 12/7
+    start, w = torch.randn(247, 32), torch.randn(247, 32)
 
     def in_place(x, branch):
         torch.manual_seed(1)

@@ -1,4 +1,5 @@
 """train.py as a program: what it computes, what it refuses, and what survives a stop."""
+import copy
 import importlib
 import json
 import math
@@ -21,7 +22,9 @@ from conftest import ROOT
 import data
 import eval_bach
 import model
+import rundir
 import sharding
+import sources
 
 SHARED = ROOT.parent / "shared" / "data"
 model.ARCHS["tiny"] = model.replace(model.ARCHS["toy"], embed_dim=32, depth=2, num_heads=1, ffn_hidden=128)
@@ -433,13 +436,29 @@ def test_a_spreading_term_within_a_rank_needs_two_images_per_rank(monkeypatch):
     assert "at least" not in refused(monkeypatch, flags(batch_size=1, dry_run="true"))
 
 
+def read_by_rank_0_alone(argv):
+    """The message of this rank."""
+    if os.environ["RANK"] == "1":
+        sources.open_source = lambda config: open("/nowhere/at/all")
+    with pytest.raises(SystemExit) as e:
+        train_rank(argv)
+    return str(e.value)
+
+
+def test_data_that_one_rank_cannot_read_are_named_by_all(on_ranks, tiles, tmp_path):
+    """The bug: the others wait for it, or end with a message of the network."""
+    first, second = on_ranks(2, read_by_rank_0_alone, flags(tiles=tiles, out_dir=tmp_path / "a"))
+    assert first == second == "train.py: [Errno 2] No such file or directory: '/nowhere/at/all'"
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize("launch, part", [
     (dict(WORLD_SIZE="2"), "not set: RANK, MASTER_ADDR, MASTER_PORT; launch with torchrun --nproc_per_node"),
     (dict(RANK="0"), "not set: WORLD_SIZE, MASTER_ADDR"), (dict(RANK="x", WORLD_SIZE="2"), "must be numbers"),
     (dict(RANK="2", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1"), "rank 2 of 2 ranks"),
     (dict(SLURM_NTASKS="2"), "SLURM_NTASKS = 2 without RANK: each task would be a run of its own"),
-    (dict(SLURM_PROCID="1", MASTER_ADDR="n", MASTER_PORT="29500"), "srun bash -c 'MASTER_ADDR=HOST MASTER_PORT=29500 "
-     "RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS python"),
+    (dict(SLURM_PROCID="1", MASTER_ADDR="n", MASTER_PORT="29500"), "srun --kill-on-bad-exit=1 bash -c "
+     "'MASTER_ADDR=HOST MASTER_PORT=29500 RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS"),
     (dict(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2"), "mpirun bash -c 'MASTER_ADDR=HOST"),
     (dict(PMI_RANK="1", PMI_SIZE="2"), "RANK=$PMI_RANK LOCAL_RANK=$MPI_LOCALRANKID WORLD_SIZE=$PMI_SIZE"),
     (dict(WORLD_SIZE="0"), "1 or more"), (dict(RANK="-1", WORLD_SIZE="2"), "must be numbers"),
@@ -597,6 +616,19 @@ def evaluating_rank(argv, poisoned):
     train_rank(argv)
 
 
+def point_with_a_stale_listing(note):
+    """curve_point where rank 0 alone sees the note of a forward that failed."""
+    dist.init_process_group("gloo")
+    return eval_bach.curve_point(None, None, ((), ()), "cpu", note if dist.get_rank() == 0 else f"{note}x", None)
+
+
+def test_rank_0_says_which_point_is_passed_over(on_ranks, tmp_path):
+    """The bug: an older listing on another node, which begins to embed alone."""
+    (tmp_path / "note").write_text("OSError: x")
+    assert on_ranks(2, point_with_a_stale_listing, str(tmp_path / "note")) == [
+        {"bach": None, "bach_error": "OSError: x"}] * 2
+
+
 @pytest.mark.slow
 def test_two_ranks_stay_in_step_when_an_evaluation_fails_on_one(on_ranks, tiles, tmp_path):
     keys = dict(tiles=tiles, max_steps=3, eval_interval=2, bach_dir="x", wandb_project="x")
@@ -666,6 +698,24 @@ def test_twenty_steps_on_real_slides(tmp_path, monkeypatch):
     left_out = (tmp_path / "a/left_out.csv").read_text().splitlines()
     assert len(left_out) == 3 and "tcga-cr" in left_out[1] and "no usable mpp" in left_out[1]
     assert 'fluorescence.ndpi,"no tissue found' in left_out[2] and not run["bad_tiles"]
+
+
+def test_what_one_rank_tells_the_others_is_known_to_all_and_told_once(tiles, tmp_path, monkeypatch, capsys):
+    run = train(monkeypatch, flags(tiles=tiles, max_steps=0, out_dir=tmp_path / "a"))
+    monkeypatch.setattr(rundir, "on_rank_0", lambda what, work: work())
+
+    def gather(everyone, mine):
+        other = ["x.png: no image"], ["y.svs: no tissue"], number_of_signals
+        everyone[:] = copy.deepcopy(mine), other
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    for number_of_signals in (0, 1):
+        run["bad_messages"].append("z.png: no image")
+        run["useless"].append("y.svs: no tissue")
+        assert run["exchange"]() is bool(number_of_signals), "a signal to any rank stops all"
+        assert run["bad_messages"] == run["useless"] == []
+    assert (tmp_path / "a/left_out.csv").read_text() == "path,reason\ny.svs,no tissue\n"
+    said = capsys.readouterr().out
+    assert said.count("x.png") == said.count("z.png") == said.count("y.svs") == 1 and len(run["bad_tiles"]) == 2
 
 
 def test_what_went_wrong_between_two_rows_is_in_the_checkpoint(tiles, tmp_path, monkeypatch):
