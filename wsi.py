@@ -597,7 +597,7 @@ def _is_tissue_colour(thumbnail, rule):
     """bool (h, w): more saturated than glass, and neither ink nor dark (fluorescence, black ink, the slide's edge)."""
     blurred = Image.fromarray(thumbnail).filter(ImageFilter.BoxBlur(1))
     hue, saturation, value = map(np.asarray, blurred.convert("HSV").split())
-    tissue = (saturation > _threshold(saturation, rule)) & (value > rule["value"])
+    tissue = (saturation > _threshold(saturation[value < 255], rule)) & (value > rule["value"])  # 255: not scanned
     if rule["hue"]:
         tissue &= hue >= 127
     if rule["ink"]:
@@ -616,8 +616,8 @@ def _threshold(saturation, rule):
     threshold = int(np.clip(_otsu(count), low, high))
     above = count[threshold + 1:].cumsum()
     tenth, nine_tenths = threshold + 1 + np.searchsorted(above, above[-1] * np.array((0.1, 0.9)))
-    below = count[1:threshold + 1]  # without 0, the saturation of what was not scanned
-    glass = below @ np.arange(1, threshold + 1) / max(below.sum(), 1)
+    below = count[:threshold + 1]
+    glass = below @ np.arange(threshold + 1) / max(below.sum(), 1)
     apart = below.sum() > above[-1] / 10 and tenth - glass >= rule["alike"]
     alike = nine_tenths - tenth < rule["alike"]
     return high if alike and not apart else threshold

@@ -552,10 +552,11 @@ def test_tinted_glass_with_noise_has_no_tissue_and_keeps_what_lies_on_it(glass, 
         assert mask[42:78, 152:188].all() and mask.sum() < 3500 and not mask[:30].any()
 
 
-@pytest.mark.parametrize("spread", [0, 15])
-def test_pale_tissue_on_glass_is_found(spread):
+@pytest.mark.parametrize("spread, glass, noise", [(0, GLASS, 1), (15, GLASS, 1), (0, (244, 244, 244), 0)])
+def test_pale_tissue_on_glass_is_found(spread, glass, noise):
+    """The bug: even tissue on glass of saturation 0 had an empty mask, as that counted as not scanned."""
     rng = np.random.default_rng(0)
-    image = rng.normal(GLASS, 1, (200, 200, 3))
+    image = rng.normal(glass, noise, (200, 200, 3))
     image[50:150, 50:150] = (238, 218, 230) - rng.uniform(0, spread, (100, 1, 1)) * (0, 1, 0)
     mask = wsi._mask_of(np.uint8(image), (8, 8), wsi.TISSUE)
     assert mask[55:145, 55:145].all() and mask.sum() < 1.1 * 100 ** 2
