@@ -681,6 +681,17 @@ def test_a_level_that_shows_something_else_is_found(tmp_path):
     assert slide.tissue_mask()[0].mean() > 0.9, "and costs no slide"
 
 
+def test_a_level_that_can_nowhere_be_read_is_left_out(tmp_path, damage):
+    """The bug: its mask was the whole slide, and every tile of its scale was unreadable."""
+    image = flat(GLASS, 1600)
+    image[200:700, 200:900] = texture(700, 500) // 2 + np.array(PINK) // 2
+    slide = Slide(write_slide(tmp_path / "a.tif", pyramid(image, 4), (0.5, 0.5)))
+    damage(lambda handle, at, level, size: level == 1)
+    with pytest.warns(match="a.tif: level 1 cannot be read at any of 5 places"):
+        assert slide.tissue_mask()[0].mean() < 0.2
+    assert slide._plan(64, 2.0)[0] == 0
+
+
 def test_the_mask_is_not_that_of_a_level_that_is_left_out_also_when_it_is_read_again(tmp_path):
     image, folder = flat(GLASS, 1600), str(tmp_path / "masks")
     image[200:700, 200:900] = texture(700, 500) // 2 + np.array(PINK) // 2
