@@ -130,10 +130,15 @@ def decode(file, name):
             bits = image.tag_v2.get(258, 1) if image.format == "TIFF" else 8  # pillow keeps the upper 8 of 16
             if image.mode[0] in "IF" or np.max(bits) > 8 or ";16" in str(image.tile):
                 raise ValueError(f"{image.mode} pixels of more than 8 bits per channel; save it with 8")
+            if image.format == "TIFF":
+                samples, kinds = image.tag_v2.get(277, 1), image.tag_v2.get(339, 1)  # 1: unsigned
+                if samples > 4 or np.any(np.not_equal(kinds, 1)):
+                    raise ValueError(f"{samples} channels of SampleFormat {kinds}; save 3 of unsigned numbers")
             size, frames = image.size, getattr(image, "n_frames", 1)
-            image.seek(min(frames - 1, 1))
-            if frames > 1 and image.size == size:  # smaller ones are a pyramid's
-                raise ValueError(f"{frames} images of one size; save each alone")
+            for page in range(1, frames):  # smaller ones are a pyramid's
+                image.seek(page)
+                if math.prod(image.size) >= math.prod(size):
+                    raise ValueError(f"{frames} images of one size, or the first is not the largest; save each alone")
             image.seek(0)
             if image.has_transparency_data:  # saved from read_region: outside the slide is white, not black
                 white = Image.new("RGBA", size, "white")

@@ -694,6 +694,28 @@ def test_an_image_of_another_format_or_of_several_pictures_is_refused_by_any_nam
             sources.decode(tmp_path / "a.png", "a")
 
 
+@pytest.mark.parametrize("sides", [(12, 24), (24, 12, 24), (24, 12, 6)])
+def test_a_tiff_whose_first_page_is_not_the_largest_is_refused(sides, tmp_path):
+    """The bug: a thumbnail before the picture stood for it."""
+    first, *others = [Image.fromarray(noise(i, side)) for i, side in enumerate(sides)]
+    first.save(tmp_path / "a.tif", append_images=others, save_all=True)
+    if sides == (24, 12, 6):
+        assert np.array_equal(sources.decode(tmp_path / "a.tif", "a"), noise(0))
+    else:
+        with pytest.raises(OSError, match="a: ValueError: . images of one size, or the first is not the largest"):
+            sources.decode(tmp_path / "a.tif", "a")
+
+
+@pytest.mark.parametrize("shape, keys", [((8, 8, 5), {"extrasamples": (0, 0)}), ((8, 8), {})])
+def test_a_tiff_of_signed_numbers_or_more_channels_is_refused(shape, keys, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    kind, form = (np.uint8, "rgb") if keys else (np.int8, "minisblack")
+    tifffile.imwrite(tmp_path / "a.tif", np.ones(shape, kind), photometric=form, planarconfig="contig" if keys else None,
+                     **keys)
+    with pytest.raises(OSError, match="a: ValueError: . channels of SampleFormat"):
+        sources.decode(tmp_path / "a.tif", "a")
+
+
 def test_a_ppm_of_16_bits_is_refused():
     pixels = np.random.default_rng(0).integers(0, 4096, (8, 8, 3)).astype(">u2").tobytes()
     with pytest.raises(OSError, match="a: UnidentifiedImageError: not a JPEG"):
