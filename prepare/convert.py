@@ -304,7 +304,10 @@ def from_timm(path, tensors):
     heads = stated.get("num_heads") or like.num_heads
     if stated.get("embed_dim", D) != D or D % (heads or 1):
         raise ValueError(f"{path}: the config.json beside it is another model's, as these weights are {D} wide")
-    told = {"num_heads": heads} if heads else {}
+    told = {ours: value for ours, value in (("num_heads", heads), ("norm_eps", stated.get("norm_eps"))) if value}
+    needed = "silu" if like.ffn == "swiglu" else "gelu"
+    if (stated.get("act_layer") or needed).lower() != needed:
+        raise ValueError(f"{path}: config.json states act_layer = {stated['act_layer']}, but these weights need {needed}")
     if "pos_embed" in state:
         join_positions(path, state)
         told |= {"pos_antialias": True, "pos_offset": 0.0}
