@@ -941,6 +941,11 @@ def test_a_mix_that_is_none_is_named(mix):
         open_source(mix=mix)
 
 
+def test_an_empty_entry_of_a_mix_is_named_as_of_mix(tmp_path):
+    with one_line(f"mix: tiles: no file matches {tmp_path}"):
+        open_source(mix=(("tiles", str(tmp_path), 1.0),))
+
+
 @pytest.mark.parametrize("keys, message", [
     ({}, "exactly one of slides, .*, mix .now: none"),
     ({"slides": "a", "tiles": "b"}, "now: slides, tiles.*--slides= --tiles=DIR"),
