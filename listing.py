@@ -4,9 +4,9 @@ Which files a key names: a folder, whose whole tree is meant, or a pattern.
     slides/*.svs          * ? and [abc] stand for a part of a name
     slides/**/*.svs       ** stands for any folders, also none
 
-Links are followed, also in a circle. A file that several names lead to counts once, hard links too. Hidden files and folders, such as
-._a.svs or .snapshot, count only where the pattern names the dot. What should have been there and cannot be used is
-named with a reason: links that lead nowhere, folders that may not be read, names that are not UTF-8.
+Links are followed, also in a circle. A file that several names lead to counts once, hard links too. Hidden files and
+folders, such as ._a.svs or .snapshot, count only where the pattern names the dot. What should have been there and
+cannot be used is named with a reason: links that lead nowhere, folders that may not be read, names that are not UTF-8.
 """
 import collections
 import csv

@@ -97,7 +97,7 @@ def held_out(path, config):
 
 
 def training_files(paths, config, kind, left_out):
-    """The paths of which no name is held out; a file's further names are among left_out. ValueError if there are none."""
+    """The paths of which no name is held out; further names of theirs are in left_out. ValueError if there are none."""
     others = [path for path in left_out if held_out(path, config) and os.path.exists(path)]
     kept = [path for path in paths if not held_out(path, config)]
     if others:
@@ -205,8 +205,8 @@ def usable_slides(key, found, config, open_one, also=()):
         return np.array(rows, np.uint32), (doubles, refused)
 
     inputs = [wsi.__file__, *filter(None, [config["mpp_table"]]), *found, *also]
-    keys = "holdout", "patient", *SCALE_KEYS
-    rows, (doubles, refused) = shared_table(key, inputs, config, np.uint32, build, keys, lambda names: "" in reasons_of(names[1]))
+    rows, (doubles, refused) = shared_table(key, inputs, config, np.uint32, build, ("holdout", "patient", *SCALE_KEYS),
+                                            lambda names: "" in reasons_of(names[1]))
     return rows, doubles, refused
 
 
@@ -216,8 +216,8 @@ def shared_table(kind, inputs, config, dtype, build, keys=("holdout", "patient")
 
     The first rank of each node builds the table while the others wait; the page cache then holds one copy for all. The
     file lies in the temporary folder (TMPDIR) and may be deleted between runs. A digest of what it was made from, files
-    and keys, is in its name, so that an outdated one is never used; nor is one whose names outdated() says to be so.
-    Raises ValueError if it is empty.
+    and keys, is in its name, so that an outdated one is never used; outdated(names) tells what these do not. Raises
+    ValueError if it is empty.
     """
     import torch.distributed as dist
     about = repr((dtype, [config[key] for key in keys], [listing.state_of(path) for path in inputs]))

@@ -307,7 +307,8 @@ def from_timm(path, tensors):
     told = {ours: value for ours, value in (("num_heads", heads), ("norm_eps", stated.get("norm_eps"))) if value}
     needed = "silu" if like.ffn == "swiglu" else "gelu"
     if (stated.get("act_layer") or needed).lower() != needed:
-        raise ValueError(f"{path}: config.json states act_layer = {stated['act_layer']}, but these weights need {needed}")
+        raise ValueError(f"{path}: config.json states act_layer = {stated['act_layer']}, but these weights need "
+                         f"{needed}")
     if "pos_embed" in state:
         join_positions(path, state)
         told |= {"pos_antialias": True, "pos_offset": 0.0}

@@ -710,8 +710,8 @@ def test_a_tiff_whose_first_page_is_not_the_largest_is_refused(sides, tmp_path):
 def test_a_tiff_of_signed_numbers_or_more_channels_is_refused(shape, keys, tmp_path):
     tifffile = pytest.importorskip("tifffile")
     kind, form = (np.uint8, "rgb") if keys else (np.int8, "minisblack")
-    tifffile.imwrite(tmp_path / "a.tif", np.ones(shape, kind), photometric=form, planarconfig="contig" if keys else None,
-                     **keys)
+    plan = "contig" if keys else None
+    tifffile.imwrite(tmp_path / "a.tif", np.ones(shape, kind), photometric=form, planarconfig=plan, **keys)
     with pytest.raises(OSError, match="a: ValueError: . channels of SampleFormat"):
         sources.decode(tmp_path / "a.tif", "a")
 

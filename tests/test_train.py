@@ -18,8 +18,8 @@ from conftest import ROOT
 import data
 import eval_bach
 import model
-import sources
 import sharding
+import sources
 
 SHARED = ROOT.parent / "shared" / "data"
 model.ARCHS["tiny"] = model.replace(model.ARCHS["toy"], embed_dim=32, depth=2, num_heads=1, ffn_hidden=128)

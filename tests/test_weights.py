@@ -38,7 +38,7 @@ HUGGING_FACE = {
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    """Meta's files tell no heads, so the tiny ones need models of their width and MLP in ARCHS, as the real ones have."""
+    """Meta's files tell no heads, so the tiny ones need a model of their width and MLP in ARCHS, as real ones have."""
     for ffn in ("mlp", "swiglu"):
         monkeypatch.setitem(ARCHS, f"small_{ffn}", replace(V2, ffn=ffn, depth=99))
 
