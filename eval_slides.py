@@ -237,7 +237,7 @@ def find_images(image_dir):
     if not os.path.isdir(image_dir):
         raise ValueError(f"image_dir={image_dir}: no such folder")
     unread = {}
-    folders = [os.path.basename(path) for path, is_folder, _ in listing.scan(image_dir, unread) if is_folder]
+    folders = [os.path.basename(path) for path, is_folder, *_ in listing.scan(image_dir, unread) if is_folder]
     classes = sorted(name for name in folders if name != "__MACOSX")
     if len(classes) < 2:
         raise ValueError(f"image_dir={image_dir}: {' '.join(classes) or 'nothing'} as class folders; put the images of "
@@ -246,7 +246,7 @@ def find_images(image_dir):
     for label, name in enumerate(classes):
         folder = os.path.join(image_dir, name)
         entries = listing.scan(folder, unread)
-        if nested := [path for path, is_folder, _ in entries if is_folder]:
+        if nested := [path for path, is_folder, *_ in entries if is_folder]:
             raise ValueError(f"{nested[0]}: a folder in a class folder would be left out; move its images up")
         names = [os.path.basename(path) for path, *_ in entries if path.lower().endswith(TYPES)]
         for path, reason in unread.items():  # fewer images are another number

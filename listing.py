@@ -4,10 +4,11 @@ Which files a key names: a folder, whose whole tree is meant, or a pattern. And 
     slides/*.svs          * ? and [abc] stand for a part of a name
     slides/**/*.svs       ** stands for any folders, also none
 
-Links are followed, also in a circle. A file that several names lead to counts once. Hidden files and folders, such as
-._a.svs or .snapshot, count only where the pattern names the dot. What should have been there and cannot be used is
-named with a reason: links that lead nowhere, folders that may not be read, names that are not UTF-8.
+Links are followed, also in a circle. A file that several names lead to counts once, hard links too. Hidden files and
+folders, such as ._a.svs or .snapshot, count only where the pattern names the dot. What should have been there and
+cannot be used is named with a reason: links that lead nowhere, folders that may not be read, names that are not UTF-8.
 """
+import collections
 import csv
 import fnmatch
 import glob
@@ -53,7 +54,7 @@ def find(pattern, key, endings=("",)):
 
 
 def walk(parts, left_out):
-    """Yields (path, its real path) of the files that a pattern names, given as its parts between slashes."""
+    """Yields (path, its real path, inode) of the files that a pattern names, given as its parts between slashes."""
     folders = [""]
     if not parts[0]:  # an absolute path
         folders, parts = ["/"], parts[1:]
@@ -63,17 +64,17 @@ def walk(parts, left_out):
         folders = [below for folder in folders for below in step(folder, part, left_out)]
     for folder in folders:
         real = os.path.realpath(folder)
-        for path, is_folder, is_link in matches(folder, parts[-1], left_out):
+        for path, is_folder, is_link, inode in matches(folder, parts[-1], left_out):
             if not is_folder:
                 name = os.path.basename(path)
-                yield path, os.path.realpath(path) if is_link else os.path.join(real, name)
+                yield path, os.path.realpath(path) if is_link else os.path.join(real, name), inode
 
 
 def step(folder, part, left_out):
     """The folders that one part of a pattern leads to."""
     if part == "**":
         return tree(folder, left_out)
-    return [path for path, is_folder, _ in matches(folder, part, left_out) if is_folder]
+    return [path for path, is_folder, *_ in matches(folder, part, left_out) if is_folder]
 
 
 def tree(folder, left_out):
@@ -89,18 +90,18 @@ def tree(folder, left_out):
 
 
 def matches(folder, part, left_out):
-    """[(path, whether it is a folder, whether it is a link)] of what a part other than ** names in a folder."""
+    """[(path, whether it is a folder, whether it is a link, inode)] of what a part other than ** names in a folder."""
     path = os.path.join(folder, part)
     there = os.path.lexists(path)
     if there and "[" in part or not glob.has_magic(part):  # a folder may really be called batch[1]
         kind = there and kind_of(path, left_out)
-        return [(path, kind == stat.S_IFDIR, os.path.islink(path))] if kind else []
+        return [(path, kind == stat.S_IFDIR, os.path.islink(path), os.stat(path).st_ino)] if kind else []
     items = scan(folder, left_out, part[0] == ".")
     return [item for item in items if fnmatch.fnmatchcase(os.path.basename(item[0]), part)]
 
 
 def scan(folder, left_out, hidden=False):
-    """[(path, whether it is a folder, whether it is a link)] of the files and folders in a folder, links followed."""
+    """[(path, whether it is a folder, whether it is a link, inode)] of what is in a folder, links followed."""
     found = []
     try:
         with os.scandir(folder or ".") as entries:
@@ -115,7 +116,8 @@ def scan(folder, left_out, hidden=False):
         if printable(path) != path:
             left_out[printable(path)] = "its name is not UTF-8; rename it"
         elif kind:
-            found.append((path, kind == stat.S_IFDIR, entry.is_symlink()))
+            inode = entry.inode() if plain else entry.stat().st_ino
+            found.append((path, kind == stat.S_IFDIR, entry.is_symlink(), inode))
     return found
 
 
@@ -131,9 +133,13 @@ def kind_of(path, left_out):
 
 
 def once(found, left_out):
-    """Sorted paths of (path, real path), each real one once; the others are left out."""
-    first = {}
-    for path, real in sorted(found):
+    """Sorted paths of (path, real path, inode), each file once; the others are left out. Hard links have real paths of
+    their own; only where an inode comes twice is the file system asked."""
+    first, count = {}, collections.Counter(inode for *_, inode in found)
+    for path, real, inode in sorted(found):
+        state = os.stat(real) if count[inode] > 1 else None
+        if state and state.st_nlink > 1:
+            real = state.st_dev, state.st_ino
         if first.setdefault(real, path) != path:
             left_out[path] = f"the same file as {first[real]}"
     return sorted(first.values())

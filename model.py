@@ -724,8 +724,8 @@ def load_backbone(path, arch=None):
     """
     Read a tile encoder: a ViT on the CPU in fp32. The file may be a released DINOv2 or DINOv3, this project's
     {"teacher": ...} or one in Hugging Face's or timm's layout (docs/weights.md lists them). The architecture is
-    inferred from the tensors. `arch`, a name in ARCHS or a ViTConfig, is a check, and needed only where tensors do not
-    tell it (heads whose width is not 64). Raises ValueError, naming the file, if it is missing or does not fit.
+    inferred from the tensors. `arch`, a name in ARCHS or a ViTConfig, is a check, and needed only where nothing tells
+    it (heads of sizes that are not in ARCHS). Raises ValueError, naming the file, if it is missing or does not fit.
     """
     state, arch = open_weights(path, arch)
     with torch.device("meta"):
@@ -816,6 +816,9 @@ def fitting_arch(path, state, asked, told):
     if "pos_embed" in state:
         told = told | {"pos_grid": math.isqrt(state["pos_embed"].shape[1] - 1)}
     arch = replace(arch, **told)
+    if not arch.num_heads:
+        raise ValueError(f"{path}: nothing tells its number of heads, as no model in model.ARCHS has its width and "
+                         "MLP; state arch=...")
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in ViT(arch).state_dict().items()}
     found = {name: tuple(t.shape) for name, t in state.items()}
@@ -845,7 +848,8 @@ def looks_like(arch):
 
 
 def infer_arch(path, state):
-    """The ViTConfig that names and shapes imply; what they do not tell is as in the family's models."""
+    """The ViTConfig that names and shapes imply; what they do not tell is as in the family's models. num_heads is None
+    where neither RoPE's periods nor a model in ARCHS of the same width and MLP tell it."""
     swiglu = "blocks.0.mlp.w3.weight" in state
     down = state.get(f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight")  # (D, hidden)
     patches = state.get("patch_embed.proj.weight")  # (D, C, P, P)
@@ -865,13 +869,8 @@ def infer_arch(path, state):
         ffn="swiglu" if swiglu else "mlp", ffn_hidden=hidden,
         qkv_bias=any(name.endswith("qkv.bias") for name in state),
         local_cls_norm="local_cls_norm.weight" in state)
-    heads = known_heads(arch) or max(D // 64, 1)
+    known = of_sizes(arch, ("embed_dim", "ffn", "ffn_hidden"))
+    heads = ARCHS[known[0]].num_heads if known else None
     if "rope_embed.periods" in state:
         heads = D // len(state["rope_embed.periods"]) // 4
     return replace(arch, num_heads=heads)
-
-
-def known_heads(arch):
-    """The heads of the architecture in ARCHS with the width and MLP of `arch`; None if there is none."""
-    names = of_sizes(arch, ("embed_dim", "ffn", "ffn_hidden"))
-    return ARCHS[names[0]].num_heads if names else None

@@ -35,7 +35,7 @@ CLIP = 5.0  # standard deviations
 def files_of(folder):
     """{slide: path} of the features in a folder. Raises ValueError if there are none."""
     left_out = {}
-    paths = [path for path, is_folder, _ in listing.scan(folder, left_out) if path.endswith((".h5", ".npz"))]
+    paths = [path for path, is_folder, *_ in listing.scan(folder, left_out) if path.endswith((".h5", ".npz"))]
     for path, reason in left_out.items():  # a slide less would be another set
         raise ValueError(f"features: {path}: {reason}")
     if not paths:

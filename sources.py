@@ -96,12 +96,22 @@ def held_out(path, config):
     return config["holdout"] > 0 and wsi.held_out(wsi.patient_of(path, config["patient"]), config["holdout"])
 
 
-def training_files(paths, config, kind):
-    """The paths that are not held out. Raises ValueError if there are none."""
+def training_files(paths, config, kind, left_out):
+    """The paths of which no name is held out; further names of theirs are in left_out. ValueError if there are none."""
+    others = [path for path in left_out if held_out(path, config) and os.path.exists(path)]
     kept = [path for path in paths if not held_out(path, config)]
+    if others:
+        held = {place_of(path) for path in others}
+        kept = [path for path in kept if not os.path.exists(path) or place_of(path) not in held]
     if not kept:
         raise ValueError(f"{kind}: holdout = {config['holdout']} leaves none of {len(paths)} files")
     return kept
+
+
+def place_of(path):
+    """What all names of a file share."""
+    state = os.stat(path)
+    return state.st_dev, state.st_ino
 
 
 def listed(paths):
@@ -120,10 +130,15 @@ def decode(file, name):
             bits = image.tag_v2.get(258, 1) if image.format == "TIFF" else 8  # pillow keeps the upper 8 of 16
             if image.mode[0] in "IF" or np.max(bits) > 8 or ";16" in str(image.tile):
                 raise ValueError(f"{image.mode} pixels of more than 8 bits per channel; save it with 8")
+            if image.format == "TIFF":
+                samples, kinds = image.tag_v2.get(277, 1), image.tag_v2.get(339, 1)  # 1: unsigned
+                if samples > 4 or np.any(np.not_equal(kinds, 1)):
+                    raise ValueError(f"{samples} channels of SampleFormat {kinds}; save 3 of unsigned numbers")
             size, frames = image.size, getattr(image, "n_frames", 1)
-            image.seek(min(frames - 1, 1))
-            if frames > 1 and image.size == size:  # smaller ones are a pyramid's
-                raise ValueError(f"{frames} images of one size; save each alone")
+            for page in range(1, frames):  # smaller ones are a pyramid's
+                image.seek(page)
+                if math.prod(image.size) >= math.prod(size):
+                    raise ValueError(f"{frames} images of one size, or the first is not the largest; save each alone")
             image.seek(0)
             if image.has_transparency_data:  # saved from read_region: outside the slide is white, not black
                 white = Image.new("RGBA", size, "white")
@@ -154,12 +169,14 @@ def keep_open(open_one, size):
     return opened
 
 
-def usable_slides(key, found, config, open_one):
+def usable_slides(key, found, config, open_one, also=()):
     """
-    (numbers of the files that are slides to train on, {path: why another one is left out}).
+    (numbers of the files that are slides to train on, {path: the one whose slide it is}, {path: why it is refused}).
+    `also` holds further names of these files.
 
     All are opened, 16 at a time; that takes 4 to 9 ms per slide from a local disk. So the run knows what it can use,
-    and its list is the same on all ranks. One whose disk is away for a moment is tried again when it is drawn.
+    and its list is the same on all ranks. One whose disk is away for a moment is tried again when it is drawn. The
+    refused ones are opened again at each start: their remedy may be a file beside them, which the table does not know.
     """
     def reason(path):
         if listing.printable(path) != path:
@@ -171,29 +188,36 @@ def usable_slides(key, found, config, open_one):
             return "" if away else str(e)
         return ""
 
-    def build():
-        left_out = {}
-        slides = training_files(wsi.one_each(found, left_out) if key == "slides" else found, config, key)
+    def reasons_of(paths):
         with ThreadPoolExecutor(wsi.OPENERS) as pool:
-            reasons = dict(zip(slides, pool.map(reason, slides)))
-        left_out |= {listing.printable(path): text for path, text in reasons.items() if text}
+            return list(pool.map(reason, paths))
+
+    def build():
+        doubles = {}
+        each = wsi.one_each(found, doubles) if key == "slides" else found
+        slides = training_files(each, config, key, [*also, *doubles])
+        reasons = dict(zip(slides, reasons_of(slides)))
+        refused = {listing.printable(path): text for path, text in reasons.items() if text}
         rows = [i for i, path in enumerate(found) if reasons.get(path) == ""]
         if not rows:
             text = reasons[slides[0]]
             raise ValueError(f"{key}: none of {len(slides)} can be used (give --tiles=FOLDER for tiles): {text}")
-        return np.array(rows, np.uint32), left_out
+        return np.array(rows, np.uint32), (doubles, refused)
 
-    inputs = [wsi.__file__, *filter(None, [config["mpp_table"]]), *found]
-    return shared_table(key, inputs, config, np.uint32, build, ("holdout", "patient", *SCALE_KEYS))
+    inputs = [wsi.__file__, *filter(None, [config["mpp_table"]]), *found, *also]
+    rows, (doubles, refused) = shared_table(key, inputs, config, np.uint32, build, ("holdout", "patient", *SCALE_KEYS),
+                                            lambda names: "" in reasons_of(names[1]))
+    return rows, doubles, refused
 
 
-def shared_table(kind, inputs, config, dtype, build, keys=("holdout", "patient")):
+def shared_table(kind, inputs, config, dtype, build, keys=("holdout", "patient"), outdated=lambda names: False):
     """
     What build() returns: (rows, names), an array of `dtype` that is mapped from a file, and a JSON value.
 
     The first rank of each node builds the table while the others wait; the page cache then holds one copy for all. The
     file lies in the temporary folder (TMPDIR) and may be deleted between runs. A digest of what it was made from, files
-    and keys, is in its name, so that an outdated one is never used. Raises ValueError if it is empty.
+    and keys, is in its name, so that an outdated one is never used; outdated(names) tells what these do not. Raises
+    ValueError if it is empty.
     """
     import torch.distributed as dist
     about = repr((dtype, [config[key] for key in keys], [listing.state_of(path) for path in inputs]))
@@ -202,7 +226,8 @@ def shared_table(kind, inputs, config, dtype, build, keys=("holdout", "patient")
     rows_file = folder / f"{kind}-{digest}.npy"
     names_file = rows_file.with_suffix(".json")
     builder = not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
-    if builder and not (rows_file.is_file() and names_file.is_file()):
+    there = rows_file.is_file() and names_file.is_file()
+    if builder and (not there or outdated(json.loads(names_file.read_text()))):
         rows, names = build()
         if not len(rows):
             raise ValueError(f"{kind}: no tile to train on: nothing is there or finished, or every patient is held out")
@@ -229,10 +254,11 @@ class Slides:
     def __init__(self, pattern, config):
         self.config = config
         self.found, self.left_out = listing.find(pattern, "slides")
-        rows, unusable = usable_slides("slides", self.found, config, self.open)
+        rows, doubles, refused = usable_slides("slides", self.found, config, self.open, list(self.left_out))
         self.paths = [self.found[i] for i in rows]
-        self.left_out |= unusable
+        self.left_out |= doubles | refused
         self.about = f"{len(self.paths):,} of {len(self.found):,} slides ({listed(self.paths)})"
+        self.found = [path for path in self.found if path not in doubles]
         self.visit = keep_open(self.open_with_tissue, config["open_slides"])
 
     def open(self, path):
@@ -297,7 +323,7 @@ class SampleList:
     def __init__(self, file, config):
         self.file, self.config = file, config
         self.table, self.found = shared_table("sample_list", [file], config, self.ROW, self.parse)
-        used, self.left_out = usable_slides("sample_list", self.found, config, self.open)
+        used, _, self.left_out = usable_slides("sample_list", self.found, config, self.open)
         of_used = np.isin(self.table["slide"], used)
         if not of_used.all():
             inputs = [self.table.filename, used.filename]
@@ -361,7 +387,7 @@ class Tiles:
             if not re.search(config["patient"], os.path.basename(path)):  # each tile would be its own patient
                 raise ValueError(f"tiles: holdout needs patients, but the name of {path} has none: rename the tiles, "
                                  "or find the patient with --patient=REGEX")
-        self.config, self.paths = config, training_files(found, config, "tiles")
+        self.config, self.paths = config, training_files(found, config, "tiles", self.left_out)
         self.size = len(self.paths)
         self.about = f"{self.size:,} of {len(found):,} tiles in a folder ({listed(self.paths)})"
 
@@ -534,7 +560,10 @@ class Mix:
             if not fits:
                 raise ValueError(f"mix: {entry!r} is not (one of {', '.join(SOURCES)}; its path; a weight above 0)")
             own = {**config, "seed": config["seed"] + 1000 * i}  # two sources of slides would draw alike
-            self.sources.append(SOURCES[kind](path, own))
+            try:
+                self.sources.append(SOURCES[kind](path, own))
+            except ValueError as e:
+                raise ValueError(f"mix: {e}") from None
             weights.append(weight)
         self.left_out = {}
         for source in self.sources:

@@ -416,7 +416,8 @@ for step in range(progress["step"], max_steps):
     batch = next(batches)
     clock["data"] += time.time() - waited
     if "global_crops" not in batch:
-        stop("a tile could not be replaced, every draw failed:\n" + "\n".join(dict.fromkeys(batch["bad"])))
+        of_file = {message.split(": ")[0]: message for message in batch["bad"]}
+        stop("a tile could not be replaced, every draw failed:\n" + "\n".join(of_file.values()))
     crops = [data.augment(batch["global_crops"], batch["global_colour"], config, dev)]  # (2B, 3, S, S)
     if local_crops:
         crops.append(data.augment(batch["local_crops"], batch["local_colour"], config, dev))  # (L*B, 3, s, s)

@@ -44,6 +44,7 @@ MAX_MASK_CELLS = 1e8     # a 25 x 75 mm slide has 3e7 cells of 8 um, so more mea
 MARGIN = 6               # px read around a region to invert the interpolation: at 2x e <= 1/4, and (1/3)^7 is nothing
 BLOCK = 1200             # px of a level: tiles of a square of this side are read one after the other
 CACHE = 32 << 20         # bytes of decoded tiles per process; a tile needs 2 MB
+DAMAGED = -2             # in place of a correlation
 STRIP = 32               # rows sharpened at a time, so that their float copies stay in the cache
 
 TISSUE = {               # how the tissue mask is made; edit it here
@@ -406,25 +407,31 @@ class Slide:
                 continue
             points = [self.random_point(rng) if tissue else rng.random(2) * self.dimensions for _ in range(places)]
             likeness = [self._likeness(point, level, finer) for point in points]
-            likeness = np.median([value for value in likeness if value is not None] or [1])
-            if likeness < 0.5:
-                self._leave_out(level, f"does not show what level {finer} shows (median correlation {likeness:.2f})")
+            median = np.median([value for value in likeness if value not in (None, DAMAGED)] or [1])
+            if set(likeness) == {DAMAGED}:
+                self._leave_out(level, f"cannot be read at any of {places} places")
+            elif median < 0.5:
+                self._leave_out(level, f"does not show what level {finer} shows (median correlation {median:.2f})")
             else:
                 finer = level
         return len(self.left_out) > known
 
     def _likeness(self, point, level, finer):
-        """Correlation of a level's gray, around a level-0 point, with a finer level; None where flat or damaged."""
+        """Correlation of a level's gray, around a level-0 point, with a finer level; DAMAGED where the level cannot be
+        read, None where it is flat or the finer one cannot be read."""
         scale, dimensions = self.level_scale[level], self._inside[level]
         side = min(96, *dimensions)
         corner = np.rint(point / scale - side / 2)
         corner = np.clip(corner, 0, np.subtract(dimensions, side)).astype(int)  # inside, because all edges look alike
         extent = side * scale / self.level_scale[finer]
+        coarse = None
         try:
             coarse = self._stored(corner, np.array((side, side)), level)
             fine = self._region(corner * scale, extent, finer)
+        except Unreachable:
+            raise  # nothing of it is damaged
         except SlideError:
-            return None
+            return DAMAGED if coarse is None else None
         images = [Image.fromarray(pixels).convert("L") for pixels in (coarse, _shrink(fine, side, extent))]
         blur = ImageFilter.BoxBlur(2)  # because some pyramids are shifted by a pixel
         a, b = (np.asarray(image.filter(blur), float) for image in images)
@@ -597,7 +604,7 @@ def _is_tissue_colour(thumbnail, rule):
     """bool (h, w): more saturated than glass, and neither ink nor dark (fluorescence, black ink, the slide's edge)."""
     blurred = Image.fromarray(thumbnail).filter(ImageFilter.BoxBlur(1))
     hue, saturation, value = map(np.asarray, blurred.convert("HSV").split())
-    tissue = (saturation > _threshold(saturation, rule)) & (value > rule["value"])
+    tissue = (saturation > _threshold(saturation[value < 255], rule)) & (value > rule["value"])  # 255: not scanned
     if rule["hue"]:
         tissue &= hue >= 127
     if rule["ink"]:
@@ -616,8 +623,8 @@ def _threshold(saturation, rule):
     threshold = int(np.clip(_otsu(count), low, high))
     above = count[threshold + 1:].cumsum()
     tenth, nine_tenths = threshold + 1 + np.searchsorted(above, above[-1] * np.array((0.1, 0.9)))
-    below = count[1:threshold + 1]  # without 0, the saturation of what was not scanned
-    glass = below @ np.arange(1, threshold + 1) / max(below.sum(), 1)
+    below = count[:threshold + 1]
+    glass = below @ np.arange(threshold + 1) / max(below.sum(), 1)
     apart = below.sum() > above[-1] / 10 and tenth - glass >= rule["alike"]
     alike = nine_tenths - tenth < rule["alike"]
     return high if alike and not apart else threshold

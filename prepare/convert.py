@@ -245,11 +245,16 @@ def released(path, state, arch):
         state, told, rope = from_hugging_face(path, state)
     else:
         state, told, rope = from_timm(path, state)
-    told |= {"num_heads": arch.num_heads} if arch and "num_heads" not in told else {}
-    if "num_heads" not in told:
-        raise ValueError(f"{path}: no config.json beside it, which tells the heads; put it there or state arch=...")
+    told["num_heads"] = told.get("num_heads") or arch and arch.num_heads
+    if not told["num_heads"]:
+        beside = "a config.json without heads" if read_json(path, "config.json") else "no config.json"
+        raise ValueError(f"{path}: {beside} beside it, which tells the heads; put it there or state arch=...")
+    width = state["cls_token"].shape[-1]
+    if width % told["num_heads"]:
+        raise ValueError(f"{path}: {told['num_heads']} heads do not divide the width of {width}; is its config.json "
+                         "another model's?")
     if rope and "rope_embed.periods" not in state:
-        like = model.replace(arch or model.ViTConfig(), embed_dim=state["cls_token"].shape[-1], **told)
+        like = model.replace(arch or model.ViTConfig(), embed_dim=width, **told)
         state["rope_embed.periods"] = model.rope_periods(like)  # in no file; Meta's are rounded to bf16
     if arch and arch.local_cls_norm:  # for training only, and in no file; it starts as the final norm
         state |= {f"local_cls_{name}": state[name].clone() for name in ("norm.weight", "norm.bias")}
@@ -296,10 +301,14 @@ def from_timm(path, tensors):
     if {"register_tokens", "storage_tokens", "blocks.0.mlp.w12.weight"} & tensors.keys():  # Meta's
         return state, {"num_heads": like.num_heads}, False
     stated = read_json(path, "config.json").get("model_args", {})
-    heads = stated.get("num_heads") or model.known_heads(like)
+    heads = stated.get("num_heads") or like.num_heads
     if stated.get("embed_dim", D) != D or D % (heads or 1):
         raise ValueError(f"{path}: the config.json beside it is another model's, as these weights are {D} wide")
-    told = {"num_heads": heads} if heads else {}
+    told = {ours: value for ours, value in (("num_heads", heads), ("norm_eps", stated.get("norm_eps"))) if value}
+    needed = "silu" if like.ffn == "swiglu" else "gelu"
+    if (stated.get("act_layer") or needed).lower() != needed:
+        raise ValueError(f"{path}: config.json states act_layer = {stated['act_layer']}, but these weights need "
+                         f"{needed}")
     if "pos_embed" in state:
         join_positions(path, state)
         told |= {"pos_antialias": True, "pos_offset": 0.0}

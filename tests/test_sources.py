@@ -361,7 +361,8 @@ def test_unusable_slides_before_the_first_sound_one_are_passed_over(slides):
     source = open_source(slides=f"{slides}/*.svs")
     assert len(source.paths) == 3 and len(source.left_out) == 25 and not errors_of(source, range(40))
     FakeSlide.tried = []
-    assert open_source(slides=f"{slides}/*.svs").left_out == source.left_out and not FakeSlide.tried, "kept in a table"
+    assert open_source(slides=f"{slides}/*.svs").left_out == source.left_out
+    assert set(FakeSlide.tried) == source.left_out.keys(), "the others are kept in a table"
 
 
 def test_the_scale_of_a_slide_may_be_stated_in_a_table_or_trusted(slides, tmp_path):
@@ -394,6 +395,42 @@ def test_rows_of_a_table_that_match_no_slide_or_disagree_are_said(slides):
     assert source.paths == [f"{slides}/a.svs", f"{slides}/c.svs"] and FakeSlide.keys[source.paths[0]][0] == 0.25
     assert source.left_out == {table: "2 of 6 rows match no slide, such as 'C'", f"{slides}/b.svs":
         f"{slides}/b.svs: mpp_table={table} has rows that disagree: [0.25, 0.5] um/px"}
+
+
+def test_a_refused_slide_is_opened_again_at_each_start(slides, monkeypatch):
+    """The bug: its remedy was a file beside it, so the table of verdicts stayed."""
+    opened, whole = [], wsi.open_slide
+
+    def open_slide(path, config):
+        opened.append(path)
+        if path.endswith("b.svs") and len(opened) <= 3:
+            raise wsi.SlideError("without its folder")
+        return whole(path, config)
+
+    monkeypatch.setattr(wsi, "open_slide", open_slide)
+    assert [len(open_source(slides=f"{slides}/*.svs").paths) for _ in range(3)] == [2, 3, 3]
+    assert len(opened) == 3 + 1 + 3, "of a table whose verdicts hold, only the refused"
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+@pytest.mark.parametrize("kind", ["tiles", "slides"])
+def test_a_file_counts_once_and_is_held_out_by_any_of_its_names(kind, link, slides, tmp_path):
+    (train, *_), (held, *_) = patients()
+    folder, end = tmp_path / "f", "svs" if kind == "slides" else "png"
+    write_folder(folder, [f"{train}_1.{end}", f"{train}_3.{end}"])
+    link(folder / f"{train}_1.{end}", folder / f"{train}_2.{end}")
+    named = str(folder) if kind == "tiles" else f"{folder}/*.svs"
+    source = open_source(**{kind: named}, holdout=0.5)
+    assert len(source.paths) == 2 and "same" in source.left_out[f"{folder}/{train}_2.{end}"]
+    link(folder / f"{train}_1.{end}", folder / f"Z_{held}.{end}")
+    assert open_source(**{kind: named}, holdout=0.5).paths == [f"{folder}/{train}_3.{end}"]
+
+
+def test_a_row_for_another_name_of_a_slide_is_said(slides):
+    os.link(slides / "a.svs", slides / "d.svs")
+    (slides / "mpp.csv").write_text("slide,mpp\nb.svs,0.5\nd.svs,0.5\n")
+    source = open_source(slides=f"{slides}/*.svs", mpp_table=f"{slides}/mpp.csv")
+    assert "1 of 2 rows match no slide, such as 'd.svs'" in source.left_out[f"{slides}/mpp.csv"]
 
 
 def test_slides_of_no_use_are_left_out_of_a_list_at_the_start(slides, tmp_path, monkeypatch):
@@ -657,6 +694,28 @@ def test_an_image_of_another_format_or_of_several_pictures_is_refused_by_any_nam
             sources.decode(tmp_path / "a.png", "a")
 
 
+@pytest.mark.parametrize("sides", [(12, 24), (24, 12, 24), (24, 12, 6)])
+def test_a_tiff_whose_first_page_is_not_the_largest_is_refused(sides, tmp_path):
+    """The bug: a thumbnail before the picture stood for it."""
+    first, *others = [Image.fromarray(noise(i, side)) for i, side in enumerate(sides)]
+    first.save(tmp_path / "a.tif", append_images=others, save_all=True)
+    if sides == (24, 12, 6):
+        assert np.array_equal(sources.decode(tmp_path / "a.tif", "a"), noise(0))
+    else:
+        with pytest.raises(OSError, match="a: ValueError: . images of one size, or the first is not the largest"):
+            sources.decode(tmp_path / "a.tif", "a")
+
+
+@pytest.mark.parametrize("shape, keys", [((8, 8, 5), {"extrasamples": (0, 0)}), ((8, 8), {})])
+def test_a_tiff_of_signed_numbers_or_more_channels_is_refused(shape, keys, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    kind, form = (np.uint8, "rgb") if keys else (np.int8, "minisblack")
+    plan = "contig" if keys else None
+    tifffile.imwrite(tmp_path / "a.tif", np.ones(shape, kind), photometric=form, planarconfig=plan, **keys)
+    with pytest.raises(OSError, match="a: ValueError: . channels of SampleFormat"):
+        sources.decode(tmp_path / "a.tif", "a")
+
+
 def test_a_ppm_of_16_bits_is_refused():
     pixels = np.random.default_rng(0).integers(0, 4096, (8, 8, 3)).astype(">u2").tobytes()
     with pytest.raises(OSError, match="a: UnidentifiedImageError: not a JPEG"):
@@ -880,6 +939,11 @@ def test_the_choice_of_a_source_does_not_choose_its_slides_or_their_mpp(slides):
 def test_a_mix_that_is_none_is_named(mix):
     with pytest.raises(ValueError, match="mix: .* is not .one of slides, .*; its path; a weight"):
         open_source(mix=mix)
+
+
+def test_an_empty_entry_of_a_mix_is_named_as_of_mix(tmp_path):
+    with one_line(f"mix: tiles: no file matches {tmp_path}"):
+        open_source(mix=(("tiles", str(tmp_path), 1.0),))
 
 
 @pytest.mark.parametrize("keys, message", [

@@ -109,6 +109,15 @@ def test_a_config_of_another_model_and_damaged_tensors_are_named(recorded, tmp_p
             model.load_backbone(write(tmp_path, tensors | table, config))
 
 
+def test_what_a_config_states_of_activation_and_norm_counts(recorded, tmp_path):
+    name, tensors, config, _ = recorded
+    args = config["model_args"]
+    vit = model.load_backbone(write(tmp_path, tensors, config | {"model_args": args | {"norm_eps": 1e-3}}))
+    assert vit.arch.norm_eps == 1e-3
+    with one_line("config.json states act_layer = relu, but these weights need (gelu|silu)"):
+        model.load_backbone(write(tmp_path, tensors, config | {"model_args": args | {"act_layer": "relu"}}))
+
+
 def test_a_converted_file_and_the_start_of_training_are_timms(recorded, tmp_path, script):
     name, tensors, config, outputs = recorded
     folder, out = write(tmp_path / name, tensors, config), tmp_path / "w.pth"

@@ -493,6 +493,14 @@ def test_too_many_unreadable_tiles_stop_the_run_with_their_list(tiles, tmp_path,
     assert rows(tmp_path / "a")[-1]["bad_tiles"] == 3, "a resumed run remembers them"
 
 
+def test_when_every_draw_fails_each_file_is_named_once(tiles, tmp_path, monkeypatch):
+    def read(self, n, attempt=0):
+        raise OSError(f"a.tar: tile x={n} y={attempt}: damaged")
+    monkeypatch.setattr(sources.Tiles, "read", read)
+    message = refused(monkeypatch, flags(tiles=tiles, workers=0, out_dir=tmp_path / "a"))
+    assert "every draw failed:\na.tar: " in message and message.count("damaged") == 1
+
+
 def test_the_bach_curve_starts_at_step_0(tiles, bach_template, tmp_path, monkeypatch):
     quick_bach(monkeypatch.setattr, gray=False)
     keys = dict(tiles=tiles, max_steps=3, eval_interval=2, bach_dir=bach_template)

@@ -36,6 +36,13 @@ HUGGING_FACE = {
     "dinov3_7b": ("DINOv3ViT", {**SMALL3, **GATED, "num_attention_heads": 1, "query_bias": False, "value_bias": False})}
 
 
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """Meta's files tell no heads, so the tiny ones need a model of their width and MLP in ARCHS, as real ones have."""
+    for ffn in ("mlp", "swiglu"):
+        monkeypatch.setitem(ARCHS, f"small_{ffn}", replace(V2, ffn=ffn, depth=99))
+
+
 @torch.no_grad()
 def fill(net, seed=0):
     """Random weights with which every tensor shows in the outputs: no zeros, layer-scale and norms around 1."""
@@ -76,6 +83,15 @@ def test_metas_files_load_without_being_told_the_architecture(name, tmp_path):
     assert replace(loaded.arch, pos_grid=0) == replace(vit.arch, pos_grid=0)
     same(loaded, vit)
     assert model.stored_norm(path) == model.NORMS["imagenet"]
+
+
+@pytest.mark.parametrize("without", [(), ("mask_token",)])  # then its names may be timm's as well
+def test_heads_that_nothing_tells_are_asked_for_and_not_guessed(without, tmp_path):
+    vit = released(replace(V2, embed_dim=320, num_heads=4, registers=4))
+    path = save(tmp_path / "w.pth", {k: v for k, v in vit.state_dict().items() if k not in without})
+    with one_line(r"w\.pth: .* heads.* state arch="):
+        model.load_backbone(path)
+    assert model.load_backbone(path, vit.arch).arch.num_heads == 4
 
 
 @pytest.mark.parametrize("key", ["pos_embed", "norm.bias", "blocks.1.ls2.gamma", "rope_embed.periods",
@@ -589,8 +605,13 @@ def test_hugging_face_files_that_do_not_fit_are_refused_in_one_line(tmp_path, mo
         st.save_file(tensors, file)
         with one_line(f"{tmp_path}.*{part}"):
             model.load_backbone(tmp_path)
+    config = json.loads((write(tmp_path, vit) / "config.json").read_text())
+    for key, value, part in (("num_attention_heads", 5, "5 heads do not divide the width of 128"),
+                             ("num_attention_heads", 0, "a config.json without heads beside it")):
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        with one_line(f"{tmp_path}.*{part}"):
+            model.load_backbone(tmp_path)
     for key, value in (("hidden_size", 96), ("hidden_act", "relu")):
-        config = json.loads((write(tmp_path, vit) / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(ValueError, match=rf"config\.json states {key} = {value}"):
             model.load_backbone(tmp_path)

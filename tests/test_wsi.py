@@ -552,10 +552,11 @@ def test_tinted_glass_with_noise_has_no_tissue_and_keeps_what_lies_on_it(glass, 
         assert mask[42:78, 152:188].all() and mask.sum() < 3500 and not mask[:30].any()
 
 
-@pytest.mark.parametrize("spread", [0, 15])
-def test_pale_tissue_on_glass_is_found(spread):
+@pytest.mark.parametrize("spread, glass, noise", [(0, GLASS, 1), (15, GLASS, 1), (0, (244, 244, 244), 0)])
+def test_pale_tissue_on_glass_is_found(spread, glass, noise):
+    """The bug: even tissue on glass of saturation 0 had an empty mask, as that counted as not scanned."""
     rng = np.random.default_rng(0)
-    image = rng.normal(GLASS, 1, (200, 200, 3))
+    image = rng.normal(glass, noise, (200, 200, 3))
     image[50:150, 50:150] = (238, 218, 230) - rng.uniform(0, spread, (100, 1, 1)) * (0, 1, 0)
     mask = wsi._mask_of(np.uint8(image), (8, 8), wsi.TISSUE)
     assert mask[55:145, 55:145].all() and mask.sum() < 1.1 * 100 ** 2
@@ -678,6 +679,17 @@ def test_a_level_that_shows_something_else_is_found(tmp_path):
         slide = Slide(write_slide(tmp_path / "squeezed.tif", [image, squeezed], (0.5, 0.5)))
     assert slide._plan(64, 1.0)[0] == 0, "such a level is not read"
     assert slide.tissue_mask()[0].mean() > 0.9, "and costs no slide"
+
+
+def test_a_level_that_can_nowhere_be_read_is_left_out(tmp_path, damage):
+    """The bug: its mask was the whole slide, and every tile of its scale was unreadable."""
+    image = flat(GLASS, 1600)
+    image[200:700, 200:900] = texture(700, 500) // 2 + np.array(PINK) // 2
+    slide = Slide(write_slide(tmp_path / "a.tif", pyramid(image, 4), (0.5, 0.5)))
+    damage(lambda handle, at, level, size: level == 1)
+    with pytest.warns(match="a.tif: level 1 cannot be read at any of 5 places"):
+        assert slide.tissue_mask()[0].mean() < 0.2
+    assert slide._plan(64, 2.0)[0] == 0
 
 
 def test_the_mask_is_not_that_of_a_level_that_is_left_out_also_when_it_is_read_again(tmp_path):
