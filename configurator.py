@@ -156,7 +156,7 @@ def check(name, value, keys, source):
         stop(f"{source}: unknown key '{name}'{nearest(name, keys)}")
     default = keys[name]
     try:
-        return fit(value, default)
+        return fit(plain(value), default)
     except (ValueError, OverflowError) as e:
         hint = f"; {e}" if str(e) else ""
     if isinstance(default, tuple) and not isinstance(value, (tuple, list)):
@@ -174,10 +174,10 @@ def plain(value):
 def fit(value, default):
     """
     `value` in the type of `default`, an element of a tuple in that of the default's first; ValueError if it has
-    another. Only int -> float and list -> tuple are converted, and numpy's types. In text, which may be several paths
+    another. Only int -> float, list -> tuple and Path -> str are converted. In text, which may be several paths
     with commas between them, ~ is the home folder.
     """
-    kind, value = type(default), plain(value)
+    kind = type(default)
     if isinstance(value, os.PathLike):
         value = str(value)
     if kind is float and type(value) is int:

@@ -67,6 +67,7 @@ MIL = {
 BAG = 2048                      # places of a slide or case per training step
 # ----------------------------------------------------------------------------------------------------------------------
 TYPES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+ROLES = {2: "train and test", 3: "train, select and test"}  # of folds
 CONTEXT, RANDOM, SHUFFLED, RETRAINED = (f"raw, {kind}context" for kind in ("", "untrained ", "shuffled ", "retrained "))
 
 # ---- csv files ------------------------------------------------------------------------------------------------------
@@ -130,8 +131,8 @@ def stated_folds(path, rows, least):
                              "patient in one fold")
     numbers = sorted(set(folds))
     if len(numbers) < least:
-        raise ValueError(f"{path}: the folds are {numbers}; give at least {least} (to train, "
-                         f"{'select ' * (least > 2)}and test), or leave the column out")
+        raise ValueError(f"{path}: the folds are {numbers}; give at least {least} (to {ROLES[least]}), or leave "
+                         "the column out")
     return [numbers.index(fold) for fold in folds]
 
 
@@ -148,19 +149,19 @@ def find_folds(path, labels, classes, groups, stated, parts, seeds=(None,)):
     name = classes[counts.index(fewest)]
     if fewest < parts:
         raise ValueError(f"{path}: groups (patients) of class {name}: {fewest}; {parts} are needed, to "
-                         f"train{', select' * (parts > 2)} and test; add patients, or merge or drop the class")
+                         f"{ROLES[parts]}; add patients, or merge or drop the class")
     if stated is not None:
         drawn = torch.tensor([stated])
     else:
         if fewest < FOLDS:
             print(f"{path}: {fewest} folds, not {FOLDS}: class {name} has no more groups", flush=True)
         drawn = torch.stack([make_folds(labels, groups, min(fewest, FOLDS), seed) for seed in seeds])
-    every = set(range(len(classes)))
+    every, selects = set(range(len(classes))), " and the next one selects" if parts == 3 else ""
     for folds in drawn:
         for f, (train, _, _) in enumerate(splits(folds, parts)):
             if absent := every - set(labels[train].tolist()):
-                raise ValueError(f"{path}: when fold {f} (from 0) tests{' and the next one selects' * (parts > 2)}, "
-                                 f"nothing of class {classes[min(absent)]} is left to train on; give other folds")
+                raise ValueError(f"{path}: when fold {f} (from 0) tests{selects}, nothing of class "
+                                 f"{classes[min(absent)]} is left to train on; give other folds")
     return drawn
 
 

@@ -267,7 +267,7 @@ def read_names(path, known, say):
         else:
             unknown.append(line)
     if unknown:
-        some = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
+        some = ", ".join(unknown[:5] + ["..."] if len(unknown) > 5 else unknown)
         say(f"left out: {len(unknown)} names in {path} that no features have: {some}")
     if not names:
         raise ValueError(f"train_slides={path}: no slide that has features is listed in it")

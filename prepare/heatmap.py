@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import wsi
 from configurator import configure
 from places import open_features
+from prepare.report import scale_bar
 
 slide = ""         # the slide's file
 features = ""      # its file in a folder of prepare/features.py
@@ -113,7 +114,7 @@ def draw(thumbnail, extent, panels, chosen, label, side, out, title):
         if chosen is not None:
             corner = chosen - side / 2
             axis.add_patch(Rectangle(corner, side, side, fill=False, edgecolor="black", linewidth=2))
-        scale_bar(axis, width, height)
+        draw_scale_bar(axis, width, height)
         axis.set_title(name)
         axis.set_axis_off()
     figure.suptitle(title)
@@ -122,12 +123,10 @@ def draw(thumbnail, extent, panels, chosen, label, side, out, title):
     plt.close(figure)
 
 
-def scale_bar(axis, width, height):
+def draw_scale_bar(axis, width, height):
     """A bar of a round length, at most a quarter of the width, below the slide."""
-    power = 10 ** np.floor(np.log10(width / 4))
-    um = max(step * power for step in (1, 2, 5) if step * power <= width / 4)
+    um, text = scale_bar(width / 4)
     axis.plot([0, um], [1.03 * height] * 2, color="black", linewidth=3, clip_on=False)
-    text = f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} um"
     axis.text(um * 1.1, 1.03 * height, text, va="center")
 
 

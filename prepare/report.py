@@ -271,7 +271,8 @@ def patient_told(path, pattern, groups={}):
 
 
 def patients_text(count, by, without, kind):
-    return f"patients by {by}: {count}" + f"; {kind} that tell none: {without}, each counts as one" * bool(without)
+    text = f"patients by {by}: {count}"
+    return f"{text}; {kind} that tell none: {without}, each counts as one" if without else text
 
 
 def main(config):
