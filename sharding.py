@@ -79,10 +79,23 @@ def linger():
     atexit.register(time.sleep, 0.5)
 
 
-def begin(dev):
-    """Join the processes of a launch, "cuda" or "cpu": their DeviceMesh. Without torchrun it is one process."""
+def ranks_of_a_node(world):
+    """Ranks per node as torchrun states them, of a launch of `world` ranks."""
+    stated = os.environ.get("LOCAL_WORLD_SIZE") or str(world if world == 1 else 0)
+    if not stated.isdecimal() or not int(stated) or world % int(stated):
+        raise SystemExit(f"LOCAL_WORLD_SIZE = {stated} of {world} ranks: hybrid = True needs the same number of ranks on "
+                         "each node, as torchrun states it; hybrid = False shards over all of them")
+    return int(stated)
+
+
+def begin(dev, hybrid=False):
+    """
+    Join the processes of a launch, "cuda" or "cpu": their DeviceMesh. Without torchrun it is one process. With `hybrid`
+    the mesh is (nodes, ranks of a node): FSDP2 shards over the latter, so each node holds everything once.
+    """
     world, rank = launched()
     check_launch(world, rank, dev)
+    shape = (world // ranks_of_a_node(world), ranks_of_a_node(world)) if hybrid else (world,)
     if dev == "cuda":
         gpu, gpus = os.environ.get("LOCAL_RANK") or "0", torch.cuda.device_count()
         if not gpu.isdecimal() or int(gpu) >= gpus:
@@ -104,7 +117,7 @@ def begin(dev):
         store.set_timeout(timedelta(minutes=30))
     dist.init_process_group("nccl" if dev == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                             timeout=timedelta(minutes=30))  # NCCL's 10 are short for rank 0 to read 7.4 GB of BACH
-    return init_device_mesh(dev, (world,))
+    return init_device_mesh(dev, shape, mesh_dim_names=("nodes", "ranks")[-len(shape):])
 
 
 def products_only(context, operation, *args, **kwargs):
@@ -143,7 +156,7 @@ def compile_blocks(blocks):
 
 def shard(net, mesh, bf16, trained, prefetch=1):
     """
-    FSDP2 over all ranks for a ModuleDict {backbone, *_head}. Shards are in fp32; with `bf16` they are gathered and
+    FSDP2 over `mesh` (of `begin`) for a ModuleDict {backbone, *_head}. Shards are in fp32; with `bf16` they are gathered and
     computed in bf16, and gradients are reduced in fp32. While a block computes, `prefetch` others are gathered.
     """
     types = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
@@ -198,7 +211,7 @@ def copy_rows(t, whole):
     """Copy this rank's rows of `whole` to t. FSDP2 shards the first dimension in equal chunks, rounded up."""
     mine = local(t)
     if mine is not t:
-        rows, rank = math.ceil(len(t) / t.device_mesh.size()), t.device_mesh.get_local_rank()
+        rows, rank = math.ceil(len(t) / t.device_mesh.shape[-1]), t.device_mesh.get_coordinate()[-1]
         whole = whole[rank * rows : (rank + 1) * rows]
     assert whole.shape == mine.shape, (whole.shape, mine.shape)  # copy_ would broadcast
     mine.copy_(whole)
@@ -262,11 +275,13 @@ def clip_gradients(student, max_norm):
 
     Norms are global, summed over ranks. Returns (parts,) norms before clipping, the same on every rank.
     """
+    mesh = getattr(next(student.parameters()), "device_mesh", None)
+    copies = mesh.size() / mesh.shape[-1] if mesh else 1  # nodes of a hybrid mesh, as each adds the same squares
     grads = []
     for part in student.values():
         grads.append([local(p.grad) for p in part.parameters() if p.grad is not None])
     squares = [torch.stack(torch._foreach_norm(g)).square().sum() for g in grads]
-    norms = all_reduce(torch.stack(squares)).sqrt()
+    norms = (all_reduce(torch.stack(squares)) / copies).sqrt()
     for g, norm in zip(grads, norms) if max_norm else ():
         torch._foreach_mul_(g, (max_norm / (norm + 1e-6)).clamp(max=1))
     return norms

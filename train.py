@@ -139,7 +139,8 @@ momentum_end = 1.0
 teacher_temp_start = 0.04
 teacher_temp = 0.07
 teacher_temp_warmup = 37_500
-# ---- system: memory against time; sharding over all ranks is always on (sharding.py) --------------------------------
+# ---- system: memory against time; sharding is always on (sharding.py) -----------------------------------------------
+hybrid = False           # with several nodes: shard inside each and replicate across; False shards over all ranks
 activation_checkpointing = "none"  # "selective": keep products and attention; "full": only the blocks' inputs
 fp8 = "off"              # "on": the blocks' linear layers in fp8 (fp8.py), from width 1024 up; "force": at any width
 compile = False          # torch.compile of each block; takes a minute or more at the start
@@ -213,7 +214,7 @@ except ImportError:
 
 # ---- set-up: processes, data, networks, optimizer -------------------------------------------------------------------
 
-mesh = sharding.begin(dev)
+mesh = sharding.begin(dev, hybrid)
 rundir.on_rank_0(f"out_dir = {out_dir!r}", lambda: rundir.check_folder(out_dir, resume))
 start = refusal = None
 try:  # all that users state, and the files that it names; no collective, as it may fail on one rank

@@ -8,6 +8,7 @@ leaves out what torch.compile saves and the allocator's fragments. Whoever edits
 then the estimate is off, and nothing else: a run only warns. tests/test_budget.py measures it on a CPU.
 """
 import math
+import os
 
 import torch
 
@@ -115,12 +116,20 @@ def head_bytes(config, arch, size):
     return held + work
 
 
+def shards(config, world):
+    """Ranks over which a network is sharded: all, or those of a node, 8 unless a launch states another number."""
+    return min(world, int(os.environ.get("LOCAL_WORLD_SIZE") or 8)) if config["hybrid"] else world
+
+
 def numbers(part):
     return sum(p.numel() for p in part.parameters())
 
 
 def memory(config, net, world, mode, size):
-    """{moment: {part: bytes}} of a step; `net` is model.build's ModuleDict, `size` the bytes of a computed number."""
+    """
+    {moment: {part: bytes}} of a step on each of `world` ranks that share a network; `net` is model.build's ModuleDict,
+    `size` the bytes of a computed number.
+    """
     arch, batch = net["backbone"].arch, config["batch_size"]
     backbone, block = numbers(net["backbone"]), numbers(net["backbone"].blocks[0])
     rest = backbone - arch.depth * block
@@ -156,7 +165,7 @@ def estimate(config, world=1):
     on_gpu = config["device"] != "cpu"
     by_mode, parts = {}, {}
     for mode in MODES:
-        moments = memory(config, net, world, mode, 2 if on_gpu else 4)
+        moments = memory(config, net, shards(config, world), mode, 2 if on_gpu else 4)
         parts[mode] = max(moments.values(), key=lambda held: sum(held.values()))
         by_mode[mode] = (sum(parts[mode].values()) + CONTEXT * on_gpu) / 1e9
     mode = config["activation_checkpointing"]

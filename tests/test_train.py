@@ -85,12 +85,14 @@ def bit_equal(a, b):
 def train_rank(argv):
     """The seed of the last step's drop path on this rank."""
     sys.argv = ["train.py", *argv]
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
     runpy.run_path("train.py", run_name="__main__")
     return torch.initial_seed()
 
 
 JOINT = dict(drop_path=0.0, clip_grad=0.05, freeze_last_layer=0, warmup_steps=0, max_steps=5)
 ON_TWO_RANKS = {"sinkhorn": JOINT, "softmax": JOINT | dict(centering="softmax"),
+                "hybrid": JOINT | dict(hybrid=True, batch_size=2),  # four ranks: two nodes of two
                 "stopped": dict(local_crops=0, schedule_steps=9, max_steps=2)}
 
 
@@ -99,8 +101,9 @@ def two_ranks(on_ranks, tiles, tmp_path_factory):
     """A folder with the runs of ON_TWO_RANKS."""
     folder = tmp_path_factory.mktemp("two_ranks")
     for name, keys in ON_TWO_RANKS.items():
-        seeds = on_ranks(2, train_rank, flags(tiles=tiles, out_dir=folder / name, **keys))
-        assert len(set(seeds)) == 2, "each rank drops other images"
+        ranks = 4 if name == "hybrid" else 2
+        seeds = on_ranks(ranks, train_rank, flags(tiles=tiles, out_dir=folder / name, **keys))
+        assert len(set(seeds)) == ranks, "each rank drops other images"
     return folder
 
 
@@ -144,33 +147,36 @@ def test_a_resume_on_other_ranks_or_with_another_batch_takes_the_samples_that_co
     assert seen == list(range(34, 39)) and "images per step" not in capsys.readouterr().out.split("resume: step 6")[1]
 
 
-@pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
-def test_two_ranks_equal_one_process_on_the_same_global_batch(centering, tiles, two_ranks, tmp_path, monkeypatch):
-    """The bug: clipping local gradients before the sync. Clip is low, so that it acts on every step."""
+@pytest.mark.parametrize("name, ranks", [("sinkhorn", 2), ("softmax", 2), ("hybrid", 4)])
+def test_ranks_equal_one_process_on_the_same_global_batch(name, ranks, tiles, two_ranks, tmp_path, monkeypatch):
+    """
+    The bugs: clipping local gradients before the sync, or by a norm that counts each node's copy. Clip is low, so that
+    it acts on every step.
+    """
     one_rank = data.Batches.__getitem__
 
-    def join(a, b, views):  # crop-major
-        if isinstance(a, dict):
-            return {k: join(a[k], b[k], views) for k in a}
-        return torch.cat([x.unflatten(0, (views, -1)) for x in (a, b)], 1).flatten(0, 1)
+    def join(parts, views):  # crop-major
+        if isinstance(parts[0], dict):
+            return {k: join([part[k] for part in parts], views) for k in parts[0]}
+        return torch.cat([x.unflatten(0, (views, -1)) for x in parts], 1).flatten(0, 1)
 
-    def both_ranks(self, step):
-        half = {**self.config, "batch_size": self.config["batch_size"] // 2}
-        a, b = (one_rank(data.Batches(self.source, half, self.grid, r, 2), step) for r in range(2))
+    def all_ranks(self, step):
+        share = {**self.config, "batch_size": self.config["batch_size"] // ranks}
+        parts = [one_rank(data.Batches(self.source, share, self.grid, r, ranks), step) for r in range(ranks)]
         L = self.config["local_crops"]
         views = {"global_crops": 2, "global_colour": 2, "local_crops": L, "local_colour": L, "masks": 2}  # crop-major
-        merged = {k: join(a[k], b[k], v) for k, v in views.items()}
+        merged = {k: join([part[k] for part in parts], v) for k, v in views.items()}
         masks = merged["masks"]
         per_crop = (1 / masks.sum(1).clamp(min=1))[:, None].expand_as(masks)[masks]
         merged |= {"bad": [], "left_out": []}
         return {**merged, "masked": masks.flatten().nonzero()[:, 0], "mask_weights": per_crop}
 
-    monkeypatch.setattr(data.Batches, "__getitem__", both_ranks)
-    folders = tmp_path / "one", two_ranks / centering
-    train(monkeypatch, flags(tiles=tiles, batch_size=8, out_dir=folders[0], **ON_TWO_RANKS[centering]))
-    one, two = map(rows, folders)
-    assert len(one) == len(two) == 6
-    for a, b in zip(one[1:], two[1:]):
+    monkeypatch.setattr(data.Batches, "__getitem__", all_ranks)
+    folders = tmp_path / "one", two_ranks / name
+    train(monkeypatch, flags(tiles=tiles, out_dir=folders[0], **ON_TWO_RANKS[name] | dict(batch_size=8)))
+    one, several = map(rows, folders)
+    assert len(one) == len(several) == 6
+    for a, b in zip(one[1:], several[1:]):
         for k in ("loss", "dino", "ibot", "kde", "grad_norm", "grad_norm_backbone", "grad_norm_dino_head",
                   "grad_norm_ibot_head", "lr"):
             assert a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-7), (a["step"], k)
