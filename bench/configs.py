@@ -1,12 +1,12 @@
 """
-Fill the tables in README.md and docs/toy.md: what runs cost, and what the recorded toy runs found.
+Fill the tables in README.md and docs/: what runs cost, what the recorded toy runs found, what bench/step.py measured.
 
     python bench/configs.py      # rewrites what stands between <!-- table: NAME --> and <!-- end -->
 
 Memory and TFLOP are bench/budget.py's estimates for the ranks of a config's launch line. Hours follow from two times
 per step of ViT-g on eight H100s: 0.72 s, reported for OpenMidnight (35 % MFU), and 0.45 s, which good code should reach
-(56 %). Other configs get the same MFU of their gpu_tflops, so their time is proportional to their TFLOP. Nothing of
-this is measured. An ablation's cost is that of config/vitg.py with it. Results are those of docs/toy_runs, which
+(56 %). Other configs get the same MFU of their gpu_tflops, so their time is proportional to their TFLOP. None of these
+is measured. An ablation's cost is that of config/vitg.py with it. Results are those of docs/toy_runs, which
 bench/toy_ablations.py recorded.
 """
 import contextlib
@@ -19,13 +19,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import curves
-from bench import budget
+from bench import budget, step
 from prepare.stats import train_config
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP_SECONDS = 0.72, 0.45            # per step of config/vitg.py
 FOLDERS = ("scratch", "continued")   # of docs/toy_runs; each has a parent called recipe
-PAGES = ("README.md", "docs/toy.md")
+PAGES = ("README.md", "docs/toy.md", "docs/memory.md")
 TABLE = r"(?s)<!-- table: (\w+) -->\n.*?<!-- end -->"
 
 
@@ -85,10 +85,12 @@ def comparison(folder, picture):
 
 
 def fill(text, pictures):
-    """A page's text with its tables anew: "runs", or a folder of docs/toy_runs."""
+    """A page's text with its tables anew: "runs", "step", or a folder of docs/toy_runs."""
     def table(match):
         if match[1] == "runs":
             lines = run_table()
+        elif match[1] == "step":
+            lines = step.table(step.read(ROOT / "docs/step.jsonl"))
         else:
             printed = comparison(match[1], f"{pictures}/toy_{match[1]}.png")
             lines = "\n".join(f"    {line}".rstrip() for line in printed.splitlines())

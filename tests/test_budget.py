@@ -121,6 +121,15 @@ def test_more_ranks_hold_less_each_and_a_checkpoint_is_as_large():
     assert one["checkpoint_gb"] == eight["checkpoint_gb"] == pytest.approx(16 * 1.2349, rel=1e-3)
 
 
+def test_a_hybrid_mesh_holds_on_two_nodes_what_one_node_holds(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    flat, hybrid = planned("vit7b.py", world=16), planned("vit7b.py", "--hybrid=True", world=16)
+    assert hybrid["by_mode"] == planned("vit7b.py", world=8)["by_mode"] and hybrid["images"] == flat["images"] == 256
+    assert hybrid["memory_parts"]["parameters"] == 2 * flat["memory_parts"]["parameters"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert planned("vit7b.py", "--hybrid=True", world=16)["by_mode"] == planned("vit7b.py", world=4)["by_mode"]
+
+
 def test_the_table_of_modes_is_what_the_estimate_says():
     row = r"^\| (\w+\.py), (\d+) images.* \| ([\d.]+), (\d+) more if full" + 3 * r" \| ([^|]*)" + r" \| ([\d.]+) GB"
     table = re.findall(row, (ROOT / "docs/memory.md").read_text(), re.M)

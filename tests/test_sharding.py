@@ -255,12 +255,12 @@ class Peak(TorchDispatchMode):
         return sum(list(self.live.values()))
 
 
-def drawn(seed):
-    """(student and teacher, optimizer with random moments)."""
+def drawn(seed, shape):
+    """(student and teacher, optimizer with random moments), sharded on a mesh of this shape."""
     with torch.device("meta"):
         parts = [dict(backbone=model.ViT(SMALL), dino_head=model.DINOHead(96, 33, 24, 8)) for _ in range(2)]
         nets = torch.nn.ModuleDict(zip(("student", "teacher"), map(torch.nn.ModuleDict, parts)))
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("nodes", "ranks")[-len(shape):])
     for i, (name, net) in enumerate(nets.items()):
         sharding.shard(net, mesh, bf16=False, trained=name == "student")
         sharding.materialize(net, "cpu", seed + 10 * i)
@@ -279,8 +279,8 @@ def tensors(nets, optimizer):
         yield from ((f"{name} {k}", sharding.local(v)) for k, v in optimizer.state[p].items())
 
 
-def save_checkpoint(folder):
-    nets, optimizer = drawn(1)
+def save_checkpoint(folder, shape):
+    nets, optimizer = drawn(1, shape)
     shards = sum(t.nbytes for _, t in tensors(nets, optimizer))
     largest = max(p.numel() * 4 for p in nets["teacher"]["backbone"].parameters())
     receives = dist.get_rank() == 0  # and so holds the whole export
@@ -294,8 +294,8 @@ def save_checkpoint(folder):
     return largest, exporting.most, shards, saving.most
 
 
-def load_checkpoint(folder):
-    (nets, optimizer), wanted = drawn(2), drawn(1)
+def load_checkpoint(folder, shape):
+    (nets, optimizer), wanted = drawn(2, shape), drawn(1, shape)
     state = dict(zip(("model", "optimizer"), get_state_dict(nets, optimizer)))
     assert checkpoint.load(folder, state, print) == 1
     set_state_dict(nets, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
@@ -303,21 +303,31 @@ def load_checkpoint(folder):
         assert torch.equal(a, b) and not torch.isnan(a).any(), name
 
 
-def on_rank(function, folder):
+def on_rank(function, folder, shape):
     dist.init_process_group("gloo")
-    returned = function(folder)
+    returned = function(folder, shape)
     dist.destroy_process_group()
     return returned
 
 
-@pytest.mark.parametrize("before, after", [
-    (2, 1), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)])
-def test_checkpoints_are_exact_on_any_number_of_ranks_and_nothing_whole_is_built(before, after, on_ranks, tmp_path):
+@pytest.mark.parametrize("before, after", [((2,), (1,)), ((2, 2), (2,)), *(
+    pytest.param(*shapes, marks=pytest.mark.slow) for shapes in (((1,), (2,)), ((2,), (2,)), ((2,), (2, 2))))])
+def test_checkpoints_are_exact_on_any_mesh_and_nothing_whole_is_built(before, after, on_ranks, tmp_path):
     """A rank that receives no export needs one whole tensor for it, and for a save a host copy of its own shards."""
-    largest, exporting, shards, saving = on_ranks(before, on_rank, save_checkpoint, str(tmp_path))[-1]
-    if before == 2:
+    saved = on_ranks(math.prod(before), on_rank, save_checkpoint, str(tmp_path), before)
+    largest, exporting, shards, saving = saved[-1]
+    if len(saved) > 1:
         assert exporting <= 1.01 * largest and saving <= 1.01 * shards, (exporting, largest, saving, shards)
-    on_ranks(after, on_rank, load_checkpoint, str(tmp_path))
+    on_ranks(math.prod(after), on_rank, load_checkpoint, str(tmp_path), after)
+
+
+@pytest.mark.parametrize("stated", ["", "3", "x"])
+def test_hybrid_needs_nodes_of_one_size(stated, monkeypatch):
+    for name, value in dict(RANK="0", WORLD_SIZE="4", MASTER_ADDR="localhost", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", stated)
+    with one_line("of 4 ranks: hybrid = True needs the same number of ranks on each node"):
+        sharding.begin("cpu", hybrid=True)
 
 
 LARGE = model.ViTConfig(14, 512, 8, 8, "mlp", 2048, 4, pos_grid=8)
