@@ -224,7 +224,8 @@ class _Take(torch.autograd.Function):
     x (T, D) -> x, and its kept rows (K, D). _Put's backward hands on the gradient of all of x, kept rows included, and
     what returns for these has it in it already. So rows are replaced here, where the backward of x[rows] would fill
     zeros and add, after a sort on CUDA. Gradients are equal to the bit; a ViT-g step moves 604 GB instead of 732 for
-    elementwise work, with the 20 of qkv's gradient (bench/blocks.py). Off: x[rows] and x.index_put((rows,), sums).
+    elementwise work, with the 20 of qkv's gradient (bench/blocks.py of commit d48e104). Off: x[rows] and
+    x.index_put((rows,), sums).
     """
 
     @staticmethod

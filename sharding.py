@@ -79,13 +79,15 @@ def linger():
     atexit.register(time.sleep, 0.5)
 
 
-def ranks_of_a_node(world):
-    """Ranks per node as torchrun states them, of a launch of `world` ranks."""
-    stated = os.environ.get("LOCAL_WORLD_SIZE") or str(world if world == 1 else 0)
-    if not stated.isdecimal() or not int(stated) or world % int(stated):
-        raise SystemExit(f"LOCAL_WORLD_SIZE = {stated} of {world} ranks: hybrid = True needs the same number of ranks on "
-                         "each node, as torchrun states it; hybrid = False shards over all of them")
-    return int(stated)
+def mesh_shape(world, hybrid):
+    """(ranks,), or with `hybrid` (nodes, ranks of a node), the latter as torchrun states it."""
+    if not hybrid:
+        return (world,)
+    on_node = os.environ.get("LOCAL_WORLD_SIZE") or ("1" if world == 1 else "0")
+    if not on_node.isdecimal() or not int(on_node) or world % int(on_node):
+        raise SystemExit(f"LOCAL_WORLD_SIZE = {on_node} of {world} ranks: hybrid = True needs the same number of ranks "
+                         "on each node, as torchrun states it; hybrid = False shards over all of them")
+    return world // int(on_node), int(on_node)
 
 
 def begin(dev, hybrid=False):
@@ -95,7 +97,7 @@ def begin(dev, hybrid=False):
     """
     world, rank = launched()
     check_launch(world, rank, dev)
-    shape = (world // ranks_of_a_node(world), ranks_of_a_node(world)) if hybrid else (world,)
+    shape = mesh_shape(world, hybrid)
     if dev == "cuda":
         gpu, gpus = os.environ.get("LOCAL_RANK") or "0", torch.cuda.device_count()
         if not gpu.isdecimal() or int(gpu) >= gpus:
@@ -148,7 +150,7 @@ def compile_blocks(blocks):
     torch.compile of the blocks' forward; FSDP2's hooks stay outside. Shapes are static, so all blocks of the student
     share one graph and those of the teacher another, both compiled in the first step. Elementwise work is fused.
     Without, a ViT-g step moves 604 GB for it, or 765 if blocks are computed again: 180 and 228 ms at the 3.35 TB/s of
-    an H100 (counted on meta tensors by bench/blocks.py --task=traffic; no GPU has measured it).
+    an H100 (counted on meta tensors by bench/blocks.py of commit d48e104; no GPU has measured it).
     """
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
@@ -156,8 +158,8 @@ def compile_blocks(blocks):
 
 def shard(net, mesh, bf16, trained, prefetch=1):
     """
-    FSDP2 over `mesh` (of `begin`) for a ModuleDict {backbone, *_head}. Shards are in fp32; with `bf16` they are gathered and
-    computed in bf16, and gradients are reduced in fp32. While a block computes, `prefetch` others are gathered.
+    FSDP2 for a ModuleDict {backbone, *_head}. Shards are in fp32; with `bf16` they are gathered and computed in bf16,
+    and gradients are reduced in fp32. While a block computes, `prefetch` others are gathered.
     """
     types = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
     policy = partial(MixedPrecisionPolicy, **types)

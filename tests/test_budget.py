@@ -1,6 +1,5 @@
 """The estimate of memory against what a CPU's allocator hands out in real steps of train.py."""
 import re
-import shutil
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import model
 import sharding
-from bench import budget, step
+from bench import budget, configs, step
 from prepare.stats import train_config, train_keys
 
 V2 = model.ViTConfig(14, 96, 6, 3, "mlp", 384, 4, layerscale=1.0)
@@ -142,12 +141,45 @@ def test_the_table_of_modes_is_what_the_estimate_says():
         assert f"**{found['memory_gb']:.3g}**" in modes
 
 
-def test_a_measurement_of_steps_survives_what_comes_after_it_and_writes_no_weights(tiles, tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "device", "cpu")
-    monkeypatch.setattr(step, "steps", 2)
-    monkeypatch.setattr(step, "TRAIN", step.TRAIN + "raise OSError('no space left')")
-    shutil.copytree(tiles, tmp_path / "tiles")
-    assert step.measure("tiny", "eager bf16", tmp_path).startswith("| tiny | eager bf16 | none | 0.")
+def test_every_measurement_is_in_the_file_at_once_and_the_table_is_made_of_it(tmp_path, monkeypatch, capsys):
+    """What fails is a row with its reason. Runs of train.py write no weights."""
+    def augment(*args):
+        raise RuntimeError("CUDA out of memory.\nMore lines.")
+    case = "vitg bf16, eager"
+    path = tmp_path / "new" / "step.jsonl"
+    for name, value in dict(device="cpu", steps=2, out=str(path), TRAIN={case: step.TRAIN[case]}).items():
+        monkeypatch.setattr(step, name, value)
+    monkeypatch.setattr(step, "SCRIPT", step.SCRIPT + "raise OSError('no space left')")  # after its last row
+    monkeypatch.setattr(step.data, "augment", augment)
+    step.main(tmp_path)
+    found = step.read(path)
+    assert list(found) == ["machine", *step.UNITS, case] and capsys.readouterr().out.endswith(step.table(found) + "\n")
+    assert found.pop("augment") == {"row": "augment", "why": "RuntimeError: CUDA out of memory."}
+    assert all(row["value"] > 0 for name, row in found.items() if name != "machine")
     assert not list((tmp_path / "run").rglob("ckpt/*/*")) and not (tmp_path / "run/teacher").exists()
-    monkeypatch.setattr(step, "TRAIN", "raise OSError('no space left')")
-    assert "OSError: no space left" in step.measure("tiny", "eager bf16", tmp_path)
+    for script, left, why in (("raise OSError('no space left')", 60, "OSError: no space left"),
+                              ("import time; print('begun', flush=True); time.sleep(60)", 0, "no time left, 0 s were"),
+                              ("raise MemoryError('torch.OutOfMemoryError: CUDA')", 60, "out of memory")):
+        monkeypatch.setattr(step, "SCRIPT", script)
+        assert step.train(case, tmp_path, left)["why"] == why
+
+
+def test_the_table_of_steps_has_goals_beside_figures_and_documents_what_was_measured():
+    rows = {name: {"value": 2.0} for name in step.UNITS} | {"machine": dict(gpu="H0", torch="2.11", commit="abc")}
+    rows |= {"vitg bf16": {"value": 400.0, "tflop": 0.4, "peak_gb": 70.04}, "vitg fp8": {"why": "out of memory"}}
+    lines = step.table(rows).splitlines()
+    assert lines[0] == "H0, torch 2.11, commit abc:"
+    assert "| augment | 2 ms | <= 5 ms |  |  |  |" in lines and "| vitg fp8 | out of memory |  |  |  |  |" in lines
+    assert "| vitg bf16 | 400 ms | <= 450 ms | 50 % | 70.0 |  |" in lines
+    assert "| plain losses over losses | 1.00 x | >= 2.50 x | | | |" in lines
+    text = (ROOT / "docs/memory.md").read_text()
+    assert configs.fill(text, "docs") == text, "run python bench/configs.py"
+
+
+def test_the_cases_are_command_lines_that_train_py_takes(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in step.TRAIN:
+        config = train_config(step.command_line(step.TRAIN[name], "folder"))
+        assert (config["fp8"] == "on") == ("fp8" in name) and config["compile"] == ("eager" not in name)
+        assert config["batch_size"] == dict(vitg=48, vithplus=56, vit7b=16)[name.split()[0]]
+        assert config["gpu_tflops"] and not config["weights"] and config["tiles"] == "folder/tiles"

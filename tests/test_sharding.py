@@ -316,6 +316,8 @@ def test_checkpoints_are_exact_on_any_mesh_and_nothing_whole_is_built(before, af
     """A rank that receives no export needs one whole tensor for it, and for a save a host copy of its own shards."""
     saved = on_ranks(math.prod(before), on_rank, save_checkpoint, str(tmp_path), before)
     largest, exporting, shards, saving = saved[-1]
+    written = sum(file.stat().st_size for file in tmp_path.rglob("*.distcp"))
+    assert written < 1.2 * before[-1] * shards, "a node's copy is written too"
     if len(saved) > 1:
         assert exporting <= 1.01 * largest and saving <= 1.01 * shards, (exporting, largest, saving, shards)
     on_ranks(math.prod(after), on_rank, load_checkpoint, str(tmp_path), after)
