@@ -303,9 +303,9 @@ def load_checkpoint(folder, shape):
         assert torch.equal(a, b) and not torch.isnan(a).any(), name
 
 
-def on_rank(function, folder, shape):
+def on_rank(function, *arguments):
     dist.init_process_group("gloo")
-    returned = function(folder, shape)
+    returned = function(*arguments)
     dist.destroy_process_group()
     return returned
 
