@@ -80,7 +80,7 @@ def linger():
 
 
 def mesh_shape(world, hybrid):
-    """(ranks,), or with `hybrid` (nodes, ranks of a node), the latter as torchrun states it."""
+    """(ranks,), or with `hybrid` (nodes, ranks of a node as torchrun states them). FSDP2 shards over the last."""
     if not hybrid:
         return (world,)
     on_node = os.environ.get("LOCAL_WORLD_SIZE") or ("1" if world == 1 else "0")
@@ -91,10 +91,7 @@ def mesh_shape(world, hybrid):
 
 
 def begin(dev, hybrid=False):
-    """
-    Join the processes of a launch, "cuda" or "cpu": their DeviceMesh. Without torchrun it is one process. With `hybrid`
-    the mesh is (nodes, ranks of a node): FSDP2 shards over the latter, so each node holds everything once.
-    """
+    """Join the processes of a launch, "cuda" or "cpu": their DeviceMesh. Without torchrun it is one process."""
     world, rank = launched()
     check_launch(world, rank, dev)
     shape = mesh_shape(world, hybrid)
@@ -247,8 +244,7 @@ def adamw(groups, betas, dev):
     AdamW with its moments from the start, so that every checkpoint is complete. The loop sets `found_inf`: a step that
     is not finite then leaves weights and moments as they were, without waiting for the device.
     """
-    optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
-    assert optimizer.defaults.get("fused"), "only fused optimizers read found_inf; others would write NaN"
+    optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)  # others do not read found_inf and would write NaN
     for p in (p for group in groups for p in group["params"]):
         optimizer.state[p] = {"step": torch.zeros((), device=dev), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
