@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import torch.distributed as dist
@@ -163,6 +164,14 @@ def parse(text):
         return {}
 
 
+def former_key(out_dir, key):
+    """The value of a key in config.json, where this run needs the former one's. ValueError if it is not there."""
+    before = parse(read_text(f"{out_dir}/config.json"))
+    if key not in before:
+        raise ValueError(f"{out_dir}/config.json does not tell {key}, and this run does not: give --{key}=...")
+    return before[key]
+
+
 def append_row(path, row):
     """
     Append a line to a .jsonl on rank 0, none for {}. A number that is not finite is null there. Returns the row as
@@ -193,6 +202,8 @@ def begin_folder(out_dir, config, step, say):
     for a new one, writes later steps again: their rows are dropped, and what has changed in config.json is said. On
     rank 0 alone.
     """
+    if os.path.lexists(f"{out_dir}/teacher"):  # one that cannot be written is named now, not at the first export
+        tempfile.TemporaryFile(dir=f"{out_dir}/teacher").close()
     if step is not None:
         for file in ("metrics.jsonl", "bach.jsonl"):
             drop_rows(f"{out_dir}/{file}", step, say)

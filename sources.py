@@ -402,9 +402,11 @@ class Shards:
     ROW = np.dtype([("shard", "<u4"), ("offset", "<i8"), ("size", "<i4"), ("x", "<i4"), ("y", "<i4"), ("mpp", "<f4")])
 
     def __init__(self, pattern, config):
-        tars, self.left_out = listing.find(pattern, "shards", (".tar",))
-        tars = list(map(os.path.abspath, tars))
-        self.config, self.tars = config, [tar for tar in tars if os.path.isfile(sidecar(tar))]
+        def finished(tar):
+            return os.path.isfile(sidecar(tar))
+
+        tars, self.left_out = listing.find(pattern, "shards", (".tar",), finished)
+        self.config, self.tars = config, list(map(os.path.abspath, filter(finished, tars)))
         inputs = [*self.tars, *map(sidecar, self.tars)]
         self.table, self.slides = shared_table("shards", inputs, config, self.ROW, self.index)
         self.size = len(self.table)

@@ -203,7 +203,7 @@ if world_size:
 if device == "cuda" and not has_gpu:
     stop("device = 'cuda', but torch sees no GPU; --device=cpu runs without")
 dev = device or ("cuda" if has_gpu else "cpu")
-if weights and not os.path.exists(weights):
+if weights and not resume and not os.path.exists(weights):
     stop(f"weights: no file or folder {weights}; docs/data.md says where they come from")
 try:
     if wandb_project and rank == 0:
@@ -220,14 +220,19 @@ try:  # all that users state, and the files that it names; no collective, as it 
     if dev == "cuda" and fp8 != "off" and torch.cuda.get_device_capability() < (8, 9):
         raise ValueError(f"fp8 = '{fp8}': {torch.cuda.get_device_name()} has no fp8 (Ada, Hopper or newer do); fp8 = "
                          "'off'")
-    mean, std = model.norm_values(norm) if norm is not None or not weights else model.stored_norm(weights)
+    if norm is not None or not weights:
+        mean, std = model.norm_values(norm)
+    elif os.path.exists(weights):
+        mean, std = model.stored_norm(weights)
+    else:  # a resumed run needs nothing else of them
+        mean, std = model.norm_values(rundir.former_key(out_dir, "norm"))
     if weights and (mean, std) != model.norm_values(None):
         config["norm"] = norm or (mean, std)
     source = sources.open_source(config)
     pixels = torch.empty(400, 3, 224, 224, dtype=torch.uint8)  # rank 0 decodes BACH once: 60 MB
     if bach_dir and rank == 0:
         pixels = eval_bach.load_pixels(bach_dir)
-    if weights:
+    if weights and not resume:
         start = model.first_weights(weights, arch_config, pos_embed_init)
     with torch.device("meta"):
         student, teacher = model.build(config), model.build(config)
@@ -269,8 +274,8 @@ def state():
 def write_row(file, row):
     """On rank 0, but a collective; {} writes nothing."""
     row = rundir.append_row(f"{out_dir}/{file}", row)
-    if wandb_project and rank == 0 and file == "metrics.jsonl":
-        wandb.log(row)
+    if wandb_project and file == "metrics.jsonl":
+        rundir.on_rank_0("wandb took no row", lambda: wandb.log(row))
 
 
 def exchange():

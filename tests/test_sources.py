@@ -366,7 +366,7 @@ def test_unusable_slides_before_the_first_sound_one_are_passed_over(slides):
 
 
 def test_the_scale_of_a_slide_may_be_stated_in_a_table_or_trusted(slides, tmp_path):
-    (table := tmp_path / "mpp.csv").write_text(f"slide,mpp\na,0.25\nb.svs,0.3\n{slides}/c.svs,0.4\nother,1\n")
+    (table := tmp_path / "mpp.csv").write_text(f"Slide, MPP\na,0.25\nb.svs,0.3\n{slides}/c.svs,0.4\nother,1\n")
     (slides / "d.svs").touch()
     open_source(slides=f"{slides}/*.svs", mpp_table=str(table), slide_mpp=0.5)
     assert [FakeSlide.keys[f"{slides}/{name}.svs"][0] for name in "abcd"] == [0.25, 0.3, 0.4, 0.5]
@@ -799,6 +799,17 @@ def test_unfinished_shards_are_left_out_and_shards_cut_short_are_refused(tmp_pat
         (tmp_path / "s/a.json").write_text(json.dumps(other))  # somebody else's
         with pytest.raises(ValueError, match="a.json: prepare/tiles.py did not write this"):
             open_source(shards=shards)
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_of_a_shards_names_the_one_with_its_json_counts(link, tmp_path):
+    """The bug: the first name won, whose .json was not there, and the shard was called unfinished."""
+    write_shard(tmp_path / "b", "x", 3)
+    (tmp_path / "a").mkdir()
+    link(tmp_path / "b/x.tar", tmp_path / "a/x.tar")
+    source = open_source(shards=str(tmp_path))
+    assert source.tars == [f"{tmp_path}/b/x.tar"] and source.size == 3
+    assert source.left_out == {f"{tmp_path}/a/x.tar": f"the same file as {tmp_path}/b/x.tar"}
 
 
 def test_a_damaged_or_short_member_is_named_with_its_tar_and_place(tmp_path):
