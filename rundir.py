@@ -164,14 +164,6 @@ def parse(text):
         return {}
 
 
-def former_key(out_dir, key):
-    """The value of a key in config.json, where this run needs the former one's. ValueError if it is not there."""
-    before = parse(read_text(f"{out_dir}/config.json"))
-    if key not in before:
-        raise ValueError(f"{out_dir}/config.json does not tell {key}, and this run does not: give --{key}=...")
-    return before[key]
-
-
 def append_row(path, row):
     """
     Append a line to a .jsonl on rank 0, none for {}. A number that is not finite is null there. Returns the row as

@@ -220,20 +220,16 @@ try:  # all that users state, and the files that it names; no collective, as it 
     if dev == "cuda" and fp8 != "off" and torch.cuda.get_device_capability() < (8, 9):
         raise ValueError(f"fp8 = '{fp8}': {torch.cuda.get_device_name()} has no fp8 (Ada, Hopper or newer do); fp8 = "
                          "'off'")
-    if norm is not None or not weights:
-        mean, std = model.norm_values(norm)
-    elif os.path.exists(weights):
-        mean, std = model.stored_norm(weights)
-    else:  # a resumed run needs nothing else of them
-        mean, std = model.norm_values(rundir.former_key(out_dir, "norm"))
-    if weights and (mean, std) != model.norm_values(None):
-        config["norm"] = norm or (mean, std)
+    if weights and not resume:
+        start = model.first_weights(weights, arch_config, pos_embed_init)
+        stated = model.stored_norm(weights) if norm is None else None
+        if stated and stated != model.norm_values(None):
+            config["norm"] = stated
+    mean, std = model.norm_values(config["norm"])
     source = sources.open_source(config)
     pixels = torch.empty(400, 3, 224, 224, dtype=torch.uint8)  # rank 0 decodes BACH once: 60 MB
     if bach_dir and rank == 0:
         pixels = eval_bach.load_pixels(bach_dir)
-    if weights and not resume:
-        start = model.first_weights(weights, arch_config, pos_embed_init)
     with torch.device("meta"):
         student, teacher = model.build(config), model.build(config)
     for net in (student, teacher) if fp8 != "off" else ():
@@ -373,6 +369,9 @@ if resume:
     loaded = state()
     checkpoint.load(f"{out_dir}/ckpt", loaded, say)
     bad_tiles.update(json.loads(loaded["bad_tiles"]))
+    if weights and norm is None:  # the file is not read again, and may have gone
+        config["norm"] = json.loads(loaded["config"])["norm"]
+        mean, std = model.norm_values(config["norm"])
     if loaded["data"] != source.about:
         say(f"resume: the data were {loaded['data']}, are now {source.about}: other tiles follow than without the stop")
     before = loaded["progress"]["images"]

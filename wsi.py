@@ -476,7 +476,7 @@ class Slide:
         if self._mask is not None:
             return self._mask
         file = self._mask_file() if self.mask_dir else ""
-        self._mask, self.rule, left_out = _load_mask(file, self.rule) if file else (None, self.rule, {})
+        self._mask, self.rule, left_out = _load_mask(file, self.rule)
         for level in left_out.keys() - self.left_out.keys():
             self._leave_out(level, left_out[level])
         if self._mask is None:
@@ -682,9 +682,8 @@ def _load_mask(file, rule):
         with np.load(file) as saved:
             if rule is None or json.dumps(rule) == str(saved["rule"]):
                 mask = saved["bits"], tuple(saved["shape"].tolist()), tuple(saved["cell"].tolist())
-                left_out = json.loads(str(saved["left_out"])) if "left_out" in saved else []
-                return mask, json.loads(str(saved["rule"])), dict(left_out)
-    except Exception:  # a damaged file raises anything that zipfile, zlib and numpy raise; the mask is made again
+                return mask, json.loads(str(saved["rule"])), dict(json.loads(str(saved["left_out"])))
+    except Exception:  # no file, or what zipfile, zlib and numpy raise at a damaged one: the mask is made again
         pass
     return None, rule, {}
 

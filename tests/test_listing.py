@@ -106,7 +106,7 @@ def test_brackets_are_of_a_name_where_there_is_such_a_name(tmp_path):
 
 def test_of_a_folder_the_pattern_for_its_files_is_told(tmp_path):
     """The bug: '*.svs', whatever was in it."""
-    with one_line(f"slides: no file matches .*; it is a folder: try '{tmp_path}/\\*/\\*.svs'$"):
+    with one_line(f"slides: no file matches .*; it is a folder: try '{tmp_path}/\\*\\*/\\*.svs'$"):
         listing.find(str(tmp_path), "slides")
     for name in ("a.tif", "b.tif", "c.ndpi"):
         (tmp_path / name).touch()

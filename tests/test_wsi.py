@@ -721,7 +721,8 @@ def padded(image, factors, tile=256, fill=255):
     h, w = image.shape[:2]
     levels = [image]
     for f in factors:
-        level = np.asarray(Image.fromarray(image).resize((math.ceil(w / f), math.ceil(h / f)), Image.BILINEAR, (0, 0, w, h)))
+        size = math.ceil(w / f), math.ceil(h / f)
+        level = np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR, (0, 0, w, h)))
         more = [(0, -side % tile) for side in level.shape[:2]]
         levels.append(np.pad(level, (*more, (0, 0)), constant_values=fill))
     return levels
