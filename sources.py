@@ -129,13 +129,12 @@ def decode(file, name):
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
-            bits = image.tag_v2.get(258, 1) if image.format == "TIFF" else 8  # pillow keeps the upper 8 of 16
-            if image.mode[0] in "IF" or np.max(bits) > 8 or ";16" in str(image.tile):
+            tags = image.tag_v2 if image.format == "TIFF" else {}
+            bits, samples, kinds = tags.get(258, 1), tags.get(277, 1), tags.get(339, 1)  # 1: unsigned
+            if image.mode[0] in "IF" or np.max(bits) > 8 or ";16" in str(image.tile):  # pillow keeps the upper 8 of 16
                 raise ValueError(f"{image.mode} pixels of more than 8 bits per channel; save it with 8")
-            if image.format == "TIFF":
-                samples, kinds = image.tag_v2.get(277, 1), image.tag_v2.get(339, 1)  # 1: unsigned
-                if samples > 4 or np.any(np.not_equal(kinds, 1)):
-                    raise ValueError(f"{samples} channels of SampleFormat {kinds}; save 3 of unsigned numbers")
+            if samples > 4 or np.any(np.not_equal(kinds, 1)):
+                raise ValueError(f"{samples} channels of SampleFormat {kinds}; save 3 of unsigned numbers")
             size, frames = image.size, getattr(image, "n_frames", 1)
             for page in range(1, frames):  # smaller ones are a pyramid's
                 image.seek(page)
@@ -299,8 +298,8 @@ class Slides:
             if wsi.is_tissue(tile, config["tissue_share"], slide.rule):
                 about = {"slide": path, "x": x, "y": y, "mpp": mpp}
                 return tile, about | self.wide(rng, slide, x, y, mpp)
-        share = f"{config['tissue_share']:.0%} tissue"
-        raise Unsuitable(f"{path}: no tile of {share} at {mpp:.4g} um/px in {TISSUE_DRAWS} draws")
+        raise Unsuitable(f"{path}: no tile of {config['tissue_share']:.0%} tissue at {mpp:.4g} um/px in {TISSUE_DRAWS} "
+                         "draws")
 
     def wide(self, rng, slide, x, y, mpp):
         """{"wide": a tile around the same centre, of a larger field and as many px}, read with true optics."""

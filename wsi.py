@@ -214,9 +214,6 @@ class Slide:
         warnings.warn(f"{self.path}: level {level} {reason}; it is left out, and finer levels serve instead",
                       stacklevel=2)
 
-    def __getstate__(self):
-        return self.__dict__ | {"_slide": None, "_pid": None}  # an unpickled slide opens its own handle
-
     def close(self):
         """Free OpenSlide's handle; a later read opens a new one."""
         if self._pid == os.getpid():
