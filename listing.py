@@ -31,20 +31,22 @@ def bar(*args, **keys):
     return tqdm(*args, mininterval=60, bar_format=form, **keys)
 
 
-def find(pattern, key, endings=("",)):
+def find(pattern, key, endings=("",), complete=lambda path: True):
     """(sorted paths of files, {path: why it is left out}). Raises ValueError naming the key if there is no file.
-    A folder needs `endings`, of whatever case; a pattern may do without."""
+    A folder needs `endings`, of whatever case; a pattern may do without. Of a file's names, one counts that is
+    complete(name), where there is one."""
     left_out, is_folder = {}, os.path.isdir(pattern)
     parts = pattern.split("/")
     if is_folder and any(endings):
         parts += ["**", "*"]
     found = walk(parts, left_out) if parts[-1] else []
-    paths = once([pair for pair in found if pair[0].lower().endswith(tuple(endings))], left_out)
+    paths = once([file for file in found if file[0].lower().endswith(tuple(endings))], left_out, complete)
     if paths:
         return paths, left_out
     hint = "".join(f"; left out: {path}: {reason}" for path, reason in list(left_out.items())[:1])
     if is_folder and not any(endings):
-        hint = f"; it is a folder: try '{pattern}/*.svs'"
+        kinds = {os.path.splitext(path)[1] for path, below, *_ in scan(pattern, {}) if not below}
+        hint = "; it is a folder: try " + " or ".join(f"'{pattern}/*{kind}'" for kind in sorted(kinds) or ["*/*.svs"])
     if "[" in pattern:
         hint += "; [ begins a set of characters there: write [[] where a name has a bracket"
     if "{" in pattern:
@@ -132,11 +134,11 @@ def kind_of(path, left_out):
     return kind if kind in (stat.S_IFDIR, stat.S_IFREG) else None
 
 
-def once(found, left_out):
+def once(found, left_out, complete):
     """Sorted paths of (path, real path, inode), each file once; the others are left out. Hard links have real paths of
     their own; only where an inode comes twice is the file system asked."""
     first, count = {}, collections.Counter(inode for *_, inode in found)
-    for path, real, inode in sorted(found):
+    for path, real, inode in sorted(found, key=lambda file: (not complete(file[0]), file)):
         state = os.stat(real) if count[inode] > 1 else None
         if state and state.st_nlink > 1:
             real = state.st_dev, state.st_ino

@@ -44,6 +44,14 @@ def files_of(folder):
     return {Path(path).stem: path for path in paths}
 
 
+def need_all(name, files):
+    """ValueError if one of several folders, as files_of gives them, lacks a slide."""
+    for paths in files:
+        if name not in paths:
+            folder = os.path.dirname(next(iter(paths.values())))
+            raise ValueError(f"not in every folder of features: {folder} has none; its failed.csv may say why")
+
+
 def open_features(path, name="features"):
     """
     A file of prepare/features.py: (features, or another array by name, a memory map (N, C); centres of the tiles,
@@ -148,8 +156,7 @@ def embed_files(config, net, header, dev):
 
 def embed_file(path, name, file, part, config, net, header, dev, others):
     """A job of prepare/slides.py's walk."""
-    if not all(name in files for files in others):
-        raise ValueError("not in every folder of features")
+    need_all(name, others)
     paths = [path, *(files[name] for files in others)]
     features, centres, about = zip(*map(open_features, paths))
     for scale in zip(centres, about, header["about"]):
@@ -302,8 +309,7 @@ def agreeing(files, names, say, apart=True):
     opened, slides = [], []
     for name in names:
         try:
-            if not all(name in paths for paths in files):
-                raise ValueError("not in every folder of features")
+            need_all(name, files)
             features, centres, about = zip(*(open_features(paths[name]) for paths in files))
         except ValueError as e:
             say(f"left out: {name}: {e}")

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import torch.distributed as dist
@@ -193,6 +194,8 @@ def begin_folder(out_dir, config, step, say):
     for a new one, writes later steps again: their rows are dropped, and what has changed in config.json is said. On
     rank 0 alone.
     """
+    if os.path.lexists(f"{out_dir}/teacher"):  # one that cannot be written is named now, not at the first export
+        tempfile.TemporaryFile(dir=f"{out_dir}/teacher").close()
     if step is not None:
         for file in ("metrics.jsonl", "bach.jsonl"):
             drop_rows(f"{out_dir}/{file}", step, say)

@@ -25,6 +25,7 @@ name, else the slide itself.
 Memory. Lists and shards are tables of 13 and 28 bytes per tile, which all ranks and workers of a node map: 29 million
 lines take 377 MB once. A worker keeps open_slides slides open, or 2 * WINDOW row groups of parquet files in memory.
 """
+import contextlib
 import functools
 import hashlib
 import io
@@ -98,18 +99,19 @@ def held_out(path, config):
 
 def training_files(paths, config, kind, left_out):
     """The paths of which no name is held out; further names of theirs are in left_out. ValueError if there are none."""
-    others = [path for path in left_out if held_out(path, config) and os.path.exists(path)]
+    held = {place_of(path) for path in left_out if held_out(path, config)}
     kept = [path for path in paths if not held_out(path, config)]
-    if others:
-        held = {place_of(path) for path in others}
-        kept = [path for path in kept if not os.path.exists(path) or place_of(path) not in held]
+    if held:
+        kept = [path for path in kept if place_of(path) not in held]
     if not kept:
         raise ValueError(f"{kind}: holdout = {config['holdout']} leaves none of {len(paths)} files")
     return kept
 
 
 def place_of(path):
-    """What all names of a file share."""
+    """What all names of a file share; a name that leads nowhere has none."""
+    if not os.path.exists(path):
+        return path
     state = os.stat(path)
     return state.st_dev, state.st_ino
 
@@ -127,13 +129,12 @@ def decode(file, name):
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
-            bits = image.tag_v2.get(258, 1) if image.format == "TIFF" else 8  # pillow keeps the upper 8 of 16
-            if image.mode[0] in "IF" or np.max(bits) > 8 or ";16" in str(image.tile):
+            tags = image.tag_v2 if image.format == "TIFF" else {}
+            bits, samples, kinds = tags.get(258, 1), tags.get(277, 1), tags.get(339, 1)  # 1: unsigned
+            if image.mode[0] in "IF" or np.max(bits) > 8 or ";16" in str(image.tile):  # pillow keeps the upper 8 of 16
                 raise ValueError(f"{image.mode} pixels of more than 8 bits per channel; save it with 8")
-            if image.format == "TIFF":
-                samples, kinds = image.tag_v2.get(277, 1), image.tag_v2.get(339, 1)  # 1: unsigned
-                if samples > 4 or np.any(np.not_equal(kinds, 1)):
-                    raise ValueError(f"{samples} channels of SampleFormat {kinds}; save 3 of unsigned numbers")
+            if samples > 4 or np.any(np.not_equal(kinds, 1)):
+                raise ValueError(f"{samples} channels of SampleFormat {kinds}; save 3 of unsigned numbers")
             size, frames = image.size, getattr(image, "n_frames", 1)
             for page in range(1, frames):  # smaller ones are a pyramid's
                 image.seek(page)
@@ -148,6 +149,16 @@ def decode(file, name):
         unknown = isinstance(e, UnidentifiedImageError)
         reason = f"not a {', '.join(FORMATS)} of 8 bits per channel" if unknown else " ".join(str(e).split())
         raise OSError(f"{name}: {type(e).__name__}: {reason}") from None
+
+
+@contextlib.contextmanager
+def named(place):
+    """Errors of any kind, as pyarrow's, become OSErrors that name the place."""
+    try:
+        yield
+    except Exception as e:
+        text = getattr(e, "strerror", None) or str(e)
+        raise OSError(f"{place}: {' '.join(text.split())}") from None
 
 
 def keep_open(open_one, size):
@@ -287,8 +298,8 @@ class Slides:
             if wsi.is_tissue(tile, config["tissue_share"], slide.rule):
                 about = {"slide": path, "x": x, "y": y, "mpp": mpp}
                 return tile, about | self.wide(rng, slide, x, y, mpp)
-        share = f"{config['tissue_share']:.0%} tissue"
-        raise Unsuitable(f"{path}: no tile of {share} at {mpp:.4g} um/px in {TISSUE_DRAWS} draws")
+        raise Unsuitable(f"{path}: no tile of {config['tissue_share']:.0%} tissue at {mpp:.4g} um/px in {TISSUE_DRAWS} "
+                         "draws")
 
     def wide(self, rng, slide, x, y, mpp):
         """{"wide": a tile around the same centre, of a larger field and as many px}, read with true optics."""
@@ -339,8 +350,12 @@ class SampleList:
             for number, line in enumerate(lines, 1):
                 if line.isspace():
                     continue
+                # a path may hold spaces, so the two more fields are there if what would be x y is
+                fields = line.rsplit(None, 5)
+                if len(fields) < 6 or not all(text.lstrip("-").isdigit() for text in fields[1:4]):
+                    fields = line.rsplit(None, 3)
                 try:
-                    path, x, y, level = self.fields(line)
+                    path, x, y, level = fields[:4]
                     slide = slides.setdefault(path, len(slides))
                     rows += pack(slide, int(x), int(y), int(level))
                 except (ValueError, struct.error):
@@ -348,13 +363,6 @@ class SampleList:
         rows = np.frombuffer(rows, self.ROW)
         kept = np.array([not held_out(path, self.config) for path in slides], bool)
         return rows[kept[rows["slide"]]], list(map(os.path.expanduser, slides))
-
-    def fields(self, line):
-        """(path, x, y, level). A path may hold spaces, so the two more fields are there if what would be x y is."""
-        longer = line.rsplit(None, 5)
-        if len(longer) == 6 and all(text.lstrip("-").isdigit() for text in longer[1:4]):
-            return longer[:4]
-        return line.rsplit(None, 3)
 
     def open(self, path):
         try:
@@ -402,9 +410,11 @@ class Shards:
     ROW = np.dtype([("shard", "<u4"), ("offset", "<i8"), ("size", "<i4"), ("x", "<i4"), ("y", "<i4"), ("mpp", "<f4")])
 
     def __init__(self, pattern, config):
-        tars, self.left_out = listing.find(pattern, "shards", (".tar",))
-        tars = list(map(os.path.abspath, tars))
-        self.config, self.tars = config, [tar for tar in tars if os.path.isfile(sidecar(tar))]
+        def finished(tar):
+            return os.path.isfile(sidecar(tar))
+
+        tars, self.left_out = listing.find(pattern, "shards", (".tar",), finished)
+        self.config, self.tars = config, list(map(os.path.abspath, filter(finished, tars)))
         inputs = [*self.tars, *map(sidecar, self.tars)]
         self.table, self.slides = shared_table("shards", inputs, config, self.ROW, self.index)
         self.size = len(self.table)
@@ -429,10 +439,8 @@ class Shards:
     def read(self, n, attempt=0):
         i, offset, size, x, y, mpp = self.table[pick(n, attempt, len(self.table), self.config["seed"])].item()
         place = f"{self.tars[i]}: tile x={x} y={y} at byte {offset}"
-        try:
+        with named(place):
             blob = os.pread(self.open(self.tars[i]).fileno(), size, offset)  # no file position that forks would share
-        except OSError as e:
-            raise OSError(f"{place}: {e.strerror}") from None
         return decode(blob, place), {"slide": self.slides[i], "x": x, "y": y, "mpp": mpp}
 
 
@@ -473,19 +481,17 @@ class Parquet:
         found, self.left_out = listing.find(pattern, "parquet", (".parquet",))
         self.files = list(map(os.path.abspath, found))
         self.groups, _ = shared_table("parquet", self.files, config, self.ROW, self.index)
-        self.size = self.rows = int(self.groups["rows"].sum())
-        self.window = max(WINDOW * self.rows // len(self.groups), 1)
-        self.about = f"{self.rows:,} rows of {len(self.files):,} parquet files ({listed(self.files)})"
+        self.size = int(self.groups["rows"].sum())
+        self.window = max(WINDOW * self.size // len(self.groups), 1)
+        self.about = f"{self.size:,} rows of {len(self.files):,} parquet files ({listed(self.files)})"
         self.walk, self.load = functools.lru_cache(2)(self.walk), functools.lru_cache(2 * WINDOW)(self.load)
 
     def index(self):
         """A row per row group that holds patients to train on."""
         groups = []
         for i, file in enumerate(self.files):
-            try:
+            with named(file):
                 groups += self.groups_of(i, file)
-            except Exception as e:  # pyarrow's own errors are ValueErrors and others, and do not name the file
-                raise OSError(f"{file}: {' '.join(str(e).split())}") from None
         return np.array(groups, self.ROW), None
 
     def groups_of(self, i, file):
@@ -518,9 +524,9 @@ class Parquet:
 
     def place(self, n, attempt):
         """(group, which of its rows). A replacement comes from the same window, whose groups are in memory."""
-        turn, i = divmod(n, self.rows)
+        turn, i = divmod(n, self.size)
         start = i // self.window * self.window
-        size = min(self.window, self.rows - start)
+        size = min(self.window, self.size - start)
         i = start + pick(i - start, attempt, size, (self.config["seed"], turn, start))
         order, before = self.walk(turn)
         nth = np.searchsorted(before, i, "right") - 1
@@ -535,13 +541,11 @@ class Parquet:
         k, nth = self.place(n, attempt)
         i, g, _ = self.groups[k].item()
         place = f"{self.files[i]}: row group {g}"
-        try:
+        with named(place):
             columns, kept = self.load(self.files[i], g)
             slide, x, y, blob = (columns[name][kept[nth]].as_py() for name in COLUMNS)
             if not isinstance(blob, bytes):
                 raise TypeError(f"image_bytes of row {kept[nth]} is of type {type(blob).__name__}")
-        except Exception as e:  # pyarrow's, or the file has changed since
-            raise OSError(f"{place}: {' '.join(str(e).split())}") from None
         return decode(blob, f"{place}, row {kept[nth]}"), {"slide": slide, "x": x, "y": y, "mpp": math.nan}
 
 
@@ -565,9 +569,6 @@ class Mix:
             except ValueError as e:
                 raise ValueError(f"mix: {e}") from None
             weights.append(weight)
-        self.left_out = {}
-        for source in self.sources:
-            self.left_out |= getattr(source, "left_out", {})
         self.shares = np.array(weights) / sum(weights)
         self.about = "; ".join(f"{share:.1%} {s.about}" for share, s in zip(self.shares, self.sources))
 
@@ -596,8 +597,11 @@ def open_source(config):
     except re.error as e:
         raise ValueError(f"patient = {config['patient']!r} is no regular expression: {e}") from None
     source = SOURCES[named[0]](config[named[0]], config)
-    found = [path for own in getattr(source, "sources", [source]) for path in getattr(own, "found", [])]
-    source.left_out = getattr(source, "left_out", {}) | wsi.rows_without_slide(config["mpp_table"], found)
+    left_out, found = {}, []
+    for part in getattr(source, "sources", [source]):
+        left_out |= getattr(part, "left_out", {})
+        found += getattr(part, "found", [])
+    source.left_out = left_out | wsi.rows_without_slide(config["mpp_table"], found)
     if config["wide_field"] and not isinstance(source, Slides):
         raise ValueError(f"{named[0]}: wide_field reads around a tile, which only slides can; give --slides")
     return source

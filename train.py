@@ -204,7 +204,7 @@ if world_size:
 if device == "cuda" and not has_gpu:
     stop("device = 'cuda', but torch sees no GPU; --device=cpu runs without")
 dev = device or ("cuda" if has_gpu else "cpu")
-if weights and not os.path.exists(weights):
+if weights and not resume and not os.path.exists(weights):
     stop(f"weights: no file or folder {weights}; docs/data.md says where they come from")
 try:
     if wandb_project and rank == 0:
@@ -221,15 +221,16 @@ try:  # all that users state, and the files that it names; no collective, as it 
     if dev == "cuda" and fp8 != "off" and torch.cuda.get_device_capability() < (8, 9):
         raise ValueError(f"fp8 = '{fp8}': {torch.cuda.get_device_name()} has no fp8 (Ada, Hopper or newer do); fp8 = "
                          "'off'")
-    mean, std = model.norm_values(norm) if norm is not None or not weights else model.stored_norm(weights)
-    if weights and (mean, std) != model.norm_values(None):
-        config["norm"] = norm or (mean, std)
+    if weights and not resume:
+        start = model.first_weights(weights, arch_config, pos_embed_init)
+        stated = model.stored_norm(weights) if norm is None else None
+        if stated and stated != model.norm_values(None):
+            config["norm"] = stated
+    mean, std = model.norm_values(config["norm"])
     source = sources.open_source(config)
     pixels = torch.empty(400, 3, 224, 224, dtype=torch.uint8)  # rank 0 decodes BACH once: 60 MB
     if bach_dir and rank == 0:
         pixels = eval_bach.load_pixels(bach_dir)
-    if weights:
-        start = model.first_weights(weights, arch_config, pos_embed_init)
     with torch.device("meta"):
         student, teacher = model.build(config), model.build(config)
     for net in (student, teacher) if fp8 != "off" else ():
@@ -270,8 +271,8 @@ def state():
 def write_row(file, row):
     """On rank 0, but a collective; {} writes nothing."""
     row = rundir.append_row(f"{out_dir}/{file}", row)
-    if wandb_project and rank == 0 and file == "metrics.jsonl":
-        wandb.log(row)
+    if wandb_project and file == "metrics.jsonl":
+        rundir.on_rank_0("wandb took no row", lambda: wandb.log(row))
 
 
 def exchange():
@@ -369,6 +370,9 @@ if resume:
     loaded = state()
     checkpoint.load(f"{out_dir}/ckpt", loaded, say)
     bad_tiles.update(json.loads(loaded["bad_tiles"]))
+    if weights and norm is None:  # the file is not read again, and may have gone
+        config["norm"] = json.loads(loaded["config"])["norm"]
+        mean, std = model.norm_values(config["norm"])
     if loaded["data"] != source.about:
         say(f"resume: the data were {loaded['data']}, are now {source.about}: other tiles follow than without the stop")
     before = loaded["progress"]["images"]

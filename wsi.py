@@ -40,6 +40,7 @@ from PIL import Image, ImageFilter
 TOLERANCE = 0.03         # a level this close to the target is used as stored: 0.2425-0.2575 um/px serve 0.25
 MAX_ENLARGE = 1.10       # level-0 mpp / target mpp; above this the slide does not have the detail
 MIN_MPP, MAX_MPP = 0.05, 20.0  # um/px; other values are not believable: 72 dpi would be 353
+MASK_VERSION = 2         # of the code that makes masks: raise it whenever that makes another, so that none is kept
 MAX_MASK_CELLS = 1e8     # a 25 x 75 mm slide has 3e7 cells of 8 um, so more means a wrong mpp
 MARGIN = 6               # px read around a region to invert the interpolation: at 2x e <= 1/4, and (1/3)^7 is nothing
 BLOCK = 1200             # px of a level: tiles of a square of this side are read one after the other
@@ -122,8 +123,11 @@ def level_scale(dimensions, size, tile):
     filled = np.ceil(dimensions / numbers / tile) * tile
     padded = ((filled == size) | (abs(dimensions / numbers - size) < 1)).all(1)
     numbers = numbers[padded]
-    if cut_off.all() or not len(numbers):
+    full = (np.mod(size, tile) == 0) & (tile > 1)
+    if cut_off.all() or not (len(numbers) or full.any()):
         return scale, difference <= TOLERANCE + rounding
+    if not len(numbers):  # a factor such as 1.5: nothing tells how much of the last tiles is padding
+        return scale, difference <= rounding and not full.all()
     if len(numbers) > 1:
         numbers = numbers[np.log2(numbers) % 1 == 0]
     # where both axes have the same factor, the level may as well have been shrunk to whole tiles
@@ -209,9 +213,6 @@ class Slide:
         self.left_out[level] = reason
         warnings.warn(f"{self.path}: level {level} {reason}; it is left out, and finer levels serve instead",
                       stacklevel=2)
-
-    def __getstate__(self):
-        return self.__dict__ | {"_slide": None, "_pid": None}  # an unpickled slide opens its own handle
 
     def close(self):
         """Free OpenSlide's handle; a later read opens a new one."""
@@ -472,7 +473,7 @@ class Slide:
         if self._mask is not None:
             return self._mask
         file = self._mask_file() if self.mask_dir else ""
-        self._mask, self.rule, left_out = _load_mask(file, self.rule) if file else (None, self.rule, {})
+        self._mask, self.rule, left_out = _load_mask(file, self.rule)
         for level in left_out.keys() - self.left_out.keys():
             self._leave_out(level, left_out[level])
         if self._mask is None:
@@ -494,7 +495,7 @@ class Slide:
     def _mask_file(self):
         """It is named by the slide's size, 8 places in its file and its scale, so that a moved slide keeps its mask."""
         size = os.path.getsize(self.path)
-        digest = hashlib.blake2b(repr((size, self.mpp_xy)).encode(), digest_size=8)
+        digest = hashlib.blake2b(repr((MASK_VERSION, size, self.mpp_xy)).encode(), digest_size=8)
         with open(self.path, "rb") as f:
             for k in range(8):
                 f.seek(k * max(size - 4096, 0) // 7)
@@ -678,9 +679,8 @@ def _load_mask(file, rule):
         with np.load(file) as saved:
             if rule is None or json.dumps(rule) == str(saved["rule"]):
                 mask = saved["bits"], tuple(saved["shape"].tolist()), tuple(saved["cell"].tolist())
-                left_out = json.loads(str(saved["left_out"])) if "left_out" in saved else []
-                return mask, json.loads(str(saved["rule"])), dict(left_out)
-    except Exception:  # a damaged file raises anything that zipfile, zlib and numpy raise; the mask is made again
+                return mask, json.loads(str(saved["rule"])), dict(json.loads(str(saved["left_out"])))
+    except Exception:  # no file, or what zipfile, zlib and numpy raise at a damaged one: the mask is made again
         pass
     return None, rule, {}
 
@@ -706,7 +706,9 @@ def mpp_table(file):
         return {}
     try:
         with open(file, newline="", encoding="utf-8-sig") as f:
-            rows, table = list(csv.DictReader(f, skipinitialspace=True)), {}
+            rows, table = csv.DictReader(f, skipinitialspace=True), {}
+            rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
+            rows = list(rows)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"mpp_table={file}: {error}; save it as CSV in UTF-8") from None
     for row in rows or [{}]:

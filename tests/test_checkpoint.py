@@ -330,6 +330,14 @@ def test_an_error_of_any_kind_ends_all_ranks_with_one_line(error, group):
         rundir.agree("wandb refuses", lambda: (_ for _ in ()).throw(error))
 
 
+def test_a_teacher_folder_that_cannot_be_written_is_known_before_a_file_changes(tmp_path):
+    """The bug: it was found at the first export, after hours."""
+    (tmp_path / "teacher").touch()
+    with pytest.raises(NotADirectoryError, match="teacher"):
+        rundir.begin_folder(str(tmp_path), {"max_steps": 9}, 1, print)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
 def test_a_file_name_that_is_not_utf_8_can_be_noted(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "\udcff.py"])
     rundir.begin_folder(str(tmp_path), {"max_steps": 9}, None, print)

@@ -102,7 +102,15 @@ def test_brackets_are_of_a_name_where_there_is_such_a_name(tmp_path):
     assert listing.find(f"{tmp_path}/batch[2]/*", "slides")[0] == [f"{tmp_path}/batch2/a.svs"]
     with one_line(r"slides: no file matches .*batch\[3\]/\*; \[ begins a set of characters there: write \[\[\]"):
         listing.find(f"{tmp_path}/batch[3]/*", "slides")
-    with one_line("slides: no file matches .*; it is a folder: try '.*/.*.svs'"):
+
+
+def test_of_a_folder_the_pattern_for_its_files_is_told(tmp_path):
+    """The bug: '*.svs', whatever was in it."""
+    with one_line(f"slides: no file matches .*; it is a folder: try '{tmp_path}/\\*\\*/\\*.svs'$"):
+        listing.find(str(tmp_path), "slides")
+    for name in ("a.tif", "b.tif", "c.ndpi"):
+        (tmp_path / name).touch()
+    with one_line(f"it is a folder: try '{tmp_path}/\\*.ndpi' or '{tmp_path}/\\*.tif'$"):
         listing.find(str(tmp_path), "slides")
 
 

@@ -694,6 +694,31 @@ def test_wandb_gets_the_rows_of_metrics_and_a_resumed_run_goes_on_in_its_own(til
     assert [r["step"] for r in logged[4:]] == [3, 4] and rows(out) == logged[:3] + logged[4:]
 
 
+def test_a_row_that_wandb_refuses_ends_all_ranks(tiles, tmp_path, monkeypatch):
+    """The bug: rank 0 failed alone, and the others waited for it."""
+    def refuse(row):
+        raise ConnectionError("no network")
+
+    fake = SimpleNamespace(init=lambda **k: SimpleNamespace(id="1"), log=refuse, define_metric=lambda *a, **k: 0)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    argv = flags(tiles=tiles, max_steps=0, out_dir=tmp_path / "a", wandb_project="p")
+    assert refused(monkeypatch, argv).startswith("wandb took no row (ConnectionError: no network): mend that")
+
+
+def test_a_run_resumes_without_the_file_that_it_began_from(tiles, tmp_path, monkeypatch):
+    """The bug: resuming demanded the weights, of which it needs nothing but their norm."""
+    vit = model.ViT(model.ARCHS["tiny"])
+    torch.save({"teacher": vit.state_dict(), "arch": "tiny", "config": {"norm": "half"}}, tmp_path / "w.pth")
+    argv = flags(tiles=tiles, schedule_steps=4, save_interval=1, max_steps=2, weights=tmp_path / "w.pth")
+    straight = train(monkeypatch, [*argv, "--max_steps=3", f"--out_dir={tmp_path}/a"])
+    train(monkeypatch, [*argv, f"--out_dir={tmp_path}/b"])
+    (tmp_path / "w.pth").unlink()
+    resume = [*argv, "--max_steps=3", f"--out_dir={tmp_path}/b", "--resume=true"]
+    resumed = train(monkeypatch, resume)
+    bit_equal(weights(straight), weights(resumed))
+    assert [run["mean"] for run in (straight, resumed)] == [(0.5,) * 3] * 2
+
+
 def test_dry_run_prints_the_cost_of_vit_g_without_data_or_gpu(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "8")
     refused(monkeypatch, ["config/vitg_clip3.py", "--dry_run=true"])
