@@ -25,7 +25,7 @@ from configurator import configure, train_keys
 # repeats may differ in these keys of config.json: where files go, how fast they are read, when a run gives up. Folders
 # of data are not among them, nor are max_steps and eval_interval (the best of more points is higher)
 REPEAT = """seed out_dir resume dry_run device workers open_slides mask_dir log_interval save_interval keep_checkpoints
-    keep_every max_bad_steps max_bad_tiles wandb_project""".split()
+    keep_teachers keep_every max_bad_steps max_bad_tiles wandb_project""".split()
 FLOOR = 0.02  # all seeds meet the same 132 images, so a smaller difference is no evidence, whatever the seeds say
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (NIST handbook 1.3.6.7.2). Two groups of three seeds
 # have 4: a factor of 2 in place of t would find a difference between 12 % of equal pairs

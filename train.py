@@ -46,13 +46,14 @@ out_dir = "out/run"      # config.json, metrics.jsonl, bach.jsonl, ckpt/, teache
 seed = 0
 max_steps = 137_500      # optimizer steps; 110 "epochs" of 1,250 in OpenMidnight's current recipe
 resume = False           # continue from the newest complete checkpoint in out_dir
-dry_run = False          # print parameters, FLOPs and memory, then exit; needs no data and no GPU
+dry_run = False          # print parameters, FLOPs, memory and disk, then exit; needs no data and no GPU
 device = ""              # "cuda" or "cpu"; "" = cuda if there is one
 log_interval = 10        # write a row every N steps; skipped steps, unreadable tiles and signals are checked only then
 eval_interval = 2500     # steps between points of the BACH curve; also at step 0 and at the end; 0 = only there
 save_interval = 2500     # steps between checkpoints and teacher exports; also at the end; 0 = only there
-keep_checkpoints = 2     # keep the newest N checkpoints; 0 = all. every teacher export is kept
-keep_every = 0           # also keep checkpoints at multiples of N steps; 0 = none
+keep_checkpoints = 2     # keep the newest N checkpoints; 0 = all
+keep_teachers = 0        # keep the newest N teacher exports; 0 = all
+keep_every = 0           # also keep checkpoints and exports at multiples of N steps; 0 = none
 max_bad_steps = 10       # skipped steps (loss or gradient not finite) before the run stops
 max_bad_tiles = 100      # files with unreadable tiles before the run stops and lists them; other draws replace them
 wandb_project = ""       # also send metrics.jsonl to this project of Weights & Biases (WANDB_* configure it); "" = off
@@ -203,8 +204,6 @@ if world_size:
 if device == "cuda" and not has_gpu:
     stop("device = 'cuda', but torch sees no GPU; --device=cpu runs without")
 dev = device or ("cuda" if has_gpu else "cpu")
-if weights and not os.path.exists(weights):
-    stop(f"weights: no file or folder {weights}; docs/data.md says where they come from")
 try:
     if wandb_project and rank == 0:
         import wandb
@@ -215,27 +214,47 @@ except ImportError:
 
 mesh = sharding.begin(dev)
 rundir.on_rank_0(f"out_dir = {out_dir!r}", lambda: rundir.check_folder(out_dir, resume))
-start = refusal = None
-try:  # all that users state, and the files that it names; no collective, as it may fail on one rank
+refusals = []  # of all that users state and the files that it names, to be said at once
+
+
+def attempt(work, path=""):
+    """What work() returns; where that is refused, None, and refusals say why, and how to get what is not at `path`."""
+    try:  # no collective, as it may fail on one rank
+        return work()
+    except (ValueError, OSError) as e:
+        remedy = "" if os.path.exists(path.split("*")[0] or ".") else f"; {eval_bach.how_to_get(path)}"
+        refusals.append(f"{e}{remedy}")
+
+
+def open_weights():
+    """(mean, std of the pixels; the tensors to start from, or None)."""
+    if weights and not os.path.exists(weights):
+        raise ValueError(f"weights: no file or folder {weights}")
+    pixel_norm = model.norm_values(norm) if norm is not None or not weights else model.stored_norm(weights)
+    if weights and pixel_norm != model.norm_values(None):
+        config["norm"] = norm or pixel_norm
+    return *pixel_norm, model.first_weights(weights, arch_config, pos_embed_init) if weights else None
+
+
+def build():
     if dev == "cuda" and fp8 != "off" and torch.cuda.get_device_capability() < (8, 9):
         raise ValueError(f"fp8 = '{fp8}': {torch.cuda.get_device_name()} has no fp8 (Ada, Hopper or newer do); fp8 = "
                          "'off'")
-    mean, std = model.norm_values(norm) if norm is not None or not weights else model.stored_norm(weights)
-    if weights and (mean, std) != model.norm_values(None):
-        config["norm"] = norm or (mean, std)
-    source = sources.open_source(config)
-    pixels = torch.empty(400, 3, 224, 224, dtype=torch.uint8)  # rank 0 decodes BACH once: 60 MB
-    if bach_dir and rank == 0:
-        pixels = eval_bach.load_pixels(bach_dir)
-    if weights:
-        start = model.first_weights(weights, arch_config, pos_embed_init)
     with torch.device("meta"):
-        student, teacher = model.build(config), model.build(config)
-    for net in (student, teacher) if fp8 != "off" else ():
+        nets = model.build(config), model.build(config)
+    for net in nets if fp8 != "off" else ():
         to_fp8(net["backbone"], force=fp8 == "force")
-except (ValueError, OSError) as e:
-    refusal = e
-found = set(rundir.agree("", lambda: stop(refusal) if refusal else source.about))
+    return nets
+
+
+source = attempt(lambda: sources.open_source(config), slides or tiles or shards)
+pixels = torch.empty(400, 3, 224, 224, dtype=torch.uint8)  # rank 0 decodes BACH once: 60 MB
+if bach_dir and rank == 0:
+    pixels = attempt(lambda: eval_bach.load_pixels(bach_dir))
+mean, std, start = attempt(open_weights, weights) or (None, None, None)
+if not refusals:
+    student, teacher = attempt(build) or (None, None)
+found = set(rundir.agree("", lambda: stop("\n".join(refusals)) if refusals else source.about))
 if len(found) > 1:
     stop(f"ranks have found different data, is something still being written there? {'; '.join(sorted(found))}")
 rundir.claim(out_dir, resume, say)
@@ -347,7 +366,8 @@ def evaluate(step):
 def save(done, wait):
     """The teacher's export, then a checkpoint behind training; `wait` until it is written."""
     header = {"arch": None if depth else arch, "step": done, "config": config}
-    checkpoint.export(f"{out_dir}/teacher", sharding.gathered(teacher["backbone"]), header)
+    tensors = sharding.gathered(teacher["backbone"])
+    checkpoint.export(f"{out_dir}/teacher", tensors, header, keep_teachers, keep_every, say)
     say(f"exported: {out_dir}/teacher/{done}.pth")
     saver.save(done, state())  # last: a run that resumes here has its export and its rows
     if wait:
