@@ -461,9 +461,9 @@ def bach_row(features, view=View()):
     return probe(features, LABELS, TRAIN_INDEX, VAL_INDEX, view=view) | second_opinions(features) | collapse
 
 
-def curve_point(backbone, pixels, norm, dev, note, before_exit):
+def curve_point(backbone, pixels, norm, dev, note, before_exit, score=bach_row):
     """
-    bach_row of a teacher in training, embedded by all ranks; {} except on rank 0.
+    The score(features, view) of a teacher in training, embedded by all ranks; {} except on rank 0.
 
     Rank 0 fits the heads alone: if that fails, it costs the point and not the run, and the row is {"bach": None,
     "bach_error"}. If the forward fails on one rank, the others hang in a collective. We then write the file `note`,
@@ -483,7 +483,7 @@ def curve_point(backbone, pixels, norm, dev, note, before_exit):
     if dist.get_rank() != 0:
         return {}
     try:
-        row = {"embed_seconds": round(time.time() - start, 1), **bach_row(features)}
+        row = {"embed_seconds": round(time.time() - start, 1), **score(features, View())}
         json.dumps(row)  # what cannot be written fails here
     except Exception as e:
         return {"bach": None, "bach_error": one_line(e)}

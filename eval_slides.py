@@ -66,6 +66,7 @@ MIL = {
 }
 BAG = 2048                      # places of a slide or case per training step
 # ----------------------------------------------------------------------------------------------------------------------
+AS_IN_TRAINING = dict(groups="", views="resize", mpp=0.5, image_mpp=0.0, input_px=eval_bach.SIZE, concat=False)
 TYPES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 ROLES = {2: "train and test", 3: "train, select and test"}  # of folds
 CONTEXT, RANDOM, SHUFFLED, RETRAINED = (f"raw, {kind}context" for kind in ("", "untrained ", "shuffled ", "retrained "))

@@ -16,6 +16,7 @@ the samples that come next. FSDP2 shards student and teacher on any number of de
 bf16 and gradients are reduced in fp32.
 """
 import gc
+import importlib
 import json
 import math
 import os
@@ -64,7 +65,8 @@ shards = ""              # folder or glob of prepare/tiles.py's .tar, used as th
 parquet = ""             # folder or glob of .parquet with image bytes, as medarc/TCGA-12K-parquet; needs pyarrow
 tiles = ""               # folder tree of images, each a tile of any size; mpps, tile_px do nothing
 mix = ()                 # several: ((kind, path, weight), ...), e.g. (("slides", "a/*.svs", 0.8), ("shards", "b", 0.2))
-bach_dir = ""            # folder that holds ICIAR2018_BACH_Challenge; "" = no curve
+bach_dir = ""            # folder that holds ICIAR2018_BACH_Challenge; "" = no curve of BACH
+image_dir = ""           # instead a curve of labelled tiles, as eval_slides.py scores them; minutes per point
 holdout = 0.0            # share of the patients never trained on, chosen by a hash of their names; 0 = none
 patient = r"TCGA-\w\w-\w{4}"  # pattern of the patient in a file name; without a match a slide is its own patient
 mpps = (0.25, 0.5, 1.0, 2.0)  # um/px, drawn evenly from those that a slide is fine enough for (Midnight's set)
@@ -185,6 +187,8 @@ try:
 except ValueError as e:
     stop(e)
 patch = arch_config.patch_size
+if bach_dir and image_dir:
+    stop("bach_dir and image_dir: a run has one curve; unset the other, as in --bach_dir=")
 if pos_embed_init == "random" and not weights:
     stop("pos_embed_init = 'random' changes nothing without weights: positions are drawn anyway")
 images = batch_size * world  # per step, over all ranks
@@ -236,6 +240,15 @@ def open_weights():
     return *pixel_norm, model.first_weights(weights, arch_config, pos_embed_init) if weights else None
 
 
+def load_probe():
+    """Labelled images, uint8 (n, 3, 224, 224), and score(features, view), which makes a row of bach.jsonl of them."""
+    if bach_dir:
+        return eval_bach.load_pixels(bach_dir), eval_bach.bach_row  # 60 MB
+    eval_slides = importlib.import_module("eval_slides")  # by name: training reads it for image_dir alone
+    images, score = eval_slides.load(eval_slides.AS_IN_TRAINING | {"image_dir": image_dir})
+    return torch.stack(images), score
+
+
 def build():
     if dev == "cuda" and fp8 != "off" and torch.cuda.get_device_capability() < (8, 9):
         raise ValueError(f"fp8 = '{fp8}': {torch.cuda.get_device_name()} has no fp8 (Ada, Hopper or newer do); fp8 = "
@@ -248,9 +261,9 @@ def build():
 
 
 source = attempt(lambda: sources.open_source(config), slides or tiles or shards)
-pixels = torch.empty(400, 3, 224, 224, dtype=torch.uint8)  # rank 0 decodes BACH once: 60 MB
-if bach_dir and rank == 0:
-    pixels = attempt(lambda: eval_bach.load_pixels(bach_dir))
+pixels = score = None  # of the probe
+if (bach_dir or image_dir) and rank == 0:
+    pixels, score = attempt(load_probe) or (None, None)
 mean, std, start = attempt(open_weights, weights) or (None, None, None)
 if not refusals:
     student, teacher = attempt(build) or (None, None)
@@ -345,22 +358,24 @@ def log(done, losses, norms, now, cls):
 
 
 def evaluate(step):
-    """A point of the BACH curve, on all ranks; returns what metrics.jsonl shows of it."""
-    if not bach_dir:
+    """A point of the curve, on all ranks; returns what metrics.jsonl shows of it."""
+    if not (bach_dir or image_dir):
         return {}
     with without_fp8(teacher["backbone"]), torch.compiler.set_stance("force_eager"):  # other shapes than training's
-        note = f"{out_dir}/bach_failed_{step}"
-        row = eval_bach.curve_point(teacher["backbone"], pixels, (mean, std), dev, note, saver.thread.shutdown)
+        note, before_exit = f"{out_dir}/bach_failed_{step}", saver.thread.shutdown
+        row = eval_bach.curve_point(teacher["backbone"], pixels, (mean, std), dev, note, before_exit, score)
     scored = row if row.get("seeds") else {}  # on rank 0, unless it failed
     write_row("bach.jsonl", scored and {"step": step, "images": progress["samples"], **row})
+    key, name = ("bach", "BACH") if bach_dir else ("balanced", f"balanced accuracy of {image_dir}")
     if "bach_error" in row:
-        say(f"step {step}: no BACH, training continues: {row['bach_error']}")
+        say(f"step {step}: no {name}, training continues: {row['bach_error']}")
     if not scored:
         return row
-    say(f"step {step}: BACH {row['bach']:.3f} +- {row['std']:.3f}, mean cosine {row['mean_cosine']:.3f}, "
+    say(f"step {step}: {name} {row[key]:.3f} +- {row['std']:.3f}, mean cosine {row['mean_cosine']:.3f}, "
         f"effective rank {row['effective_rank']:.1f}; took {row['seconds']} s")
-    own = {k: row[k] for k in ("bach", "plateau", "clean", "knn", "mean_cosine", "effective_rank")}
-    return own | {f"bach_{k}": row[k] for k in ("std", "seeds", "protocol", "embed_seconds", "seconds")}
+    shown = ("bach", "balanced", "se_groups", "plateau", "clean", "knn", "shot16", "mean_cosine", "effective_rank")
+    own = {k: row[k] for k in shown if k in row}
+    return own | {f"{key}_{k}": row[k] for k in ("std", "seeds", "protocol", "embed_seconds", "seconds")}
 
 
 def save(done, wait):
@@ -406,8 +421,9 @@ def begin_files():
 
 rundir.on_rank_0(f"the run cannot begin in {out_dir}", begin_files)
 saver = checkpoint.Saver(f"{out_dir}/ckpt", keep_checkpoints, keep_every, say)
-if bach_dir:
-    pixels = pixels.to(dev)
+if bach_dir or image_dir:
+    shape = rundir.on_rank_0("the probe has no images", lambda: pixels.shape)
+    pixels = pixels.to(dev) if rank == 0 else torch.empty(shape, dtype=torch.uint8, device=dev)
     dist.broadcast(pixels, 0)
 tflop = sum(budget.tflop(config, arch_config).values())  # per step and rank
 cost, _ = budget.report(config, world, gpu_memory_gb or (gpu_gb if dev == "cuda" else 0), details=False)

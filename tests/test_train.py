@@ -19,8 +19,10 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 
+import curves
 import data
 import eval_bach
+import eval_slides
 import model
 import rundir
 import sharding
@@ -536,6 +538,36 @@ def test_the_bach_curve_starts_at_step_0(tiles, bach_template, tmp_path, monkeyp
         for k in ("std", "seeds", "protocol", "embed_seconds", "seconds"):
             assert metrics[i][f"bach_{k}"] == r[k]
     assert not any("bach" in k for k in metrics[1])
+
+
+def test_labelled_tiles_may_be_the_probe_instead_of_bach(tiles, tmp_path, monkeypatch):
+    """The row is eval_slides.py's of the export; its protocol and its name, balanced, say that it is not BACH."""
+    folder, lines = tmp_path / "labelled", ["file,patient,fold"]
+    for i, file in enumerate(sorted(os.listdir(tiles))):
+        (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(f"{tiles}/{file}", folder / "ab"[i % 2])
+        lines.append(f"{file},P{i // 4},{i // 4 % 3}")
+    (folder / "groups.csv").write_text("\n".join(lines))
+    quick_bach(monkeypatch.setattr, gray=False)
+    monkeypatch.setattr(eval_slides, "SUPPORT_SETS", 20)
+    keys = dict(tiles=tiles, max_steps=2, eval_interval=1)
+    without = train(monkeypatch, flags(**keys, out_dir=tmp_path / "without"))
+    bit_equal(weights(without), weights(train(monkeypatch, flags(**keys, image_dir=folder, out_dir=tmp_path / "a"))))
+    curve, metrics = rows(tmp_path / "a", "bach.jsonl"), rows(tmp_path / "a")
+    assert [row["step"] for row in curve] == [row["step"] for row in metrics] == [0, 1, 2]
+    config = {**eval_slides.AS_IN_TRAINING, "image_dir": str(folder), "arch": "tiny", "device": "cpu"}
+    images, score = eval_slides.load(config)
+    mine = eval_bach.score_file(f"{tmp_path}/a/teacher/2.pth", None, config, torch.stack(images), score)
+    for key in ("balanced", "knn", "shot16", "se_groups", "mean_cosine", "effective_rank"):
+        assert metrics[2][key] == curve[2][key] == pytest.approx(mine[key], abs=1e-4), key
+    assert metrics[2]["balanced_protocol"] == curve[2]["protocol"] == mine["protocol"]
+    assert mine["protocol"].startswith("folder: cls 224 px, 24 images of 6 groups in 3 folds")
+    assert "bach" not in curve[2] and "bach" not in metrics[2]
+    assert curves.logged([curves.load_run(str(tmp_path / "a"))])[0] == "balanced"
+    message = refused(monkeypatch, flags(**keys, image_dir=tmp_path / "none", out_dir=tmp_path / "b"))
+    assert message == f"train.py: image_dir={tmp_path}/none: no such folder"
+    message = refused(monkeypatch, flags(**keys, image_dir=folder, bach_dir="x", out_dir=tmp_path / "b"))
+    assert "a run has one curve" in message
 
 
 def quick_bach(patch, gray=True):
