@@ -241,9 +241,9 @@ def open_weights():
 
 
 def load_probe():
-    """Labelled images, uint8 (n, 3, 224, 224), and score(features, view), which makes a row of bach.jsonl of them."""
+    """Labelled images, uint8 (n, 3, 224, 224), and score(features, view), which makes a row of bach.jsonl."""
     if bach_dir:
-        return eval_bach.load_pixels(bach_dir), eval_bach.bach_row  # 60 MB
+        return eval_bach.load_pixels(bach_dir), eval_bach.bach_row
     eval_slides = importlib.import_module("eval_slides")  # by name: training reads it for image_dir alone
     images, score = eval_slides.load(eval_slides.AS_IN_TRAINING | {"image_dir": image_dir})
     return torch.stack(images), score
