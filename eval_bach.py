@@ -561,14 +561,14 @@ def score_files(name, config, load):
         files, view = weight_files(config), view_of(config)
     except ValueError as e:
         raise SystemExit(f"{name}: {e}") from e
-    refusals = {file: f"no such weight file; {how_to_get(file)}" for file, _ in files if not os.path.exists(file)}
+    missing = {file: how_to_get(file) for file, _ in files if not os.path.exists(file)}
     if config["dry_run"]:
         for file, norm in files:
-            missing = f", {refusals[file]}" if file in refusals else ""
-            print(f"{file}: {view}, norm {norm or 'as the file states'}{missing}")
+            remedy = f", no such file; {missing[file]}" if file in missing else ""
+            print(f"{file}: {view}, norm {norm or 'as the file states'}{remedy}")
         return
-    said = [f"{name}: {file}: {refusal}" for file, refusal in refusals.items()]
-    there = [(file, norm) for file, norm in files if file not in refusals]
+    said = [f"{name}: {file}: no such weight file; {remedy}" for file, remedy in missing.items()]
+    there = [(file, norm) for file, norm in files if file not in missing]
     try:
         pixels, score = load()
     except (ValueError, OSError) as e:
