@@ -872,8 +872,8 @@ def score_features(config, table):
     first, mean = next(iter(rows)), None  # that all are compared with, and what it predicts
     table |= {"rows": [], "classes": found.classes, "seen": text, "protocol": protocol_of(found)}
     say_caveats(found, text)
-    print(f"{'':30}{'c-index' if survival else 'balanced':>8}   auroc  C tuned")
-    print(f"{'':57}   difference to {first}\n{'':57}   and 95 % interval")
+    print(f"{'':60}difference to {first}")
+    print(f"{'':30}{'c-index' if survival else 'balanced':>8}   auroc  C tuned   and 95 % interval")
     for name, at_test in rows.items():
         x = rows[name.replace(SHUFFLED, CONTEXT)]  # the probe is trained on places in their true order
         predicted = linear_probe(found, x, at_test, 0.5)
