@@ -11,6 +11,7 @@ renames the folder when every rank has written and synced its file, and deletes 
 is killed, the newest complete checkpoint is whole.
 """
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -31,6 +32,28 @@ def tensors(nets, optimizer):
     assert len(trained) == len(optimizer.state), (len(trained), len(optimizer.state))
     moments = {name: optimizer.state[p] for name, p in trained.items()}
     return {"model": nets.state_dict(), "optimizer": {"state": moments}}
+
+
+def delete_old(folder, steps, ending, keep, keep_every, say):
+    """
+    Of what `folder` holds, <step><ending> for sorted steps, delete all except the newest `keep` (0 = all) and multiples
+    of `keep_every` (0 = none). That something cannot be deleted is said, and costs a run nothing else.
+    """
+    for step in needless(steps, keep, keep_every):
+        path = f"{folder}/{step}{ending}"
+        try:
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                os.remove(path)
+        except OSError as e:
+            say(f"{path} is not needed any more and cannot be deleted: {one_line(e)}")
+
+
+def needless(steps, keep, keep_every):
+    """Of sorted steps, those that are neither among the newest `keep` (0 = all) nor multiples of `keep_every`."""
+    older = steps[:-keep]  # an empty list for keep = 0
+    return [step for step in older if not keep_every or step % keep_every]
 
 
 class Saver:
@@ -68,12 +91,7 @@ class Saver:
         os.replace(self.unfinished, f"{self.folder}/{step}")
         self.last = f"{self.folder}/{step}"
         self.say(f"saved: {self.last}")
-        for old in complete(self.folder)[: -self.keep]:  # an empty list for keep = 0
-            if not self.keep_every or old % self.keep_every:
-                try:
-                    shutil.rmtree(f"{self.folder}/{old}")
-                except OSError as e:
-                    self.say(f"{self.folder}/{old} is not needed any more and cannot be deleted: {one_line(e)}")
+        delete_old(self.folder, complete(self.folder), "", self.keep, self.keep_every, self.say)
 
     def finish(self):
         """Wait for the running save. If it failed on a rank, all end, and name the checkpoint before. A collective."""
@@ -130,15 +148,18 @@ def load(folder, state, say):
     return steps[-1 - len(damaged)]
 
 
-def export(folder, tensors, header):
+def export(folder, tensors, header, keep=0, keep_every=0, say=print):
     """
     folder/<step>.pth for load_backbone, from pairs (name, tensor) that are whole on rank 0: {"teacher": ..., **header}.
-    A collective, as `tensors` is.
+    Then deletes older ones as Saver does; those of later steps, which a resumed run writes again, stay. A collective,
+    as `tensors` is.
     """
-    whole, unfinished = dict(tensors), f"{folder}/unfinished"
+    whole, unfinished, now = dict(tensors), f"{folder}/unfinished", header["step"]
 
     def write():
         os.makedirs(folder, exist_ok=True)
         torch.save({"teacher": whole, **header}, unfinished)
-        os.replace(unfinished, f"{folder}/{header['step']}.pth")
+        os.replace(unfinished, f"{folder}/{now}.pth")
+        steps = [int(name[:-4]) for name in os.listdir(folder) if re.fullmatch(r"(0|[1-9]\d*)\.pth", name)]
+        delete_old(folder, sorted(step for step in steps if step <= now), ".pth", keep, keep_every, say)
     on_rank_0(f"{unfinished} could not be written", write)

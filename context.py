@@ -135,6 +135,15 @@ class SlideEncoder(nn.Module):
 # ---- encoders -------------------------------------------------------------------------------------------------------
 
 
+def tflop_of_a_window(net, n):
+    """TFLOP of a training step per window of n places: two per multiply-add, backward twice forward, products only."""
+    width, tokens = net.config["width"], n + net.config["registers"]
+    products = sum(p.numel() for p in net.blocks.parameters() if p.dim() == 2) * tokens
+    products += (net.input.weight.numel() + net.output.weight.numel()) * n
+    products += 2 * net.config["depth"] * tokens**2 * width  # attention: with keys, and with values
+    return 6 * products / 1e12
+
+
 def load_encoder(path):
     """(SlideEncoder on the CPU, header) of an export of training. Raises ValueError if it is another file."""
     if not os.path.isfile(path):
@@ -202,6 +211,10 @@ if __name__ == "__main__":
     std = (square - mean.square()).clamp(min=1e-8).sqrt()
     with torch.device("meta"):
         net = nn.ModuleDict({"backbone": SlideEncoder(config, about)})
+    tflop = tflop_of_a_window(net["backbone"], sum(counts)) * windows
+    say(f"{sum(p.numel() for p in net.parameters()) / 1e6:,.1f} M parameters; {batch_size} windows x {world} ranks of "
+        f"{sum(counts)} places are {tflop:.3g} TFLOP per step, {tflop * max_steps / 1e3:.3g} PFLOP in {max_steps:,} "
+        f"steps; writes to {out_dir}")
     sharding.shard(net, mesh, bf16=dev == "cuda", trained=True)
     sharding.materialize(net, dev, seed)
     optimizer = sharding.adamw(model.param_groups(net), betas, dev)

@@ -25,14 +25,15 @@ from configurator import configure, train_keys
 # repeats may differ in these keys of config.json: where files go, how fast they are read, when a run gives up. Folders
 # of data are not among them, nor are max_steps and eval_interval (the best of more points is higher)
 REPEAT = """seed out_dir resume dry_run device workers open_slides mask_dir log_interval save_interval keep_checkpoints
-    keep_every max_bad_steps max_bad_tiles wandb_project""".split()
+    keep_teachers keep_every max_bad_steps max_bad_tiles wandb_project""".split()
 FLOOR = 0.02  # all seeds meet the same 132 images, so a smaller difference is no evidence, whatever the seeds say
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (NIST handbook 1.3.6.7.2). Two groups of three seeds
 # have 4: a factor of 2 in place of t would find a difference between 12 % of equal pairs
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 PANELS = {  # keys of bach.jsonl and metrics.jsonl that are drawn, with their axes; the first that there is, is large
-    "bach": "BACH balanced accuracy, 132 images", "effective_rank": "effective rank, BACH's images",
-    "mean_cosine": "mean cosine, BACH's images", "loss/neighbours": "loss / loss of neighbours' mean",
+    "bach": "BACH balanced accuracy, 132 images", "balanced": "balanced accuracy, image_dir",
+    "effective_rank": "effective rank, probe's images", "mean_cosine": "mean cosine, probe's images",
+    "loss/neighbours": "loss / loss of neighbours' mean",
     "loss": "training loss (train.py: nats)", "grad_norm": "gradient norm before clipping", "lr": "learning rate",
     "cls_rank": "effective rank, training crops", "cls_cosine": "mean cosine, training crops",
     "images_per_s": "images / s", "windows_per_s": "windows / s"}

@@ -22,6 +22,7 @@ import importlib
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -66,6 +67,7 @@ VAL_INDEX = sorted(set(range(400)) - set(TRAIN_INDEX))            # 132
 SELECT_INDEX = indices(SELECT_RANGES)                             # 50
 FIT_INDEX = sorted(set(TRAIN_INDEX) - set(SELECT_INDEX))          # 218
 LABELS = torch.arange(400) // 100
+BACH_ZIP = "https://zenodo.org/api/records/3632035/files/ICIAR2018_BACH_Challenge.zip/content"  # 10.4 GB
 REMEDY = "bach_dir must hold ICIAR2018_BACH_Challenge/ as unzipped from zenodo.org/records/3632035"
 
 
@@ -85,6 +87,29 @@ class View(NamedTuple):
         return f"{feature} {self.px} px"
 
 
+def how_to_get(path):
+    """The command that gets what is missing at `path`, by the names of the configs: weights, BACH, slides."""
+    folder, name = os.path.split(path.rstrip("/"))
+    if path.startswith("data/toy/"):
+        return "python prepare/toy.py"
+    if path.startswith("data/TCGA"):
+        return "python prepare/tcga.py --project=TCGA-BRCA lists slides, says how to fetch them"
+    if name == "BACH":
+        return (f"mkdir -p {path} && wget -c -O bach.zip {BACH_ZIP} && unzip -q bach.zip "
+                f"'ICIAR2018_BACH_Challenge/Photos/*' -x '*/._*' -d {path}")
+    if re.fullmatch(r"dinov2_vit[sblg]14(_reg4)?_pretrain\.pth", name):
+        folder_of_meta = "_".join(name.split("_")[:2])
+        return f"wget -P {folder or '.'} https://dl.fbaipublicfiles.com/dinov2/{folder_of_meta}/{name}"
+    if name.startswith("dinov3_vit"):
+        return ("accept the licence at ai.meta.com/resources/models-and-libraries/dinov3-downloads, then "
+                f"wget -O {path} 'LINK' with the link of the e-mail")
+    if name == "midnight":
+        return f"hf download kaiko-ai/midnight --local-dir {path}"
+    if name == "teacher_checkpoint.pth":
+        return f"hf download SophontAI/OpenMidnight {name} --local-dir {folder or '.'}"
+    return "docs/data.md and docs/weights.md say where data and weights come from"
+
+
 def bach_files(bach_dir):
     """
     Paths of the 400 images in eva's order, so that image i has label i // 100.
@@ -101,7 +126,8 @@ def bach_files(bach_dir):
         if extra := found - expected:
             raise ValueError(f"{folder}: unexpected {min(extra)}; delete or rename it")
         if missing := expected - found:
-            raise ValueError(f"{folder}: {len(found)} of 100 images, {min(missing)} is missing; {REMEDY}")
+            remedy = "" if os.path.isdir(bach_dir) else f": {how_to_get(bach_dir)}"
+            raise ValueError(f"{folder}: {len(found)} of 100 images, {min(missing)} is missing; {REMEDY}{remedy}")
         paths += [os.path.join(folder, file) for file in sorted(expected)]
     return paths
 
@@ -435,9 +461,9 @@ def bach_row(features, view=View()):
     return probe(features, LABELS, TRAIN_INDEX, VAL_INDEX, view=view) | second_opinions(features) | collapse
 
 
-def curve_point(backbone, pixels, norm, dev, note, before_exit):
+def curve_point(backbone, pixels, norm, dev, note, before_exit, score=bach_row):
     """
-    bach_row of a teacher in training, embedded by all ranks; {} except on rank 0.
+    The score(features, view) of a teacher in training, embedded by all ranks; {} except on rank 0.
 
     Rank 0 fits the heads alone: if that fails, it costs the point and not the run, and the row is {"bach": None,
     "bach_error"}. If the forward fails on one rank, the others hang in a collective. We then write the file `note`,
@@ -457,7 +483,7 @@ def curve_point(backbone, pixels, norm, dev, note, before_exit):
     if dist.get_rank() != 0:
         return {}
     try:
-        row = {"embed_seconds": round(time.time() - start, 1), **bach_row(features)}
+        row = {"embed_seconds": round(time.time() - start, 1), **score(features, View())}
         json.dumps(row)  # what cannot be written fails here
     except Exception as e:
         return {"bach": None, "bach_error": one_line(e)}
@@ -527,23 +553,32 @@ def score_files(name, config, load):
     """
     Score each weight file of `config`; print a table and a JSON object for each, and for all if there are several.
 
-    load() reads the images, once, and returns them with their score(features, view). A file that fails is named and
-    the others are still scored. SystemExit if a file failed, or with one line that starts with `name` for bad input.
+    load() reads the images, once, and returns them with their score(features, view). A file that is missing or fails is
+    named, and the others are still scored. SystemExit if there is such a file, or with lines that start with `name`,
+    all that is missing at once, if nothing can be scored.
     """
     try:
         files, view = weight_files(config), view_of(config)
-        missing = [file for file, _ in files if not os.path.exists(file)]
-        if config["dry_run"]:
-            for file, norm in files:
-                print(f"{file}: {view}, norm {norm or 'as the file states'}" + ", no such file" * (file in missing))
-            return
-        if missing:
-            raise ValueError(f"{', '.join(missing)}: no such weight file")
+    except ValueError as e:
+        raise SystemExit(f"{name}: {e}") from e
+    missing = {file: how_to_get(file) for file, _ in files if not os.path.exists(file)}
+    if config["dry_run"]:
+        for file, norm in files:
+            remedy = f", no such file; {missing[file]}" if file in missing else ""
+            print(f"{file}: {view}, norm {norm or 'as the file states'}{remedy}")
+        return
+    said = [f"{name}: {file}: no such weight file; {remedy}" for file, remedy in missing.items()]
+    there = [(file, norm) for file, norm in files if file not in missing]
+    try:
         pixels, score = load()
     except (ValueError, OSError) as e:
-        raise SystemExit(f"{name}: {e}") from e
+        raise SystemExit("\n".join([*said, f"{name}: {e}"])) from e
+    if not there:
+        raise SystemExit("\n".join(said))
+    for line in said:
+        print(line, file=sys.stderr, flush=True)
     rows = []
-    for file, norm in files:
+    for file, norm in there:
         try:
             rows.append(score_file(file, norm, config, pixels, score))
         except (ValueError, OSError, RuntimeError) as e:  # the last: out of memory

@@ -66,6 +66,7 @@ MIL = {
 }
 BAG = 2048                      # places of a slide or case per training step
 # ----------------------------------------------------------------------------------------------------------------------
+AS_IN_TRAINING = dict(groups="", views="resize", mpp=0.5, image_mpp=0.0, input_px=eval_bach.SIZE, concat=False)
 TYPES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 ROLES = {2: "train and test", 3: "train, select and test"}  # of folds
 CONTEXT, RANDOM, SHUFFLED, RETRAINED = (f"raw, {kind}context" for kind in ("", "untrained ", "shuffled ", "retrained "))
@@ -871,8 +872,8 @@ def score_features(config, table):
     first, mean = next(iter(rows)), None  # that all are compared with, and what it predicts
     table |= {"rows": [], "classes": found.classes, "seen": text, "protocol": protocol_of(found)}
     say_caveats(found, text)
-    print(f"{'':30}{'c-index' if survival else 'balanced':>8}   auroc  C tuned   difference to {first} and its 95 % "
-          "interval")
+    print(f"{'':60}difference to {first}")
+    print(f"{'':30}{'c-index' if survival else 'balanced':>8}   auroc  C tuned   and 95 % interval")
     for name, at_test in rows.items():
         x = rows[name.replace(SHUFFLED, CONTEXT)]  # the probe is trained on places in their true order
         predicted = linear_probe(found, x, at_test, 0.5)

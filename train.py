@@ -16,6 +16,7 @@ the samples that come next. FSDP2 shards student and teacher on any number of de
 bf16 and gradients are reduced in fp32.
 """
 import gc
+import importlib
 import json
 import math
 import os
@@ -46,13 +47,14 @@ out_dir = "out/run"      # config.json, metrics.jsonl, bach.jsonl, ckpt/, teache
 seed = 0
 max_steps = 137_500      # optimizer steps; 110 "epochs" of 1,250 in OpenMidnight's current recipe
 resume = False           # continue from the newest complete checkpoint in out_dir
-dry_run = False          # print parameters, FLOPs and memory, then exit; needs no data and no GPU
+dry_run = False          # print parameters, FLOPs, memory and disk, then exit; needs no data and no GPU
 device = ""              # "cuda" or "cpu"; "" = cuda if there is one
 log_interval = 10        # write a row every N steps; skipped steps, unreadable tiles and signals are checked only then
 eval_interval = 2500     # steps between points of the BACH curve; also at step 0 and at the end; 0 = only there
 save_interval = 2500     # steps between checkpoints and teacher exports; also at the end; 0 = only there
-keep_checkpoints = 2     # keep the newest N checkpoints; 0 = all. every teacher export is kept
-keep_every = 0           # also keep checkpoints at multiples of N steps; 0 = none
+keep_checkpoints = 2     # keep the newest N checkpoints; 0 = all
+keep_teachers = 0        # keep the newest N teacher exports; 0 = all
+keep_every = 0           # also keep checkpoints and exports at multiples of N steps; 0 = none
 max_bad_steps = 10       # skipped steps (loss or gradient not finite) before the run stops
 max_bad_tiles = 100      # files with unreadable tiles before the run stops and lists them; other draws replace them
 wandb_project = ""       # also send metrics.jsonl to this project of Weights & Biases (WANDB_* configure it); "" = off
@@ -63,7 +65,8 @@ shards = ""              # folder or glob of prepare/tiles.py's .tar, used as th
 parquet = ""             # folder or glob of .parquet with image bytes, as medarc/TCGA-12K-parquet; needs pyarrow
 tiles = ""               # folder tree of images, each a tile of any size; mpps, tile_px do nothing
 mix = ()                 # several: ((kind, path, weight), ...), e.g. (("slides", "a/*.svs", 0.8), ("shards", "b", 0.2))
-bach_dir = ""            # folder that holds ICIAR2018_BACH_Challenge; "" = no curve
+bach_dir = ""            # folder that holds ICIAR2018_BACH_Challenge; "" = no curve of BACH
+image_dir = ""           # instead a curve of labelled tiles, as eval_slides.py scores them; minutes per point
 holdout = 0.0            # share of the patients never trained on, chosen by a hash of their names; 0 = none
 patient = r"TCGA-\w\w-\w{4}"  # pattern of the patient in a file name; without a match a slide is its own patient
 mpps = (0.25, 0.5, 1.0, 2.0)  # um/px, drawn evenly from those that a slide is fine enough for (Midnight's set)
@@ -185,6 +188,8 @@ try:
 except ValueError as e:
     stop(e)
 patch = arch_config.patch_size
+if bach_dir and image_dir:
+    stop("bach_dir and image_dir: a run has one curve; unset the other, as in --bach_dir=")
 if pos_embed_init == "random" and not weights:
     stop("pos_embed_init = 'random' changes nothing without weights: positions are drawn anyway")
 images = batch_size * world  # per step, over all ranks
@@ -204,8 +209,6 @@ if world_size:
 if device == "cuda" and not has_gpu:
     stop("device = 'cuda', but torch sees no GPU; --device=cpu runs without")
 dev = device or ("cuda" if has_gpu else "cpu")
-if weights and not resume and not os.path.exists(weights):
-    stop(f"weights: no file or folder {weights}; docs/data.md says where they come from")
 try:
     if wandb_project and rank == 0:
         import wandb
@@ -216,28 +219,59 @@ except ImportError:
 
 mesh = sharding.begin(dev, hybrid)
 rundir.on_rank_0(f"out_dir = {out_dir!r}", lambda: rundir.check_folder(out_dir, resume))
-start = refusal = None
-try:  # all that users state, and the files that it names; no collective, as it may fail on one rank
+refusals = []  # of all that users state and the files that it names, to be said at once
+
+
+def attempt(work, path=""):
+    """What work() returns; where that is refused, None, and refusals say why, and how to get what is not at `path`."""
+    try:  # no collective, as it may fail on one rank
+        return work()
+    except (ValueError, OSError) as e:
+        remedy = "" if os.path.exists(path.split("*")[0] or ".") else f"; {eval_bach.how_to_get(path)}"
+        refusals.append(f"{e}{remedy}")
+
+
+def open_weights():
+    """The tensors to start from, or None. The pixels' norm that the weights state becomes the run's."""
+    if not weights or resume:
+        return None
+    if not os.path.exists(weights):
+        raise ValueError(f"weights: no file or folder {weights}")
+    stated = model.stored_norm(weights) if norm is None else None
+    if stated and stated != model.norm_values(None):
+        config["norm"] = stated
+    return model.first_weights(weights, arch_config, pos_embed_init)
+
+
+def load_probe():
+    """Labelled images, uint8 (n, 3, 224, 224), and score(features, view), which makes a row of bach.jsonl."""
+    if bach_dir:
+        return eval_bach.load_pixels(bach_dir), eval_bach.bach_row
+    eval_slides = importlib.import_module("eval_slides")  # by name: training reads it for image_dir alone
+    images, score = eval_slides.load(eval_slides.AS_IN_TRAINING | {"image_dir": image_dir})
+    return torch.stack(images), score
+
+
+def build():
     if dev == "cuda" and fp8 != "off" and torch.cuda.get_device_capability() < (8, 9):
         raise ValueError(f"fp8 = '{fp8}': {torch.cuda.get_device_name()} has no fp8 (Ada, Hopper or newer do); fp8 = "
                          "'off'")
-    if weights and not resume:
-        start = model.first_weights(weights, arch_config, pos_embed_init)
-        stated = model.stored_norm(weights) if norm is None else None
-        if stated and stated != model.norm_values(None):
-            config["norm"] = stated
-    mean, std = model.norm_values(config["norm"])
-    source = sources.open_source(config)
-    pixels = torch.empty(400, 3, 224, 224, dtype=torch.uint8)  # rank 0 decodes BACH once: 60 MB
-    if bach_dir and rank == 0:
-        pixels = eval_bach.load_pixels(bach_dir)
     with torch.device("meta"):
-        student, teacher = model.build(config), model.build(config)
-    for net in (student, teacher) if fp8 != "off" else ():
+        nets = model.build(config), model.build(config)
+    for net in nets if fp8 != "off" else ():
         to_fp8(net["backbone"], force=fp8 == "force")
-except (ValueError, OSError) as e:
-    refusal = e
-found = set(rundir.agree("", lambda: stop(refusal) if refusal else source.about))
+    return nets
+
+
+source = attempt(lambda: sources.open_source(config), slides or tiles or shards)
+pixels = score = None  # of the probe
+if (bach_dir or image_dir) and rank == 0:
+    pixels, score = attempt(load_probe) or (None, None)
+start = attempt(open_weights, weights)
+mean, std = attempt(lambda: model.norm_values(config["norm"])) or (None, None)
+if not refusals:
+    student, teacher = attempt(build) or (None, None)
+found = set(rundir.agree("", lambda: stop("\n".join(refusals)) if refusals else source.about))
 if len(found) > 1:
     stop(f"ranks have found different data, is something still being written there? {'; '.join(sorted(found))}")
 rundir.claim(out_dir, resume, say)
@@ -328,28 +362,31 @@ def log(done, losses, norms, now, cls):
 
 
 def evaluate(step):
-    """A point of the BACH curve, on all ranks; returns what metrics.jsonl shows of it."""
-    if not bach_dir:
+    """A point of the curve, on all ranks; returns what metrics.jsonl shows of it."""
+    if not (bach_dir or image_dir):
         return {}
     with without_fp8(teacher["backbone"]), torch.compiler.set_stance("force_eager"):  # other shapes than training's
-        note = f"{out_dir}/bach_failed_{step}"
-        row = eval_bach.curve_point(teacher["backbone"], pixels, (mean, std), dev, note, saver.thread.shutdown)
+        note, before_exit = f"{out_dir}/bach_failed_{step}", saver.thread.shutdown
+        row = eval_bach.curve_point(teacher["backbone"], pixels, (mean, std), dev, note, before_exit, score)
     scored = row if row.get("seeds") else {}  # on rank 0, unless it failed
     write_row("bach.jsonl", scored and {"step": step, "images": progress["samples"], **row})
+    key, name = ("bach", "BACH") if bach_dir else ("balanced", f"balanced accuracy of {image_dir}")
     if "bach_error" in row:
-        say(f"step {step}: no BACH, training continues: {row['bach_error']}")
+        say(f"step {step}: no {name}, training continues: {row['bach_error']}")
     if not scored:
         return row
-    say(f"step {step}: BACH {row['bach']:.3f} +- {row['std']:.3f}, mean cosine {row['mean_cosine']:.3f}, "
+    say(f"step {step}: {name} {row[key]:.3f} +- {row['std']:.3f}, mean cosine {row['mean_cosine']:.3f}, "
         f"effective rank {row['effective_rank']:.1f}; took {row['seconds']} s")
-    own = {k: row[k] for k in ("bach", "plateau", "clean", "knn", "mean_cosine", "effective_rank")}
-    return own | {f"bach_{k}": row[k] for k in ("std", "seeds", "protocol", "embed_seconds", "seconds")}
+    shown = ("bach", "balanced", "se_groups", "plateau", "clean", "knn", "shot16", "mean_cosine", "effective_rank")
+    own = {k: row[k] for k in shown if k in row}
+    return own | {f"{key}_{k}": row[k] for k in ("std", "seeds", "protocol", "embed_seconds", "seconds")}
 
 
 def save(done, wait):
     """The teacher's export, then a checkpoint behind training; `wait` until it is written."""
     header = {"arch": None if depth else arch, "step": done, "config": config}
-    checkpoint.export(f"{out_dir}/teacher", sharding.gathered(teacher["backbone"]), header)
+    tensors = sharding.gathered(teacher["backbone"])
+    checkpoint.export(f"{out_dir}/teacher", tensors, header, keep_teachers, keep_every, say)
     say(f"exported: {out_dir}/teacher/{done}.pth")
     saver.save(done, state())  # last: a run that resumes here has its export and its rows
     if wait:
@@ -391,8 +428,9 @@ def begin_files():
 
 rundir.on_rank_0(f"the run cannot begin in {out_dir}", begin_files)
 saver = checkpoint.Saver(f"{out_dir}/ckpt", keep_checkpoints, keep_every, say)
-if bach_dir:
-    pixels = pixels.to(dev)
+if bach_dir or image_dir:
+    shape = rundir.on_rank_0("the probe has no images", lambda: pixels.shape)
+    pixels = pixels.to(dev) if rank == 0 else torch.empty(shape, dtype=torch.uint8, device=dev)
     dist.broadcast(pixels, 0)
 tflop = sum(budget.tflop(config, arch_config).values())  # per step and rank
 cost, _ = budget.report(config, world, gpu_memory_gb or (gpu_gb if dev == "cuda" else 0), details=False)

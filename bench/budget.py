@@ -1,5 +1,5 @@
 """
-The formula sheet of a run: parameters, FLOPs, memory and time on one GPU, before one is rented.
+The formula sheet of a run: parameters, FLOPs, memory, disk and time on one GPU, before one is rented.
 
     python train.py config/vitg.py --dry_run=true --world_size=8 --step_seconds=0.72
 
@@ -12,6 +12,7 @@ import os
 
 import torch
 
+import checkpoint
 import data
 import model
 
@@ -29,7 +30,8 @@ learning rate: {peak_lr:.4g} at its peak = {base_lr:g} x sqrt({images} / 1024)
 memory per rank in GB, at the fullest moment: {parts}
 memory by activation_checkpointing: none {by_mode[none]:.3g}   selective {by_mode[selective]:.3g}   \
 full {by_mode[full]:.3g}
-checkpoint: {checkpoint_gb:.3g} GB; a teacher is {teacher_gb:.3g} GB
+disk: {checkpoints} checkpoints of {checkpoint_gb:.3g} GB and {teachers} teachers of {teacher_gb:.3g} GB stay; at \
+most {disk_gb:.3g} GB, while a new one is written
 """
 
 
@@ -157,6 +159,21 @@ def memory(config, net, world, mode, size):
         "optimizer": {**always, "gradients": whole}}
 
 
+def stay(config, keep):
+    """How many checkpoints or exports an uninterrupted run leaves, where the newest `keep` stay (0 = all)."""
+    interval, last = config["save_interval"], config["max_steps"]
+    steps = [*range(interval, last, interval), last] if interval else [last]
+    return len(steps) - len(checkpoint.needless(steps, keep, config["keep_every"]))
+
+
+def disk(config, checkpoint_gb, teacher_gb):
+    """How many checkpoints and teachers a run leaves on its disk, and GB at most: an old one goes after a new one."""
+    checkpoints, teachers = stay(config, config["keep_checkpoints"]), stay(config, config["keep_teachers"])
+    most = (checkpoints + (config["keep_checkpoints"] > 0)) * checkpoint_gb
+    most += (teachers + (config["keep_teachers"] > 0)) * teacher_gb
+    return {"checkpoints": checkpoints, "teachers": teachers, "disk_gb": most}
+
+
 def estimate(config, world=1):
     """What a run with train.py's keys costs on each of `world` ranks, as a dict of numbers; memory in GB by mode."""
     with torch.device("meta"):
@@ -171,6 +188,7 @@ def estimate(config, world=1):
     mode = config["activation_checkpointing"]
     cost, seen = tflop(config, arch), crops(config, arch)
     backbone, everything = numbers(net["backbone"]), numbers(net)
+    sizes = {"checkpoint_gb": 16e-9 * everything, "teacher_gb": 4e-9 * backbone}
     return {
         "backbone": backbone / 1e6, "heads": (everything - backbone) / 1e6, "images": images,
         "tokens": sum(count * each for count, each, _ in seen),
@@ -179,7 +197,7 @@ def estimate(config, world=1):
         "by_mode": by_mode, "memory_gb": by_mode[mode],
         "memory_parts": {name: held / 1e9 for name, held in parts[mode].items()},
         "peak_lr": config["base_lr"] * math.sqrt(images / 1024),
-        "checkpoint_gb": 16e-9 * everything, "teacher_gb": 4e-9 * backbone}
+        **sizes, **disk(config, **sizes)}
 
 
 def report(config, world, limit_gb, details=True):

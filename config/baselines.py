@@ -1,10 +1,9 @@
 # question: where does training start, and what is there to reach? BACH of untouched checkpoints, no training
 # run:      python eval_bach.py config/baselines.py
 # result:   not run yet; others report DINOv2 ViT-g 0.725, Midnight-12k 0.904, OpenMidnight 0.916
-# If a file is missing, the run stops before any work. docs/data.md says where Meta's files come from;
-# `hf download kaiko-ai/midnight --local-dir data/weights/midnight` fetches Midnight's; OpenMidnight's repository has
-# teacher_epoch250000.pth. Each gets the pixel statistics that it was trained with, and ViT-g without registers also
-# those with which Midnight's table has its 0.724.
+# What is there is scored; what is missing is named, with the command or page that gets it (docs/data.md). Each gets the
+# pixel statistics that it was trained with, and ViT-g without registers also those with which Midnight's table has its
+# 0.724. teacher_checkpoint.pth is OpenMidnight's, as its README names it.
 bach_dir = "data/BACH"
 _FILES = [
     ("dinov2_vitg14_pretrain.pth", "half"),
@@ -16,7 +15,7 @@ _FILES = [
     ("dinov3_vith16plus_pretrain_lvd1689m-7c1da9a5.pth", "imagenet"),
     ("dinov3_vit7b16_pretrain_lvd1689m-a955f4ea.pth", "imagenet"),
     ("midnight", "half"),
-    ("teacher_epoch250000.pth", "imagenet"),
+    ("teacher_checkpoint.pth", "imagenet"),
 ]
 weights = ",".join(f"data/weights/{name}" for name, _ in _FILES)
 norm = ",".join(norm for _, norm in _FILES)

@@ -129,6 +129,20 @@ def test_a_hybrid_mesh_holds_on_two_nodes_what_one_node_holds(monkeypatch):
     assert planned("vit7b.py", "--hybrid=True", world=16)["by_mode"] == planned("vit7b.py", world=4)["by_mode"]
 
 
+def test_a_dry_run_states_the_disk_that_checkpoints_and_exports_take():
+    """ViT-g's 55 teachers are 250 GB, and keep_teachers bounds them; the 7B saves every 5,000 of 50,000 steps."""
+    found = planned("vitg.py")
+    assert (found["checkpoints"], found["teachers"]) == (2, 55)
+    assert 55 * found["teacher_gb"] == pytest.approx(250, abs=1)
+    assert found["disk_gb"] == pytest.approx(55 * found["teacher_gb"] + 3 * found["checkpoint_gb"])
+    text, _ = budget.report(train_config([str(ROOT / "config/vitg.py")]), 8, 80.0)
+    assert "disk: 2 checkpoints of 19.8 GB and 55 teachers of 4.54 GB stay; at most 309 GB" in text, text
+    found = planned("vitg.py", "--keep_teachers=3", "--keep_every=25_000")
+    assert (found["checkpoints"], found["teachers"]) == (2 + 5, 3 + 5), "of 137,500 steps five are multiples"
+    assert found["disk_gb"] == pytest.approx(9 * found["teacher_gb"] + 8 * found["checkpoint_gb"])
+    assert planned("vit7b.py")["teachers"] == 10 and planned("vit7b.py", "--save_interval=0")["teachers"] == 1
+
+
 def test_the_table_of_modes_is_what_the_estimate_says():
     row = r"^\| (\w+\.py), (\d+) images.* \| ([\d.]+), (\d+) more if full" + 3 * r" \| ([^|]*)" + r" \| ([\d.]+) GB"
     table = re.findall(row, (ROOT / "docs/memory.md").read_text(), re.M)

@@ -66,6 +66,33 @@ def test_the_newest_and_every_nth_are_kept(keep, keep_every, left, tmp_path, gro
     assert rundir.complete(tmp_path) == left
 
 
+@pytest.mark.parametrize("keep, keep_every, left", [(1, 0, [6]), (2, 3, [3, 5, 6]), (0, 0, [1, 2, 3, 4, 5, 6])])
+def test_of_exports_too_the_newest_and_every_nth_are_kept(keep, keep_every, left, tmp_path, group):
+    """And what is no export of a step stays."""
+    for name in ("best.pth", "007.pth", "9.txt"):
+        (tmp_path / name).touch()
+    for step in range(1, 7):
+        checkpoint.export(str(tmp_path), [("w", torch.zeros(3))], {"step": step}, keep, keep_every)
+    files = {f"{step}.pth" for step in left} | {"best.pth", "007.pth", "9.txt"}
+    assert set(os.listdir(tmp_path)) == files
+
+
+def test_an_export_that_cannot_be_deleted_is_said_and_the_one_just_written_never_goes(tmp_path, group, monkeypatch):
+    """A resumed run goes back: exports of later steps are there, and are newer than the one that it writes."""
+    said, delete = [], os.remove
+
+    def refuse(path):
+        if str(path).endswith("/1.pth"):
+            raise PermissionError(1, "Operation not permitted")
+        delete(path)
+
+    monkeypatch.setattr(os, "remove", refuse)
+    for step in (1, 2, 5, 3, 4):
+        checkpoint.export(str(tmp_path), [("w", torch.zeros(3))], {"step": step}, 1, 0, said.append)
+    assert sorted(os.listdir(tmp_path)) == ["1.pth", "4.pth", "5.pth"]
+    assert said[0].startswith(f"{tmp_path}/1.pth is not needed any more and cannot be deleted: PermissionError")
+
+
 DAMAGE = {"truncated": lambda folder: os.truncate(max(folder.glob("*.distcp"), key=os.path.getsize), 50_000),
           "no_metadata": lambda folder: (folder / ".metadata").unlink(),
           "bad_metadata": lambda folder: (folder / ".metadata").write_bytes(b"x" * 100),

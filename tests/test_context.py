@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import context
 import model
@@ -121,6 +123,14 @@ def test_only_the_distances_of_places_matter_and_they_do():
         close(net([x[1:]], nm[1:], hidden[1:])[0], out[1:])  # angles are each window's own
         other = torch.where(hidden[..., None], 0.5, x)  # hidden features are not seen
         assert predicted.shape == (72, 16) and torch.equal(net([other], nm, hidden)[0], out)
+
+
+def test_the_cost_of_a_window_is_what_its_products_take():
+    """Counted by torch in a forward, which is a third of a training step."""
+    net, n = context.random_encoder(HEADER, 0), 50
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        net([torch.randn(1, n, 16)], torch.zeros(1, n, 2, dtype=torch.int32), torch.zeros(1, n, dtype=torch.bool))
+    assert context.tflop_of_a_window(net, n) * 1e12 == pytest.approx(3 * counter.get_total_flops())
 
 
 def test_waves_are_as_long_as_the_key_says():
@@ -590,7 +600,9 @@ def test_what_users_state_wrongly_ends_in_one_line(folder, tmp_path, monkeypatch
     good = dict(features=folder, out_dir=tmp_path / "run", max_steps=1)
     found = run(monkeypatch, **good, train_slides=tmp_path / "names.txt")
     assert [slide.name for slide in found["slides"]] == ["S1"]
-    assert "training on 1 of 6 slides, 256 places" in capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().out.splitlines()
+    assert "training on 1 of 6 slides, 256 places" in said
+    assert [line for line in said if "M parameters; 8 windows x 1 ranks of 36 places are " in line], said
     torch.save({"teacher": {}}, tmp_path / "tile.pth")
     (tmp_path / "links").mkdir()
     (tmp_path / "links/a.npz").symlink_to("nowhere")

@@ -166,7 +166,9 @@ def test_a_panel_per_metric_with_its_name_on_the_axis(tmp_path, drawn, capsys):
     metrics(tmp_path / "a", trained(500 * 10))
     run(tmp_path / "b", [0.3, 0.4], rank=(9, 8), cosine=(0.9, 0.8), kde="none")
     metrics(tmp_path / "ctx", CONTEXT, task="train")
+    metrics(tmp_path / "tiles", [{"step": step, "balanced": 0.5} for step in (0, 10)], image_dir="x")
     for name, labels in (("a", "loss grad_norm lr cls_rank cls_cosine images_per_s"), ("*", curves.PANELS),
+                         ("tiles", "balanced"),
                          ("b", "bach effective_rank mean_cosine"),
                          ("ctx", "loss/neighbours loss grad_norm lr windows_per_s")):
         shown(capsys, tmp_path / name)

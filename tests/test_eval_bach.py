@@ -522,9 +522,31 @@ def test_norms_and_the_view_reach_all_files_and_one_that_fails_is_named(norm, re
     assert seen == [((2, 256), "cls+patches 42 px")] * 3
 
 
+def test_what_is_there_is_scored_and_what_is_not_is_named_with_its_remedy(tmp_path, capsys):
+    """The bug: one missing file of config/baselines.py, and none of the others was scored."""
+    there, gone = save_teacher(tmp_path / "1.pth", {}), f"{tmp_path}/dinov2_vits14_reg4_pretrain.pth"
+    config = {**KEYS, "weights": f"{gone},{there}", "input_px": 42}
+    images = torch.zeros(2, 3, 42, 42, dtype=torch.uint8), lambda features, view: {"bach": 0.5}
+    with pytest.raises(SystemExit) as e:
+        eval_bach.score_files("eval_bach", config, lambda: images)
+    out, err = capsys.readouterr()
+    assert e.value.code == 1 and json.loads(out.splitlines()[-1])["weights"] == there
+    url = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth"
+    assert err == f"eval_bach: {gone}: no such weight file; wget -P {tmp_path} {url}\n"
+
+
+def test_all_that_is_missing_is_named_at_once(script):
+    """The bug: first the weights, then, when they are there, the images."""
+    with pytest.raises(SystemExit) as e:
+        script("eval_bach.py", "--weights=midnight/,nowhere.pth", "--bach_dir=nowhere")
+    midnight, nowhere, images = str(e.value).splitlines()
+    assert midnight == "eval_bach: midnight/: no such weight file; hf download kaiko-ai/midnight --local-dir midnight/"
+    assert nowhere.startswith("eval_bach: nowhere.pth: no such weight file; docs/data.md")
+    assert images.startswith("eval_bach: nowhere/ICIAR2018_BACH_Challenge/Photos/Benign: 0 of 100 images")
+
+
 @pytest.mark.parametrize("flags, message", [
     ([], "0 files, 1 norms; give --weights=FILE"),
-    (["--weights=nowhere.pth", "--bach_dir=nowhere"], "nowhere.pth: no such weight file"),
     (["--weights=README.md", "--bach_dir=nowhere"], "nowhere/ICIAR2018_BACH_Challenge/Photos/Benign: 0 of 100 images"),
     (["--weights=README.md", "--bach_dir=nowhere", "--norm=foo"], "norm = 'foo'"),
     (["--weights=README.md,Makefile", "--bach_dir=a", "--norm=half,half,half"], "2 files, 3 norms"),
