@@ -616,7 +616,7 @@ def test_what_users_state_wrongly_ends_in_one_line(folder, tmp_path, monkeypatch
             run(monkeypatch, **good | {"out_dir": tmp_path / "new"} | keys)
 
 
-@pytest.mark.parametrize("name", ["context", "context_cortex", "context_toy"])
+@pytest.mark.parametrize("name", ["context", "context_toy"])
 def test_a_config_changes_what_its_body_says(name):
     before = configure(dict(vars(context)), [])
     after = configure(dict(vars(context)), [str(ROOT / f"config/{name}.py")])
