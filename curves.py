@@ -162,12 +162,15 @@ def noise(groups, a, b, at):
     max(0.02, t s sqrt(1 / n_a + 1 / n_b)) is Student's test of two means at 95 %. s is pooled over all groups that have
     repeats, which assumes that all vary alike. Without repeats s is unknown (nan, 0) and only 0.02 is left.
     """
-    seeds = [g.bach[:, g.x.index(at)] for g in groups if at in g.x and g.protocol == b.protocol]
+    alike = [group for group in groups if at in group.x and group.protocol == b.protocol]
+    seeds = [group.bach[:, group.x.index(at)] for group in alike]
     free = sum(len(ends) - 1 for ends in seeds)
     if not free:
         return FLOOR, math.nan, 0
     s = math.sqrt(sum(len(ends) * ends.var() for ends in seeds) / free)
-    t = T[free - 1] if free <= len(T) else 1.96 + 2.37 / free + 2.82 / free**2  # Abramowitz and Stegun 26.7.5
+    t = 1.96 + 2.37 / free + 2.82 / free**2  # Abramowitz and Stegun 26.7.5
+    if free <= len(T):
+        t = T[free - 1]
     limit = t * s * math.sqrt(1 / len(a.used) + 1 / len(b.used))
     return max(FLOOR, limit), s, free
 
@@ -181,7 +184,8 @@ def against(group, parent, groups):
     at = max({*group.x} & {*parent.x}, default=None)
     if at is None:
         return "no common step"
-    difference = group.bach[:, group.x.index(at)].mean() - parent.bach[:, parent.x.index(at)].mean()
+    mine, theirs = group.bach[:, group.x.index(at)], parent.bach[:, parent.x.index(at)]
+    difference = mine.mean() - theirs.mean()
     limit, _, _ = noise(groups, group, parent, at)
     verdict = "within" if abs(difference) < limit else "beyond"
     return f"{difference:+.3f} {verdict} {limit:.3f}"
@@ -237,9 +241,8 @@ def compare_table(groups, parent):
     for line, group in zip(found, groups):
         lines += [line, *remarks(group, parent)]
     _, s, free = noise(groups, parent, parent, parent.x[-1])
-    lines.append(f"within, beyond: {FLOOR} (132 images), or t s sqrt(1/n + 1/n) at 95 % if larger; sd of seeds s = "
-                 f"{s:.3f}, {free} degrees of freedom")
-    return "\n".join(lines)
+    rule = f"within, beyond: {FLOOR} (132 images), or t s sqrt(1/n + 1/n) at 95 % if larger; sd of seeds s = "
+    return "\n".join([*lines, f"{rule}{s:.3f}, {free} degrees of freedom"])
 
 
 def collapse_table(groups):
