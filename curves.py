@@ -16,7 +16,6 @@ import os
 import re
 import statistics
 import zlib
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +36,9 @@ PANELS = {  # keys of bach.jsonl and metrics.jsonl that are drawn, with their ax
     "loss": "training loss (train.py: nats)", "grad_norm": "gradient norm before clipping", "lr": "learning rate",
     "cls_rank": "effective rank, training crops", "cls_cosine": "mean cosine, training crops",
     "images_per_s": "images / s", "windows_per_s": "windows / s"}
+MAX_BANDS = 6     # of mean +- deviation; more of them hide each other, then each repeat is a thin line
 MAX_POINTS = 200  # per line; of longer runs we draw means over equal stretches, because batches differ
+SALT = "690"      # gives "recipe" and the names in config/ablate different colours
 
 
 class Run(NamedTuple):
@@ -58,7 +59,10 @@ class Group(NamedTuple):
 
 def read(path):
     """A file's text, "" without the file."""
-    return Path(path).read_text(errors="replace") if os.path.isfile(path) else ""
+    if not os.path.isfile(path):
+        return ""
+    with open(path, errors="replace") as f:
+        return f.read()
 
 
 def read_rows(path):
@@ -99,8 +103,7 @@ def load_run(folder):
 def group_runs(runs):
     """
     Groups of repeats, in the order of their first runs. A run without config.json is no repeat. A group's name is its
-    first folder's without _0, -s1 or _seed2 at the end, or the whole path if that is not unique. Without BACH repeats
-    may lag a tenth behind the median, as rows are frequent.
+    first folder's without _0, -s1 or _seed2 at the end, or the whole path if that is not unique.
     """
     together, groups = {}, []
     for run in runs:
@@ -109,13 +112,7 @@ def group_runs(runs):
     folders = [os.path.basename(os.path.abspath(repeats[0].folder)) for repeats in together.values()]
     names = [re.sub(r"[-_](s|seed)?\d+$", "", folder) for folder in folders]
     for name, repeats in zip(names, together.values()):
-        first = repeats[0]
-        scored = common([first], "bach")
-        ends = [(common([run], "bach") or list(run.rows))[-1] for run in repeats]
-        least = statistics.median_high(ends) * (1 if scored else 0.9)
-        used = [run for run, end in zip(repeats, ends) if end >= least]
-        if scored and not common(used, "bach"):
-            used = used[:1]
+        first, used = repeats[0], mean_of(repeats)
         x = common(used, "bach")
         name = name if names.count(name) == 1 else first.folder
         groups.append(Group(name, repeats, used, x, values(used, x, "bach"), first.setting["protocol"]))
@@ -132,6 +129,17 @@ def logged(runs):
     return [key for key in PANELS if any(common([run], key) for run in runs)]
 
 
+def mean_of(runs):
+    """The repeats whose mean is shown. Without BACH they may lag a tenth behind the median, as rows are frequent."""
+    ends = [(common([run], "bach") or list(run.rows))[-1] for run in runs]
+    scored = common(runs[:1], "bach")
+    least = statistics.median_high(ends) * (1 if scored else 0.9)
+    used = [run for run, end in zip(runs, ends) if end >= least]
+    if scored and not common(used, "bach"):
+        return used[:1]
+    return used
+
+
 def values(runs, x, key):
     """What the runs' rows at steps x hold under key, (runs, steps); nan where a row has nothing."""
     found = np.full((len(runs), len(x)), math.nan)
@@ -143,7 +151,8 @@ def values(runs, x, key):
 def dip(x, curve):
     """
     A curve's first fall below its value at step 0: its depth to the lowest point before the recovery, and its length
-    in steps from the last point before it to the recovery, inf if there is none. (nan, nan) without step 0.
+    in steps from the last point before it to the recovery, inf if there is none. (0, 0) without a fall, (nan, nan)
+    without step 0. Falls within the noise count too.
     """
     below = np.append(curve < curve[0], False)  # as if it recovered after the last point
     if x[0] != 0:
@@ -156,14 +165,19 @@ def dip(x, curve):
     return curve[0] - curve[first:end].min(), length
 
 
+def scores(group, step):
+    """BACH of the group's runs at a step."""
+    return group.bach[:, group.x.index(step)]
+
+
 def noise(groups, a, b, at):
     """
     The limit below which two groups do not differ at a step; the sd of seeds there; its degrees of freedom.
+
     max(0.02, t s sqrt(1 / n_a + 1 / n_b)) is Student's test of two means at 95 %. s is pooled over all groups that have
     repeats, which assumes that all vary alike. Without repeats s is unknown (nan, 0) and only 0.02 is left.
     """
-    alike = [group for group in groups if at in group.x and group.protocol == b.protocol]
-    seeds = [group.bach[:, group.x.index(at)] for group in alike]
+    seeds = [scores(g, at) for g in groups if at in g.x and g.protocol == b.protocol]
     free = sum(len(ends) - 1 for ends in seeds)
     if not free:
         return FLOOR, math.nan, 0
@@ -184,8 +198,7 @@ def against(group, parent, groups):
     at = max({*group.x} & {*parent.x}, default=None)
     if at is None:
         return "no common step"
-    mine, theirs = group.bach[:, group.x.index(at)], parent.bach[:, parent.x.index(at)]
-    difference = mine.mean() - theirs.mean()
+    difference = scores(group, at).mean() - scores(parent, at).mean()
     limit, _, _ = noise(groups, group, parent, at)
     verdict = "within" if abs(difference) < limit else "beyond"
     return f"{difference:+.3f} {verdict} {limit:.3f}"
@@ -284,7 +297,7 @@ def curve_table(run):
 
 
 def plot(groups, path):
-    """A PNG: thick lines are means over repeats, thin ones the repeats."""
+    """A PNG of means over repeats. A name has one colour in every figure; of two that share it, one is dashed."""
     from matplotlib.figure import Figure
 
     keys = logged([run for group in groups for run in group.used])
@@ -293,17 +306,24 @@ def plot(groups, path):
     mosaic += np.reshape(others, (-1, 3)).tolist()
     figure = Figure(figsize=(12, 2.8 * len(mosaic) + 0.6), dpi=120, layout="constrained")
     panels = figure.subplot_mosaic(mosaic)
+    colors = [f"C{zlib.crc32((SALT + group.name).encode()) % 10}" for group in groups]
+    bands = sum(len(group.used) > 1 for group in groups)
     for i, group in enumerate(groups):
-        line = {"color": f"C{i}", "ls": ("-", "--", ":", "-.")[i // 10 % 4]}  # matplotlib has ten colours
+        earlier = colors[:i].count(colors[i])  # groups of this colour
+        line = {"color": colors[i], "ls": ("-", "--", ":", "-.")[earlier % 4]}
         panels[first].plot([], [], **line, label=f"{group.name} (n = {len(group.used)})")
         for key in logged(group.used):
             x = common(group.used, key)
             rows = np.vstack([x, values(group.used, x, key)])
             parts = np.array_split(rows, min(len(x), MAX_POINTS), axis=1)
             x, *found = np.stack([part.mean(1) for part in parts], 1)
-            panels[key].plot(x, np.mean(found, 0), **line)
-            if len(found) > 1:
+            mean = np.mean(found, 0)
+            panels[key].plot(x, mean, **line)
+            if bands > MAX_BANDS:
                 panels[key].plot(x, np.transpose(found), **line, lw=0.5, alpha=0.4)
+            elif len(found) > 1:
+                std = np.std(found, 0, ddof=1)
+                panels[key].fill_between(x, mean - std, mean + std, color=colors[i], alpha=0.15, lw=0)
     for key in keys:
         panels[key].set(xlabel="step", ylabel=PANELS[key])
         panels[key].locator_params(axis="x", nbins=5)
@@ -312,7 +332,19 @@ def plot(groups, path):
     figure.savefig(path)
 
 
-def show(runs, parent="", out=""):
+def write_events(runs, top, folder):
+    """TensorBoard's event files of runs, in the folders that these have below `top`. What was there before is void."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for run in runs:
+        with SummaryWriter(os.path.join(folder, os.path.relpath(run.folder, top)), purge_step=0) as events:
+            for step, row in run.rows.items():
+                for key, value in row.items():
+                    if isinstance(value, int | float):
+                        events.add_scalar(key, value, step)
+
+
+def show(runs, parent="", out="", tensorboard=""):
     """Tables and figure of the runs; the arguments are the keys below. ValueError, in one line, for what is wrong."""
     folders = []
     for pattern in runs.split(","):
@@ -343,14 +375,17 @@ def show(runs, parent="", out=""):
         print(path)
     except ImportError:
         print(f"{path} not written: pip install matplotlib")
+    if tensorboard:
+        write_events(found, top, tensorboard)
 
 
 if __name__ == "__main__":
-    runs = ""    # folders of runs: a glob in quotes, or several with commas between
-    parent = ""  # a run's folder or a group's name that the others are compared with; "" = the first
-    out = ""     # file of the figure; "" = curves.png in the folder that the runs share
+    runs = ""         # folders of runs: a glob in quotes, or several with commas between
+    parent = ""       # a run's folder or a group's name that the others are compared with; "" = the first
+    out = ""          # file of the figure; "" = curves.png in the folder that the runs share
+    tensorboard = ""  # folder for TensorBoard's event files of the runs; "" = none
     configure(globals())
     try:
-        show(runs, parent, out)
+        show(runs, parent, out, tensorboard)
     except (ValueError, OSError, ImportError) as e:
         raise SystemExit(f"curves: {e}") from e

@@ -157,6 +157,11 @@ def drawn(monkeypatch):
     return found
 
 
+def colours(figure):
+    return {text.get_text().split()[0]: line.get_color() for text, line in
+            zip(figure.legends[0].get_texts(), figure.legends[0].get_lines())}
+
+
 def test_a_panel_per_metric_with_its_name_on_the_axis(tmp_path, drawn, capsys):
     metrics(tmp_path / "a", trained(500 * 10))
     run(tmp_path / "b", [0.3, 0.4], rank=(9, 8), cosine=(0.9, 0.8), kde="none")
@@ -173,15 +178,50 @@ def test_a_panel_per_metric_with_its_name_on_the_axis(tmp_path, drawn, capsys):
     assert points == curves.MAX_POINTS  # 500 rows would hide each other
 
 
-def test_a_repeat_is_a_thin_line_below_the_mean_and_no_two_groups_look_alike(tmp_path, drawn, capsys):
-    for i in range(11):
-        for seed in range(2):
-            run(tmp_path / f"{'abcdefghijk'[i]}_{seed}", [0.3, 0.4 + 0.1 * seed], seed=seed, kde=str(i))
+def test_a_name_has_one_colour_in_every_figure(tmp_path, drawn, capsys):
+    names = ["recipe", *(path.stem for path in (ROOT / "config/ablate").glob("*.py"))]
+    for name in names:
+        run(tmp_path / name, [0.3, 0.4], kde=name)
     shown(capsys, tmp_path / "*")
-    lines = [line for line in drawn[0].axes[0].get_lines() if len(line.get_xdata())]
-    assert [line.get_ydata()[1] for line in lines[:3]] == [0.45, 0.4, 0.5] and len(lines) == 33
-    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 11
+    shown(capsys, tmp_path / "koleo", tmp_path / "noreg", parent="noreg")
+    everyone, two = map(colours, drawn)
+    assert len(set(everyone.values())) == len(names) and two == {name: everyone[name] for name in ("koleo", "noreg")}
 
+
+@pytest.mark.parametrize("groups", [curves.MAX_BANDS, curves.MAX_BANDS + 1])
+def test_many_bands_become_lines(groups, tmp_path, drawn, capsys):
+    for i in range(groups):
+        for seed in range(2):
+            run(tmp_path / f"{'abcdefg'[i]}_{seed}", [0.3, 0.4 + 0.1 * seed], seed=seed, kde=str(i))
+    shown(capsys, tmp_path / "*")
+    panel, few = drawn[0].axes[0], groups <= curves.MAX_BANDS
+    assert len(panel.collections) == groups * few  # bands
+    assert sum(len(line.get_xdata()) > 0 for line in panel.get_lines()) == groups * (1 if few else 3)
+
+
+def test_tensorboard_gets_every_number(tmp_path, tableonly, capsys, monkeypatch):
+    told = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            self.folder = folder
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def add_scalar(self, key, value, step):
+            told.append((self.folder, key, value, step))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("fake"))
+    sys.modules["torch.utils.tensorboard"].SummaryWriter = Writer
+    metrics(tmp_path / "a/x", trained(20))
+    run(tmp_path / "b/x", [0.3])
+    curves.show(f"{tmp_path}/*/x", tensorboard="tb")
+    assert {("tb/a/x", "loss", 10.8, 20), ("tb/b/x", "bach", 0.3, 0)} <= set(told)
+    assert not any(isinstance(value, str) or value is None for _, _, value, _ in told)
 
 
 # groups of repeats
