@@ -16,14 +16,15 @@ patient each image is from:
 Fold f tests, fold f + 1 stops and selects the heads, and the others train. Read `balanced` with `se_groups`, its
 standard error over patients, a rough guess below ten of them; std is over the seeds of the heads only.
 
-Slides and places: labels.csv has slide,patient,label, places.csv also x,y, a tile's centre in level-0 px; fold is
-optional. Where no patient has two labels, a patient's slides are one case as in Patho-Bench: the mean of their vectors,
-one bag of all their places. Else each slide is a sample.
+Slides and places: labels.csv has slide,patient,label, places.csv also x,y, a tile's centre in level-0 px; time,event
+instead of label ask for survival; fold is optional. Where no patient has two labels, a patient's slides are one case as
+in Patho-Bench: the mean of their vectors, one bag of all their places. Else each slide is a sample.
 
 A vector is the mean of places, or in rows with `stats` their mean, deviation and maximum. Each row is compared with the
 mean of raw features (places: with the raw feature) by a bootstrap over patients; "none" marks a difference whose 95 %
 interval holds 0. With --encoder=FILE the table has two controls: the same encoder untrained, and trained but shown
-shuffled coordinates when it is tested. A gain that they have too is not learnt context.
+shuffled coordinates when it is tested. --retrained=FOLDER is a third, the context of an encoder that was trained with
+--shuffle=true. A gain that they have too is not learnt context.
 """
 import csv
 import hashlib
@@ -51,6 +52,7 @@ from places import agreeing, check, embed_slide, files_of, map_of, open_features
 FOLDS = 5    # fewer where a class has fewer groups, at least 3 for tiles
 RUNS, SEED, MAX_STEPS = eval_bach.RUNS, eval_bach.SEED, eval_bach.MAX_STEPS
 DRAWS = 1000 # of patients, in the bootstrap
+CS = tuple(10.0**e for e in range(-3, 3))  # that the regression may choose from
 # attention MIL (Ilse et al. 2018) close to how three groups train it; which one is chosen inside each fold. eva's MLP
 # and its early stopping differ, and so do our class weights
 MIL = {
@@ -62,7 +64,7 @@ BAG = 2048   # places of a slide or case per training step
 # ----------------------------------------------------------------------------------------------------------------------
 TYPES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 ROLES = {2: "train and test", 3: "train, select and test"}  # of folds
-CONTEXT, RANDOM, SHUFFLED = "raw, context", "raw, untrained context", "raw, shuffled context"
+CONTEXT, RANDOM, SHUFFLED, RETRAINED = (f"raw, {kind}context" for kind in ("", "untrained ", "shuffled ", "retrained "))
 
 # ---- csv files, and folds of patients --------------------------------------------------------------------------------
 
@@ -97,12 +99,13 @@ def check_lines(path, lines, texts, numbers, once=""):
             if not row[key]:
                 raise ValueError(f"{path}, line {line}: no {key}; each line needs {' and '.join(texts)}")
         for key in numbers:
-            text, kind = row[key], "whole number" if key == "fold" else "number"
+            text, kind = row[key], {"fold": "whole number", "time": "number above 0"}.get(key, "number")
             try:
                 row[key] = float(text)
             except ValueError:
                 row[key] = math.nan
-            if not math.isfinite(row[key]) or key == "fold" and row[key] % 1:
+            bad = key == "fold" and row[key] % 1 or key == "time" and row[key] <= 0
+            if bad or not math.isfinite(row[key]):
                 raise ValueError(f"{path}, line {line}: {key} is '{text}', not a {kind}")
         if once and row[once] in seen:
             raise ValueError(f"{path}, line {line}: {row[once]} is listed twice; delete one of the lines")
@@ -179,6 +182,17 @@ def splits(folds, parts=3):
         yield [mask.nonzero()[:, 0] for mask in (train, selection, test)]
 
 
+def inner_splits(labels, groups):
+    """[(fit, held)] indices of up to three folds of whole patients; those that leave no class out of `fit`."""
+    classes = labels.unique()
+    fewest = min(len(groups[labels == label].unique()) for label in classes)
+    if fewest < 2:
+        return []
+    folds = make_folds(labels, groups, min(fewest, 3), SEED)
+    found = [(fit.numpy(), held.numpy()) for fit, _, held in splits(folds, 2)]
+    return [(fit, held) for fit, held in found if len(labels[fit].unique()) == len(classes)]
+
+
 # ---- labelled tiles -------------------------------------------------------------------------------------------------
 
 
@@ -186,12 +200,13 @@ class Samples(NamedTuple):
     """What is known of n samples before any of them is read."""
 
     names: list           # n times class/name of a tile, sorted; or a tuple, the slides of a case or the slide of one
-    labels: torch.Tensor  # (n,) indices into classes
+    labels: torch.Tensor  # (n,) indices into classes; of survival, whether the event was seen
     classes: list         # C names, sorted
     groups: torch.Tensor  # (n,) 0 .. G - 1, one per patient
     folds: torch.Tensor   # (n,) 0 .. k - 1 of tiles, else (repeats, n)
     kind: str = "tiles"   # or "slides", "cases", "places"
     owners: dict = None   # {slide: patient} of all slides in the csv, also of those without features
+    time: torch.Tensor = None  # float64 (n,), of survival
     where: np.ndarray = None  # of places: float (n, 3), their centres in level-0 px and the number of the tile there
 
 
@@ -357,38 +372,45 @@ def find_labels(config, files):
     if config["repeats"] < 1:
         raise ValueError(f"repeats = {config['repeats']}: give 1 or more")
     kept = ["x", "y"] if config["places"] else []
-    columns, lines = read_csv(path, ["slide", "patient", *kept, column])
+    columns, lines = read_csv(path, ["slide", "patient"])
+    survival = column not in columns and {"time", "event"} <= set(columns)
+    outcome = ["event", "time"] if survival else [column]
+    if missing := {*kept, *outcome} - set(columns):
+        raise ValueError(f"{path}: there is no column {min(missing)} among {columns}; --label names the labels' column")
     owners = {row["slide"]: row["patient"] for _, row in lines}
     slides = sound(path, files, set(owners))
     lines = [(line, row) for line, row in lines if row["slide"] in slides]
     if not lines:
         raise ValueError(f"{path}: none of its slides is left to score; its names must be those of "
                          "the files of features, without their ending")
-    numbers = {*kept, "fold"} & set(columns)
-    check_lines(path, lines, ["slide", "patient", column], numbers, once="" if kept else "slide")
+    numbers = {*kept, *outcome[1:], "fold"} & set(columns)
+    check_lines(path, lines, ["slide", "patient", outcome[0]], numbers, once="" if kept else "slide")
     rows = [row for _, row in lines]
     rows = on_tiles(rows, files[0]) if kept else rows
     stated = stated_folds(path, rows, least=2)
-    kind, samples = samples_of(rows, column, kept)
-    first = [own[0] for own in samples]
-    classes, labels = numbered([rows[i][column] for i in first])
-    _, groups = numbered([rows[i]["patient"] for i in first])
+    kind, samples = samples_of(rows, outcome, kept)
+    first = [rows[own[0]] for own in samples]
+    classes, labels = numbered([row[outcome[0]] for row in first])
+    _, groups = numbered([row["patient"] for row in first])
     if len(classes) < 2:
-        raise ValueError(f"{path}: {classes[0]} in column {column}; 2 or more are needed")
-    stated = stated and [stated[i] for i in first]
+        raise ValueError(f"{path}: {classes[0]} in column {outcome[0]}; 2 or more are needed")
+    if survival and classes != ["0", "1"]:
+        raise ValueError(f"{path}: event must be 0 (not seen) or 1, and is {' '.join(classes)}")
+    stated = stated and [stated[own[0]] for own in samples]
     folds = find_folds(path, labels, classes, groups, stated, 2, range(SEED, SEED + config["repeats"]))
     names = [tuple(rows[i]["slide"] for i in own) for own in samples]
-    where = [[row["x"], row["y"], row["tile"]] for row in rows] if kept else None
-    return Samples(names, labels, classes, groups, folds, kind, owners, np.array(where))
+    time = torch.tensor([row["time"] for row in first]).double() if survival else None
+    where = np.array([[row["x"], row["y"], row["tile"]] for row in first]) if kept else None
+    return Samples(names, labels, classes, groups, folds, kind, owners, time, where)
 
 
-def samples_of(rows, column, places):
-    """("places", "slides" or "cases", the numbers of the rows of each sample): cases if no patient has two labels."""
+def samples_of(rows, outcome, places):
+    """("places", "slides" or "cases", the numbers of the rows of each sample): cases if no patient has two outcomes."""
     cases = {}
     for i, row in enumerate(rows):
         cases.setdefault(row["patient"], []).append(i)
-    labels = {(row["patient"], row[column]) for row in rows}
-    if places or len(labels) > len(cases) or len(cases) == len(rows):
+    outcomes = {tuple(row[key] for key in ("patient", *outcome)) for row in rows}
+    if places or len(outcomes) > len(cases) or len(cases) == len(rows):
         return "places" if places else "slides", [[i] for i in range(len(rows))]
     return "cases", list(cases.values())
 
@@ -466,10 +488,19 @@ def context_keys(folder):
                          "the folder with context.py --task=embed") from None
 
 
-def open_controls(path, made_by):
+def open_contexts(config):
+    """({row: {slide: path}}, {row: context_keys}) of the folders of stored contexts. Raises ValueError."""
+    folders = {CONTEXT: config["context"], RETRAINED: config["retrained"]}
+    keys = {row: context_keys(folder) for row, folder in folders.items() if folder}
+    if len({encoder for encoder, _ in keys.values()}) < len(keys):
+        raise ValueError("--retrained is by the encoder of --context, not by one that was trained with --shuffle=true")
+    return {row: files_of(folders[row]) for row in keys}, keys
+
+
+def open_controls(path, keys):
     """{row: (net, header)} of the encoder at `path` before training, and after, with places shuffled. ValueError."""
     net, header = load_encoder(path)
-    if made_by != model.sha256_of(path):
+    if CONTEXT not in keys or keys[CONTEXT][0] != model.sha256_of(path):
         raise ValueError("--encoder is for controls: give the file with which --context was made, and that folder")
     shuffling = {**header, "config": {**header["config"], "shuffle": True}}
     return {RANDOM: (random_encoder(header, SEED), header), SHUFFLED: (net, shuffling)}
@@ -477,20 +508,26 @@ def open_controls(path, made_by):
 
 def contexts_of(slide, scales, stored, controls, device):
     """
-    {row: context (N, D_c)} of a slide, that of the file `stored` mapped, from open_features of its files, one per
-    scale. ValueError if it is of other features.
+    {row: context (N, D_c)} of a slide, stored ones mapped, from open_features of its files, one per scale. ValueError
+    if a stored one is of other features, or if they were made with several --hide.
     """
     features, centres, about = zip(*scales)
-    contexts, hide = {}, 0
-    if stored:
-        contexts[CONTEXT], where, made = open_features(stored, "context")
-        hide = made.get("hide", 0)
-        if not (np.array_equal(open_features(stored)[0], features[0]) and np.array_equal(where, centres[0])):
-            raise ValueError(f"{stored}: context of other features or places than {slide}'s; embed them again")
+    contexts, hides = {}, set()
+    for name, files in stored.items():
+        path = files[slide]
+        contexts[name], where, made = open_features(path, "context")
+        hides.add(made.get("hide", 0))
+        if not (np.array_equal(open_features(path)[0], features[0]) and np.array_equal(where, centres[0])):
+            raise ValueError(f"{path}: context of other features or places than {slide}'s; embed them again")
+    if len(hides) > 1:
+        raise ValueError(f"{slide}: --context and --retrained were made with other --hide: {sorted(hides)}")
     for name, (net, header) in controls.items():
-        for scale in zip(centres, about, header["about"]):
-            check(*scale)
-        contexts[name] = embed_slide(net, header, features, centres, device, hide)
+        try:
+            for scale in zip(centres, about, header["about"]):
+                check(*scale)
+        except ValueError as e:
+            raise ValueError(f"{slide}: {e}") from None
+        contexts[name] = embed_slide(net, header, features, centres, device, min(hides))
     return contexts
 
 
@@ -504,7 +541,7 @@ def read_slides(found, files, stored, controls, device):
     for slide, mine in listing.bar(of_slide.items(), "slides", leave=False):
         scales = [open_features(own[slide]) for own in files]
         raw, centres, _ = scales[0]
-        contexts = contexts_of(slide, scales, stored.get(slide), controls, device)
+        contexts = contexts_of(slide, scales, stored, controls, device)
         for maps, array in zip(bags[mine[0]], (raw, contexts.get(CONTEXT))):
             if array is not None:
                 maps.append(map_of(array))
@@ -557,17 +594,40 @@ def out_of_fold(found, fit):
     return predicted
 
 
-def linear_probe(found, x, at_test):
+def linear_probe(found, x, at_test, C):
+    """Out-of-fold predictions from features x (n, D); those that are tested may be others, at_test."""
+    def fit(train, test):
+        labels = found.labels[train]
+        if found.time is not None:
+            risk = cox(x[train], found.time[train], labels == 1).predict(at_test[test])
+            return torch.tensor(np.stack([-risk, risk], 1))
+        probe = regression(x[train], labels, found.groups[train], C)
+        return torch.from_numpy(probe.predict_proba(at_test[test]))
+    return out_of_fold(found, fit)
+
+
+def regression(x, labels, groups, C):
     """
-    Out-of-fold predictions of logistic regression as in Patho-Bench: C = 0.5, balanced classes, nothing scaled, from
-    features x (n, D); those that are tested may be others, at_test.
+    Logistic regression as in Patho-Bench: C = 0.5, balanced classes, nothing scaled. C = None chooses it from CS by
+    balanced accuracy on inner folds of whole patients; 0.5 where a class has too few patients for them.
     """
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    probe = LogisticRegression(C=C or 0.5, class_weight="balanced", max_iter=10_000)
+    inner = inner_splits(labels, groups) if C is None else []
+    if inner:
+        probe = GridSearchCV(probe, {"C": CS}, cv=inner, scoring="balanced_accuracy")
+    return probe.fit(x, labels)
 
-    def fit(train, test):
-        probe = LogisticRegression(C=0.5, class_weight="balanced", max_iter=10_000)
-        return torch.from_numpy(probe.fit(x[train], found.labels[train]).predict_proba(at_test[test]))
-    return out_of_fold(found, fit)
+
+def cox(x, time, event):
+    """Cox regression with elastic net (Patho-Bench's, alpha 0.07, l1 0.5)."""
+    try:
+        from sksurv.linear_model import CoxnetSurvivalAnalysis
+    except ImportError:
+        raise ValueError("columns time and event need scikit-survival: pip install scikit-survival") from None
+    outcome = np.array(list(zip(event, time)), [("event", bool), ("time", float)])
+    return CoxnetSurvivalAnalysis(alphas=[0.07], l1_ratio=0.5).fit(x, outcome)
 
 
 class AttentionMIL(torch.nn.Module):
@@ -634,17 +694,6 @@ def apply_mil(net, bags, device):
     return torch.stack([net(*read_bag(bag, device, np.inf)).softmax(0).cpu() for bag in bags])
 
 
-def inner_split(labels, groups):
-    """(fit, held) indices: of up to three folds of whole patients, one that leaves no class out of `fit`; else none."""
-    classes = labels.unique()
-    fewest = min(len(groups[labels == label].unique()) for label in classes)
-    folds = make_folds(labels, groups, min(fewest, 3), SEED) if fewest > 1 else labels * 0
-    for fit, _, held in splits(folds, 2):
-        if len(labels[fit].unique()) == len(classes):
-            return fit, held
-    return fit[:0], held[:0]
-
-
 @eval_bach.one_thread()
 def mil_probe(found, bags, name, device):
     """
@@ -657,8 +706,7 @@ def mil_probe(found, bags, name, device):
     def fit(train, test):
         labels, mine = found.labels[train], [bags[i] for i in train]
         scores = dict.fromkeys(MIL, 0.0)
-        rest, held = inner_split(labels, found.groups[train])
-        if len(rest):
+        for rest, held in inner_splits(labels, found.groups[train])[:1]:
             for setting in MIL:
                 net = train_mil([mine[i] for i in rest], labels[rest], classes, setting, device)
                 guess = apply_mil(net, [mine[i] for i in held], device).argmax(1)
@@ -673,6 +721,20 @@ def mil_probe(found, bags, name, device):
 
 
 # ---- the table: what a score is worth --------------------------------------------------------------------------------
+
+
+def concordance(predicted, found, weights):
+    """`resampled` of survival: the c-index of pairs of one fold, since the risks of two folds are of two fits. (B,)."""
+    time, event = found.time, found.labels == 1
+    outlived = (time[:, None] < time) | ((time[:, None] == time) & ~event)
+    drawn = weights[:, found.groups]  # (B, n): how often each sample was drawn
+    scores = []
+    for folds, risk in zip(found.folds, predicted[..., 1]):
+        pairs = (event[:, None] & outlived & (folds[:, None] == folds)).double()
+        right = pairs * (1 + (risk[:, None] - risk).sign()) / 2  # a tie in risk counts half
+        hits, all_of = (((drawn @ counted) * drawn).sum(1) for counted in (right, pairs))
+        scores.append(torch.where(all_of > 0, hits / all_of, 0.5))  # without a pair there is nothing to tell
+    return torch.stack(scores).mean(0)
 
 
 def area_under_curve(predicted, found):
@@ -693,58 +755,82 @@ def compare(name, predicted, mean, found):
     """
     A row of the table from out-of-fold predictions (repeats, n, C) and those of the mean of raw features.
 
-    balanced: balanced accuracy; auroc: of area_under_curve; difference to the mean, and low and high, its 95 % interval
-    by a bootstrap over patients (paired: both rows see the same draws).
+    balanced: balanced accuracy, or the c-index of survival; auroc: of area_under_curve; difference to the mean, and low
+    and high, its 95 % interval by a bootstrap over patients (paired: both rows see the same draws).
     """
     G = int(found.groups.max()) + 1
     drawn = torch.randint(G, (DRAWS, G), generator=torch.Generator().manual_seed(SEED))
     drawn = torch.stack([own.bincount(minlength=G) for own in drawn])
     weights = torch.cat([torch.ones(1, G), drawn]).double()  # the first is the sample itself
-    scores, of_mean = (resampled(own.argmax(2), found.labels, found.groups, weights) for own in (predicted, mean))
-    gain = scores - of_mean
+
+    def score(own):
+        if found.time is not None:
+            return concordance(own, found, weights)
+        return resampled(own.argmax(2), found.labels, found.groups, weights)
+
+    scores = score(predicted)
+    gain = scores - score(mean)
     low, high = gain[1:].quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    return {"row": name, "balanced": scores[0].item(), "difference": gain[0].item(), "low": low, "high": high,
-            "repeats": len(found.folds), "auroc": area_under_curve(predicted, found)}
+    row = {"row": name, "balanced": scores[0].item(), "difference": gain[0].item(), "low": low, "high": high,
+           "repeats": len(found.folds)}
+    if found.time is None:
+        row["auroc"] = area_under_curve(predicted, found)
+    return row
 
 
 def score_features(config, table):
     """The rows of one csv of labelled slides or places, printed, and added to the dict `table` as they are done."""
     files = [files_of(folder) for folder in config["features"].split(",")]
-    stored, made_by, trained_on = {}, "", []
-    if config["context"]:
-        stored, (made_by, trained_on) = files_of(config["context"]), context_keys(config["context"])
-    found = find_labels(config, [*files, stored] if stored else files)
-    check_unseen(found, trained_on, config["patient"])
-    controls = open_controls(config["encoder"], made_by) if config["encoder"] else {}
+    stored, keys = open_contexts(config)
+    found = find_labels(config, [*files, *stored.values()])
+    check_unseen(found, {slide for _, own in keys.values() for slide in own}, config["patient"])
+    controls = open_controls(config["encoder"], keys) if config["encoder"] else {}
     if config["write"]:
         open(config["write"], "a").close()  # a path that cannot be written is known before minutes of fitting
     rows, bags = read_slides(found, files, stored, controls, config["device"])
-    patients, repeats = int(found.groups.max()) + 1, len(found.folds)
-    first, mean = next(iter(rows)), None  # that all are compared with, and what it predicts
-    listed = checksum(str([found.names, found.folds.tolist()]))
-    table |= {"rows": [], "classes": found.classes}
-    table["protocol"] = (f"{found.kind}: {len(found.names)} of {patients} patients, {repeats} x "
-                         f"{int(found.folds.max()) + 1} folds {listed}, logistic regression C 0.5 balanced")
-    if patients < 10:
-        print(f"only {patients} patients: the intervals are rough guesses")
-    print(f"{'':30}balanced   auroc   difference to {first} and its 95 % interval")
+    survival, first, mean = found.time is not None, next(iter(rows)), None  # what all are compared with
+    table |= {"rows": [], "classes": found.classes, "protocol": protocol_of(found)}
+    say_caveats(found)
+    print(f"{'':30}{'c-index' if survival else 'balanced':>8}   auroc  C tuned   difference to {first} and its 95 % "
+          "interval")
     for name, at_test in rows.items():
         x = rows[name.replace(SHUFFLED, CONTEXT)]  # the probe is trained on places in their true order
-        predicted = linear_probe(found, x, at_test)
+        predicted = linear_probe(found, x, at_test, 0.5)
         mean = predicted if name == first else mean
-        table["rows"].append(compare(name, predicted, mean, found))
-        show(table["rows"][-1], name == first)
+        row = compare(name, predicted, mean, found)
+        if not survival:
+            tuned = linear_probe(found, x, at_test, None)
+            row["tuned"] = compare(name, tuned, mean, found)["balanced"]
+        table["rows"].append(row)
+        show(row, name == first)
         if config["write"] and name == (CONTEXT if CONTEXT in rows else first):
             write_scores(config["write"], found, predicted)
-    if not config["mil"] or found.kind == "places":
+    if not config["mil"] or survival or found.kind == "places":
         return
     once = found._replace(folds=found.folds[:1])  # it takes minutes
     kinds = {"attention MIL": [(raw, raw) for raw, _ in bags]}
-    if stored:
+    if config["context"]:
         kinds["attention of context on raw"] = [(own, raw) for raw, own in bags]
     for name, pairs in kinds.items():
         table["rows"].append(compare(name, mil_probe(once, pairs, name, config["device"]), mean[:1], once))
-        show(table["rows"][-1], False, f"  1 of {repeats} repeats")
+        show(table["rows"][-1], False, f"  1 of {len(found.folds)} repeats")
+
+
+def protocol_of(found):
+    listed = checksum(str([found.names, found.folds.tolist()]))
+    probe = "logistic regression C 0.5 balanced" if found.time is None else "Cox, elastic net"
+    return (f"{found.kind}: {len(found.names)} of {int(found.groups.max()) + 1} patients, {len(found.folds)} x "
+            f"{int(found.folds.max()) + 1} folds {listed}, {probe}")
+
+
+def say_caveats(found):
+    patients = int(found.groups.max()) + 1
+    if patients < 10:
+        print(f"only {patients} patients: the intervals are rough guesses")
+    trained = [train for folds in found.folds for train, _, _ in splits(folds, 2)]
+    inner = [inner_splits(found.labels[train], found.groups[train]) for train in trained]
+    if found.time is None and not all(inner):
+        print("a class has too few patients to choose by: C is 0.5 and attention MIL is Patho-Bench's in some folds")
 
 
 def write_scores(path, found, predicted):
@@ -760,8 +846,9 @@ def write_scores(path, found, predicted):
 
 def show(row, is_mean, note=""):
     """Print a row of the table."""
-    auroc = " " * 9 if row["auroc"] is None else f"{row['auroc']:9.3f}"
-    text = f"{row['row']:29}{row['balanced']:9.3f}{auroc}"
+    text = f"{row['row']:29}"
+    for key in ("balanced", "auroc", "tuned"):
+        text += " " * 9 if row.get(key) is None else f"{row[key]:9.3f}"
     if not is_mean:
         low, high = row["low"], row["high"]
         text += f"   {row['difference']:+8.3f}  [{low:+.3f}, {high:+.3f}]"
@@ -806,6 +893,7 @@ if __name__ == "__main__":
     features = ""     # folder of prepare/features.py; of two scales FOLDER,FOLDER, and rows of raw are the first's
     context = ""      # folder of context.py --task=embed; "" = no rows of context
     encoder = ""      # the file it was made with, for two controls; "" = none
+    retrained = ""    # a third: folder of embed, by an encoder trained with --shuffle=true; "" = none
     labels = ""       # csv of slide, patient and label
     places = ""       # csv of slide, x, y, patient and label
     label = "label"   # column of the labels

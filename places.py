@@ -117,7 +117,10 @@ def check(centres, about, trained, apart=True):
     if len(centres) == 1:
         return
     some = centres[:: len(centres) // 16 + 1]
-    steps = [centres[nearest(centres, place, 2)[1]] - place for place in some]
+    steps = []  # um between some places and their nearest neighbours
+    for place in some:
+        _, other = nearest(centres, place, 2)
+        steps.append(centres[other] - place)
     pitches = np.quantile(np.hypot(*np.transpose(steps)), 0.1) / trained["pitch"]
     if not 0.7 < pitches < 1.5:
         raise ValueError(f"coordinates in another unit than level-0 px? Neighbours are {pitches:.3g} tiles apart")
@@ -245,15 +248,19 @@ def read_names(path, known, say):
     Other lines are said. Raises ValueError if no line is left.
     """
     lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    lines = [line.strip() for line in lines if line.strip()]
-    stems = {line: line if line in known else Path(line).stem for line in lines}  # a name may have dots
-    names = dict.fromkeys(stem for stem in stems.values() if stem in known)
-    if unknown := [line for line, stem in stems.items() if stem not in known]:
+    names, unknown = [], []
+    for line in map(str.strip, lines):
+        name = line if line in known else Path(line).stem  # a name may have dots
+        if name in known:
+            names.append(name)
+        elif line:
+            unknown.append(line)
+    if unknown:
         some = ", ".join(unknown[:5])
         say(f"left out: {len(unknown)} names in {path} that no features have, such as {some}")
     if not names:
         raise ValueError(f"train_slides={path}: no slide that has features is listed in it")
-    return list(names)
+    return list(dict.fromkeys(names))  # one that is listed twice would be drawn twice as often
 
 
 def open_slides(files, names, window, say):
@@ -295,7 +302,8 @@ def agreeing(files, names, say, apart=True):
             opened.append((Slide(name, list(map(map_of, features)), centres), about))
             stated = [[scale.get(key) for key in ("width", *STATED)] for scale in about]
             kinds.setdefault(str(stated), []).append(about)
-    trained = list(max(kinds.values(), key=len, default=[()])[0])
+    most = max(kinds.values(), key=len, default=[()])
+    trained = list(most[0])
     for slide, about in opened:
         try:
             for scale in zip(slide.centres, about, trained):

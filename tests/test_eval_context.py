@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -22,8 +24,8 @@ pytest.importorskip("sklearn")
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-CONFIG = dict(image_dir="", write="", features="", context="", encoder="", labels="", places="", label="label",
-              repeats=1, mil=False, patient=r"P\d\d", device="cpu")
+CONFIG = dict(image_dir="", write="", features="", context="", encoder="", retrained="", labels="", places="",
+              label="label", repeats=1, mil=False, patient=r"P\d\d", device="cpu")
 UM = 0.5  # um/px of level 0
 NAMES = [f"P{i // 2:02d}-{i}" for i in range(16)]
 QUICK = dict(width=8, gated=True, dropout=0.0, lr=0.02, weight_decay=0.0, batch=4, epochs=3)
@@ -35,6 +37,7 @@ def short(monkeypatch):
     monkeypatch.setattr(eval_slides, "MIL", {"quick": QUICK, "plain": QUICK | dict(gated=False, epochs=1)})
     monkeypatch.setattr(eval_slides, "DRAWS", 200)
     monkeypatch.setattr(eval_slides, "FOLDS", 2)
+    monkeypatch.setattr(eval_slides, "CS", (0.1, 1.0))
 
 
 def write(path, features, coords, **more):
@@ -87,7 +90,7 @@ def world(tmp_path):
 
 
 def keys_of(world, **changes):
-    folders = {key: str(world / key) for key in ("features", "context")}
+    folders = {key: str(world / key) for key in ("features", "context", "retrained") if (world / key).is_dir()}
     if not {"labels", "places"} & set(changes):
         changes["labels"] = world / "labels.csv"
     return {**CONFIG, **folders, **{k: str(v) if isinstance(v, os.PathLike) else v for k, v in changes.items()}}
@@ -106,22 +109,23 @@ def labels_of(world, **changes):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What reaches linear probes, [(x, at_test)], which then are not fitted."""
-    calls = []
+    """What reaches linear probes, {C: [(x, at_test)]}, which then are not fitted."""
+    calls = {0.5: [], None: []}
 
-    def probe(found, x, at_test):
-        calls.append((x, at_test))
+    def probe(found, x, at_test, C):
+        calls[C].append((x, at_test))
         return torch.zeros(*found.folds.shape, len(found.classes))
     monkeypatch.setattr(eval_slides, "linear_probe", probe)
     return calls
 
 
-def found_of(labels, folds, groups=None):
+def found_of(labels, folds, groups=None, time=None):
     """Samples of patients with one slide each, if no groups are given."""
     n = len(labels)
     groups = torch.arange(n) if groups is None else torch.as_tensor(groups)
+    time = time and torch.tensor(time).double()
     return eval_slides.Samples([(f"s{i}",) for i in range(n)], torch.tensor(labels), ["0", "1"], groups,
-                               torch.tensor([folds]), "slides")
+                               torch.tensor([folds]), "slides", time=time)
 
 
 # rows
@@ -184,8 +188,9 @@ def test_a_patients_slides_are_one_case_where_he_has_one_label(world, seen, colu
     table(path, ("slide", "patient", "label"), [(name, name[:3], column(i)) for i, name in enumerate(NAMES)])
     found = labels_of(world)
     files = eval_slides.files_of(str(world / "features"))
+    stored, _ = eval_slides.open_contexts(keys_of(world))
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
-    rows, bags = eval_slides.read_slides(found, [files], eval_slides.files_of(str(world / "context")), {}, "cpu")
+    rows, bags = eval_slides.read_slides(found, [files], stored, {}, "cpu")
     assert before is None or len(os.listdir("/proc/self/fd")) <= before + 2, "thousands of slides would be too many"
     assert found.kind == kind and len(found.names) == len(bags) == n
     for names, vector, bag in zip(found.names, rows["max"], bags):
@@ -242,13 +247,28 @@ def test_the_headline_is_balanced_logistic_regression_with_a_c_of_a_half(world):
     assert rows["mean"]["auroc"] == pytest.approx(np.mean(areas))
 
 
-def test_what_is_tested_may_be_other_features():
+@pytest.mark.parametrize("C", [0.5, 0.01])
+def test_regression_is_scikit_learns(C):
     rng = np.random.default_rng(0)
     x, labels = rng.normal(size=(40, 3)) * 5, torch.arange(40) % 4 // 3
     found = found_of(labels.tolist(), (np.arange(40) // 20).tolist())
-    predicted = eval_slides.linear_probe(found, x, -x)
-    fit = LogisticRegression(C=0.5, class_weight="balanced", max_iter=10_000).fit(x[20:], labels[20:])
+    predicted = eval_slides.linear_probe(found, x, -x, C)  # what is tested may be other features
+    fit = LogisticRegression(C=C, class_weight="balanced", max_iter=10_000).fit(x[20:], labels[20:])
     assert np.allclose(predicted[0, :20], fit.predict_proba(-x[:20]), atol=1e-5)
+
+
+def test_c_is_chosen_on_inner_folds_of_whole_patients(monkeypatch):
+    groups, labels = torch.arange(36) // 3, torch.arange(36) // 3 % 2
+    x = np.random.default_rng(0).normal(size=(36, 3)) + labels.numpy()[:, None]
+    probe = eval_slides.regression(x, labels, groups, None)
+    assert len(probe.cv) == 3 and probe.param_grid["C"] == eval_slides.CS and probe.scoring == "balanced_accuracy"
+    for fit, held in probe.cv:
+        assert not set(groups[fit].tolist()) & set(groups[held].tolist()) and len(fit) + len(held) == 36
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_slides, "make_folds", lambda *a: labels)  # a fold would hold all of a class
+        assert not eval_slides.inner_splits(labels, groups)
+    few = eval_slides.regression(x[:9], labels[:9], groups[:9], None)  # class 1 is of one patient
+    assert isinstance(few, LogisticRegression) and few.C == 0.5
 
 
 def bags_of(world, name, arrays):
@@ -319,11 +339,6 @@ def test_a_setting_of_mil_is_chosen_on_patients_that_it_was_not_trained_on(monke
                         lambda net, bags, device: pairs.append((net, bags)) or torch.zeros(len(bags), 2))
     eval_slides.mil_probe(found, groups.tolist(), "MIL", "cpu")  # a bag here is its patient
     assert len(pairs) == 6 and not any(set(fit) & set(held) for fit, held in pairs)
-    fit, held = eval_slides.inner_split(labels, groups)
-    assert len(fit) + len(held) == 48 and len(held) == 18, "about a third of the patients"
-    few = eval_slides.inner_split(labels[:27], groups[:27])  # class 1 is of one patient
-    monkeypatch.setattr(eval_slides, "make_folds", lambda *a: labels)  # a fold would hold all of a class
-    assert not any(map(len, [*few, *eval_slides.inner_split(labels, groups)]))
 
 
 def test_folds_keep_patients_whole_and_each_sample_is_predicted_by_others(world):
@@ -370,12 +385,61 @@ def test_the_interval_is_of_95_percent(monkeypatch):
     assert row["high"] - row["low"] == pytest.approx(2 * half, rel=0.1)
 
 
-def test_the_auroc_compares_samples_of_one_fold():
+def test_scores_compare_samples_of_one_fold():
     """A fold's fit may be off by a constant: over all folds together the order would be wrong."""
+    found = found_of([0, 1, 0, 1], [0, 0, 1, 1], time=[4.0, 1.0, 4.0, 1.0])
     risk = torch.tensor([0.1, 0.2, 0.7, 0.8])
     predicted = torch.stack([1 - risk, risk], 1)[None]
-    for labels in ([0, 1, 0, 1], [0, 1, 1, 1]):  # there the second fold cannot tell
-        assert eval_slides.area_under_curve(predicted, found_of(labels, [0, 0, 1, 1])) == 1
+    assert eval_slides.area_under_curve(predicted, found) == 1
+    assert eval_slides.concordance(predicted, found, torch.ones(1, 4).double()).tolist() == [1.0]
+    one_class = found_of([0, 1, 1, 1], [0, 0, 1, 1])  # the second fold cannot tell
+    assert eval_slides.area_under_curve(predicted, one_class) == 1
+
+
+def test_the_c_index_by_hand():
+    """Ties in risk count half; of two at one time, the one whose event was seen is the earlier."""
+    found = found_of([1, 1, 0, 0], [0, 0, 0, 0], time=[1.0, 2.0, 2.0, 3.0])
+    predicted = torch.tensor([[0.0, 0.9], [0.0, 0.3], [0.0, 0.5], [0.0, 0.3]])[None]
+    weights = torch.tensor([[1, 1, 1, 1], [2, 1, 0, 1]]).double()
+    # pairs: 0 before 1, 2, 3, right; 1 before 2, wrong; 1 before 3, a tie. Drawn twice, a pair counts twice.
+    assert np.allclose(eval_slides.concordance(predicted, found, weights), [3.5 / 5, 4.5 / 5])
+
+
+class Cox:
+    """A stand-in for scikit-survival's regression: the risk is the mean feature, since class b dies early."""
+
+    def __init__(self, alphas, l1_ratio):
+        assert alphas == [0.07] and l1_ratio == 0.5
+
+    def fit(self, x, outcome):
+        assert outcome.dtype.names == ("event", "time") and outcome["event"].dtype == bool  # in this order
+        assert len(x) == len(outcome) == 4 and set(outcome["time"]) <= {*range(1, 9)}
+        assert (outcome["event"] == (outcome["time"] > 2)).all()
+        return self
+
+    def predict(self, x):
+        return x.mean(1)
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_survival_is_scored_by_the_c_index(world, monkeypatch, real):
+    """Of cases: a patient has one time. The two that leave first are censored."""
+    if real:
+        pytest.importorskip("sksurv")
+    else:
+        linear_model = types.SimpleNamespace(CoxnetSurvivalAnalysis=Cox)
+        monkeypatch.setitem(sys.modules, "sksurv", types.SimpleNamespace(linear_model=linear_model))
+        monkeypatch.setitem(sys.modules, "sksurv.linear_model", linear_model)
+    times = [7, 1, 8, 3, 5, 4, 6, 2]  # of the patients; the odd ones are of class b
+    rows = [(name, name[:3], times[i // 2], int(times[i // 2] > 2)) for i, name in enumerate(NAMES)]
+    table(world / "survival.csv", ("slide", "patient", "time", "event"), rows)
+    rows, found = score(world, labels=world / "survival.csv", mil=True)
+    assert rows["mean"]["balanced"] > 0.6 and not {"auroc", "tuned"} & set(rows["mean"])
+    assert "cases: 8 of 8" in found["protocol"] and "Cox" in found["protocol"] and "attention MIL" not in rows
+    assert labels_of(world, labels=world / "survival.csv", label="event").time is None  # a column of labels wins
+    monkeypatch.setitem(sys.modules, "sksurv.linear_model", None)
+    with pytest.raises(ValueError, match="need scikit-survival: pip install"):
+        score(world, labels=world / "survival.csv")
 
 
 # contexts and controls
@@ -421,12 +485,13 @@ def test_controls_are_of_the_untrained_net_and_of_shuffled_places(world, seen, m
         assert all(torch.equal(a, b) for a, b in zip(used.state_dict().values(), same.state_dict().values()))
         assert shuffle == bool(i % 2) and hide == 3
         assert [own.shape for own in features] == [(30, 8), (9, 8)][:scales] and len(centres) == scales
-    probed = dict(zip(rows, seen))
+    probed = dict(zip(rows, seen[0.5]))
     for start, width in (("", 8), ("stats: ", 24)):
         trained, tested = probed[f"{start}raw, shuffled context"]
         assert trained is probed[f"{start}raw, context"][0] and (tested[:, width:] == 0).all()
         untrained, tested = probed[f"{start}raw, untrained context"]
         assert untrained is tested
+    assert len(seen[None]) == len(rows)
     if scales == 2:
         with one_line("features of 1 scales, and the encoder reads 2"):
             monkeypatch.setattr(eval_slides, "embed_slide", places.embed_slide)
@@ -435,13 +500,34 @@ def test_controls_are_of_the_untrained_net_and_of_shuffled_places(world, seen, m
 
 def test_an_encoder_reads_what_it_was_trained_on(world, seen):
     score(world, encoder=encoder(world, []))
-    with one_line("features of another encoder, norm or scale: mpp is 1.0, not 4.0"):
+    with one_line(r"P00-0: features of another encoder, norm or scale: mpp is 1.0, not 4.0"):
         score(world, encoder=encoder(world, [], mpp=4.0))
     with one_line("with which --context was made"):
         embedded(world / "context", "another")
         score(world, encoder=str(world / "encoder.pth"))
     (world / "context/keys.json").unlink()
     with one_line("does not say which slides"):
+        score(world)
+
+
+def test_an_encoder_trained_on_shuffled_places_is_a_row(world, seen):
+    """`retrained` is a folder like --context, made in the same way."""
+    embedded(world / "retrained", "y")
+    for name in NAMES:
+        with np.load(world / f"context/{name}.npz") as f:
+            np.savez(world / f"retrained/{name}.npz", **dict(f) | {"context": np.zeros((30, 8), np.float16)})
+    rows, _ = score(world)
+    probed = dict(zip(rows, seen[0.5]))
+    trained, tested = probed["raw, retrained context"]
+    assert trained is tested and (trained[:, 8:] == 0).all() and (probed["raw, context"][0][:, 8:] != 0).any()
+    edit(world / "retrained/P00-0.npz", hide=2)
+    with one_line(r"P00-0: --context and --retrained were made with other --hide"):
+        score(world)
+    embedded(world / "retrained", "x")
+    with one_line("by the encoder of --context"):
+        score(world)
+    embedded(world / "retrained", "y", ["P03-99"])
+    with one_line("trained on slides of 1 of these patients, such as P03"):
         score(world)
 
 
@@ -476,6 +562,7 @@ def test_context_of_other_features_is_refused_and_a_slide_without_is_left_out(wo
 # bad input
 
 LABELLED = [(name, name[:3], "ab"[i // 2 % 2]) for i, name in enumerate(NAMES)]
+SURVIVAL = [(name, name[:3], 1 + i // 2, i // 2 % 2) for i, name in enumerate(NAMES)]
 PLACED = [(name, name[:3], 100, 100, "ab"[i % 2]) for i, name in enumerate(NAMES)]
 
 
@@ -487,11 +574,14 @@ PLACED = [(name, name[:3], 100, 100, "ab"[i % 2]) for i, name in enumerate(NAMES
     ("label", [(n, p, "b" if p == "P01" else "a") for n, p, _ in LABELLED],
      "groups (patients) of class b: 1; 2 are needed, to train and test"),
     ("label", [(f"{n}.svs", p, y) for n, p, y in LABELLED], "none of its slides is left to score; its names must be"),
-    ("grade", LABELLED, "the first line must be slide,patient,label or"),
+    ("grade", LABELLED, "no column label"),
     ("label,fold", [(*row, i % 2) for i, row in enumerate(LABELLED)], "patient P00 is in folds 0 and 1"),
     ("label,fold", [(*row, 0) for row in LABELLED], "give at least 2"),
     ("label,fold", [(*row, i // 2 % 2) for i, row in enumerate(LABELLED)], "nothing of class"),
     ("label,fold", [(*row, 0.5) for row in LABELLED], "line 2: fold is '0.5', not a whole number"),
+    ("time,event", [(n, p, "1.2.3", e) for n, p, _, e in SURVIVAL], "line 2: time is '1.2.3', not a number"),
+    ("time,event", [(n, p, -t, e) for n, p, t, e in SURVIVAL], "line 2: time is '-1', not a number above 0"),
+    ("time,event", [(n, p, t, "yes" if e else "no") for n, p, t, e in SURVIVAL], "event must be 0 (not seen) or 1"),
     ("x,y,label", [(n, p, 5000, 50, label) for n, p, label in LABELLED], "P00-0: 1 places are more than a tile from"),
     *[("x,y,label", [PLACED[0], (*PLACED[1][:3], value, "b"), *PLACED[2:]], f"line 3: y is '{value}', not a number")
       for value in ("", "nan", "1.2.3", "1e", "inf")]])
@@ -516,12 +606,13 @@ def test_what_cannot_be_scored_is_left_out_by_name(world, seen, capsys):
     assert "1 slides with features have no label, such as P07-15: left out" in out
 
 
-def test_a_class_of_few_patients_is_scored_without_choosing_inside(world):
+def test_a_class_of_few_patients_is_scored_without_choosing_inside(world, capsys):
     """Two patients of class b: one to train on, so nothing can be chosen. The rest goes on."""
     rows = [(n, p, "ab"[p in ("P01", "P03")]) for n, p, _ in LABELLED]
     table(world / "labels.csv", ("slide", "patient", "label"), rows)
     rows, _ = score(world, mil=True, context="")
-    assert rows["attention MIL"]["balanced"] > 0
+    assert rows["attention MIL"]["balanced"] > 0 and rows["mean"]["tuned"] == rows["mean"]["balanced"]
+    assert "too few patients to choose by: C is 0.5" in capsys.readouterr().out
 
 
 def test_the_command_ends_with_one_json_object_whatever_stops_it(world, seen, capsys, monkeypatch):

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import one_line
+from conftest import ROOT, one_line
 from PIL import Image
 
 import eval_bach
 import eval_slides
 import model
+
+OSTEOSARCOMA = ROOT.parent / "shared" / "data" / "osteosarcoma"
 
 
 @pytest.fixture(autouse=True)
@@ -288,3 +290,36 @@ def test_scikit_learn_is_needed_for_made_folds_alone(tiles, monkeypatch):
     (tiles / "groups.csv").unlink()
     with pytest.raises(ValueError, match="pip install scikit-learn, or give groups.csv a column fold"):
         samples_of(keys(tiles))
+
+
+# real tiles
+
+def osteosarcoma(root, two_classes, by_case):
+    """Links to the 60 tiles in class folders, and their cases or blocks (a case is a patient and has many blocks)."""
+    rows = []
+    for path in sorted(OSTEOSARCOMA.glob("*.jpg")):
+        name, rest = path.name.split("___")
+        name = "Tumor" if two_classes and name != "Non-Tumor" else name
+        group = re.match(r"Case-\d+|P\d+" if by_case else r".*?(?=-\d+-\d+_)", rest)[0]
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / path.name).symlink_to(path)
+        rows.append(f"{path.name},{group}")
+    groups_csv(root / "groups.csv", rows, "file,patient")
+    return root
+
+
+@pytest.mark.skipif(not OSTEOSARCOMA.is_dir(), reason="the osteosarcoma tiles are not here")
+def test_osteosarcoma_tiles(tmp_path):
+    pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    toy = model.ViT(replace(model.ARCHS["toy"], layerscale=1.0))
+    cases = osteosarcoma(tmp_path / "three", two_classes=False, by_case=True)
+    with pytest.raises(ValueError, match=r"groups \(patients\) of class Non-Viable-Tumor: 2; 3 are needed"):
+        samples_of(keys(cases))
+    for folder, groups, folds in ((osteosarcoma(tmp_path / "two", True, True), 4, 3),
+                                  (osteosarcoma(tmp_path / "blocks", False, False), 26, 5)):
+        for backbone in (toy, Colours()):
+            row = row_of(keys(folder, input_px=56), backbone, *model.NORMS["imagenet"])
+            assert (row["images"], row["groups"], len(row["folds"])) == (60, groups, folds)
+            assert len(row["classes"]) == (2 if folds == 3 else 3) and 0 < row["balanced"] < 1
+            assert 0.02 < row["se_groups"] < 0.3
