@@ -437,6 +437,8 @@ def test_survival_is_scored_by_the_c_index(world, monkeypatch, real):
     assert rows["mean"]["balanced"] > 0.6 and not {"auroc", "tuned"} & set(rows["mean"])
     assert "cases: 8 of 8" in found["protocol"] and "Cox" in found["protocol"] and "attention MIL" not in rows
     assert labels_of(world, labels=world / "survival.csv", label="event").time is None  # a column of labels wins
+    table(world / "times.csv", ("slide", "patient", "time", "event"), SURVIVAL[:-1] + [(*SURVIVAL[-1][:2], 99, 1)])
+    assert labels_of(world, labels=world / "times.csv").kind == "slides", "a patient has two times"
     monkeypatch.setitem(sys.modules, "sksurv.linear_model", None)
     with pytest.raises(ValueError, match="need scikit-survival: pip install"):
         score(world, labels=world / "survival.csv")
@@ -502,6 +504,8 @@ def test_an_encoder_reads_what_it_was_trained_on(world, seen):
     score(world, encoder=encoder(world, []))
     with one_line(r"P00-0: features of another encoder, norm or scale: mpp is 1.0, not 4.0"):
         score(world, encoder=encoder(world, [], mpp=4.0))
+    with one_line("with which --context was made, and that folder"):
+        score(world, encoder=encoder(world, []), context="")
     with one_line("with which --context was made"):
         embedded(world / "context", "another")
         score(world, encoder=str(world / "encoder.pth"))
@@ -613,6 +617,8 @@ def test_a_class_of_few_patients_is_scored_without_choosing_inside(world, capsys
     rows, _ = score(world, mil=True, context="")
     assert rows["attention MIL"]["balanced"] > 0 and rows["mean"]["tuned"] == rows["mean"]["balanced"]
     assert "too few patients to choose by: C is 0.5" in capsys.readouterr().out
+    eval_slides.say_caveats(found_of([0] * 5 + [1] * 3, [0, 1] * 4))  # two of class 1 to train on, or one
+    assert "too few patients to choose by" in capsys.readouterr().out
 
 
 def test_the_command_ends_with_one_json_object_whatever_stops_it(world, seen, capsys, monkeypatch):
