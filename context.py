@@ -53,8 +53,7 @@ window = 256             # places of the first scale; of another, as many as cov
 shuffle = False          # a control: places of each slide change places before windows are made, also in embed
 mask_share = 0.5         # of the places that are hidden; with several scales, of the coarsest's
 mask_block = (4, 25)     # places per block, drawn evenly: 2 x 2 to 5 x 5
-turns = True             # windows are turned and flipped; False where directions mean something
-free_rotation = True     # by any angle; False = by quarters
+turns = True             # windows are turned by any angle and flipped; False where directions mean something
 subtract_mean = False    # predict differences to the slide's mean feature, which carries stain and composition
 centre = False           # see such differences, too: stain is then nothing that the network has to tell apart
 rare = 0.0               # weight of a place in the loss: (squared distance to its window's mean)^rare; 0 = equal

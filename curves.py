@@ -79,13 +79,6 @@ def read_rows(path):
     return dict(sorted(points.items()))
 
 
-def read_code(path):
-    """The commit in a source.diff, with a checksum of edits that were not committed; "unknown" without the file."""
-    head, _, edits = read(path).partition("\ndiff --git ")
-    commit = head.partition("\n")[2][:7] or "unknown"  # the command stands in the first line
-    return commit + (f"+{zlib.crc32(edits.encode()):08x}" if edits else "")
-
-
 def load_run(folder):
     """A Run, or None while it has nothing of PANELS. ValueError if a file is damaged, except at its end."""
     bach, rows = read_rows(f"{folder}/bach.jsonl"), read_rows(f"{folder}/metrics.jsonl")
@@ -101,7 +94,9 @@ def load_run(folder):
     if config and "task" not in config:  # train.py's: keys that are younger than the run have their defaults
         config = config | json.loads(json.dumps(train_keys())) | config
     setting = {k: v for k, v in config.items() if k not in REPEAT}
-    setting["code"] = read_code(f"{folder}/source.diff")
+    head, _, edits = read(f"{folder}/source.diff").partition("\ndiff --git ")
+    commit = head.partition("\n")[2][:7] or "unknown"  # the command stands in the first line
+    setting["code"] = commit + (f"+{zlib.crc32(edits.encode()):08x}" if edits else "")
     setting["protocol"] = " / ".join(sorted({str(row.get("protocol")) for row in bach.values()}))
     return Run(folder, rows, config, setting)
 
@@ -141,7 +136,9 @@ def mean_of(runs):
     scored = common(runs[:1], "bach")
     least = statistics.median_high(ends) * (1 if scored else 0.9)
     used = [run for run, end in zip(runs, ends) if end >= least]
-    return used[:1] if scored and not common(used, "bach") else used
+    if scored and not common(used, "bach"):
+        return used[:1]
+    return used
 
 
 def values(runs, x, key):
@@ -154,10 +151,9 @@ def values(runs, x, key):
 
 def dip(x, curve):
     """
-    Depth and length of a curve's first fall below its value at step 0: (0, 0) without one, (nan, nan) without step 0.
-
-    The depth is from the value at step 0 to the lowest point before the recovery. The length, in steps, is from the
-    last point before the fall to the recovery, inf if there is none. Falls within the noise count too.
+    A curve's first fall below its value at step 0: its depth to the lowest point before the recovery, and its length
+    in steps from the last point before it to the recovery, inf if there is none. (0, 0) without a fall, (nan, nan)
+    without step 0. Falls within the noise count too.
     """
     below = np.append(curve < curve[0], False)  # as if it recovered after the last point
     if x[0] != 0:
@@ -187,7 +183,9 @@ def noise(groups, a, b, at):
     if not free:
         return FLOOR, math.nan, 0
     s = math.sqrt(sum(len(ends) * ends.var() for ends in seeds) / free)
-    t = T[free - 1] if free <= len(T) else 1.96 + 2.37 / free + 2.82 / free**2  # Abramowitz and Stegun 26.7.5
+    t = 1.96 + 2.37 / free + 2.82 / free**2  # Abramowitz and Stegun 26.7.5
+    if free <= len(T):
+        t = T[free - 1]
     limit = t * s * math.sqrt(1 / len(a.used) + 1 / len(b.used))
     return max(FLOOR, limit), s, free
 
@@ -257,9 +255,8 @@ def compare_table(groups, parent):
     for line, group in zip(found, groups):
         lines += [line, *remarks(group, parent)]
     _, s, free = noise(groups, parent, parent, parent.x[-1])
-    lines.append(f"within, beyond: {FLOOR} (132 images), or t s sqrt(1/n + 1/n) at 95 % if larger; sd of seeds s = "
-                 f"{s:.3f}, {free} degrees of freedom")
-    return "\n".join(lines)
+    rule = f"within, beyond: {FLOOR} (132 images), or t s sqrt(1/n + 1/n) at 95 % if larger; sd of seeds s = "
+    return "\n".join([*lines, f"{rule}{s:.3f}, {free} degrees of freedom"])
 
 
 def collapse_table(groups):
@@ -313,7 +310,8 @@ def plot(groups, path):
     colors = [f"C{zlib.crc32((SALT + group.name).encode()) % 10}" for group in groups]
     bands = sum(len(group.used) > 1 for group in groups)
     for i, group in enumerate(groups):
-        line = {"color": colors[i], "ls": ("-", "--", ":", "-.")[colors[:i].count(colors[i]) % 4]}
+        earlier = colors[:i].count(colors[i])  # groups of this colour
+        line = {"color": colors[i], "ls": ("-", "--", ":", "-.")[earlier % 4]}
         panels[first].plot([], [], **line, label=f"{group.name} (n = {len(group.used)})")
         for key in logged(group.used):
             x = common(group.used, key)
@@ -342,9 +340,9 @@ def write_events(runs, top, folder):
     for run in runs:
         with SummaryWriter(os.path.join(folder, os.path.relpath(run.folder, top)), purge_step=0) as events:
             for step, row in run.rows.items():
-                for key in row:
-                    if isinstance(row[key], int | float):
-                        events.add_scalar(key, row[key], step)
+                for key, value in row.items():
+                    if isinstance(value, int | float):
+                        events.add_scalar(key, value, step)
 
 
 def show(runs, parent="", out="", tensorboard=""):

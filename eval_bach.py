@@ -497,7 +497,7 @@ def one_line(error):
 
 # ---- the command line, shared with eval_slides.py -------------------------------------------------------------------
 
-COLUMNS = ("bach", "balanced", "std", "se_groups", "plateau", "clean", "accuracy", "knn", "shot16")  # of the table
+COLUMNS = ("bach", "balanced", "std", "se_groups", "plateau", "clean", "accuracy", "knn")  # of the table
 
 
 def table(rows):

@@ -5,8 +5,7 @@ Frozen features scored on your own labels, by patient: labelled tiles, labelled 
     python eval_slides.py --features=data/features_1.0 --context=data/context --labels=labels.csv   # slides
     python eval_slides.py --features=data/features_1.0 --context=data/context --places=places.csv   # places
 
-The last line is one JSON object; after a stop, of the rows that were done. No sample has a say in its own score, and
-each patient is in one fold only.
+The last line is one JSON object; after a stop, of the rows that were done. Each patient is in one fold only.
 
 Tiles: {image_dir}/{class}/*.{jpg,jpeg,png,tif,tiff} of any size. {image_dir}/groups.csv or --groups=FILE says which
 patient each image is from:
@@ -15,18 +14,17 @@ patient each image is from:
     tumor/a_001.png,P01,0      fold is optional, a published split; without it we make 5 folds (needs scikit-learn)
 
 Fold f tests, fold f + 1 stops and selects the heads, and the others train. Read `balanced` with `se_groups`, its
-standard error over patients, which is a rough guess below ten of them. std is the deviation over the seeds of the
-heads and says nothing about other patients.
+standard error over patients, a rough guess below ten of them; std is over the seeds of the heads only.
 
 Slides and places: labels.csv has slide,patient,label, places.csv also x,y, a tile's centre in level-0 px; time,event
 instead of label ask for survival; fold is optional. Where no patient has two labels, a patient's slides are one case as
-in Patho-Bench: the mean of their vectors, one bag of all their places. Else a label is its slide's, and so is a sample.
+in Patho-Bench: the mean of their vectors, one bag of all their places. Else each slide is a sample.
 
-A vector is the mean of places, or in rows with `stats` their mean, deviation and maximum. Does context help? Each row
-is compared with the mean of raw features (places: with the raw feature) by a bootstrap over patients; "none" marks a
-difference whose 95 % interval holds 0. With --encoder=FILE the table has two controls: the same encoder untrained, and
-trained but shown shuffled coordinates when it is tested. --retrained=FOLDER is a third, the context of an encoder that
-was trained with --shuffle=true. A gain that they have too is not learnt context.
+A vector is the mean of places, or in rows with `stats` their mean, deviation and maximum. Each row is compared with the
+mean of raw features (places: with the raw feature) by a bootstrap over patients; "none" marks a difference whose 95 %
+interval holds 0. With --encoder=FILE the table has two controls: the same encoder untrained, and trained but shown
+shuffled coordinates when it is tested. --retrained=FOLDER is a third, the context of an encoder that was trained with
+--shuffle=true. A gain that they have too is not learnt context.
 """
 import csv
 import hashlib
@@ -48,14 +46,12 @@ import model
 import wsi
 from configurator import configure
 from context import load_encoder, random_encoder
-from places import agreeing, check, embed_slide, files_of, open_features
+from places import agreeing, check, embed_slide, files_of, map_of, open_features
 
 # ---- the protocol, with that of the heads in eval_bach.py: changing any of these invalidates earlier rows ------------
-FOLDS = 5                       # fewer where a class has fewer groups, at least 3 for tiles
-SHOTS, SUPPORT_SETS = 16, 1000  # images per class, and how often they are drawn
+FOLDS = 5    # fewer where a class has fewer groups, at least 3 for tiles
 RUNS, SEED, MAX_STEPS = eval_bach.RUNS, eval_bach.SEED, eval_bach.MAX_STEPS
-CHUNK = 20                      # support sets drawn at a time, which bounds the memory
-DRAWS = 1000                    # of patients, in the bootstrap
+DRAWS = 1000 # of patients, in the bootstrap
 CS = tuple(10.0**e for e in range(-3, 3))  # that the regression may choose from
 # attention MIL (Ilse et al. 2018) close to how three groups train it; which one is chosen inside each fold. eva's MLP
 # and its early stopping differ, and so do our class weights
@@ -64,14 +60,14 @@ MIL = {
     "eva": dict(width=128, gated=True, dropout=0.0, lr=1e-3, weight_decay=0.01, batch=32, epochs=100),
     "titan": dict(width=512, gated=True, dropout=0.25, lr=1e-4, weight_decay=1e-5, batch=1, epochs=20),
 }
-BAG = 2048                      # places of a slide or case per training step
+BAG = 2048   # places of a slide or case per training step
 # ----------------------------------------------------------------------------------------------------------------------
 AS_IN_TRAINING = dict(groups="", views="resize", mpp=0.5, image_mpp=0.0, input_px=eval_bach.SIZE, concat=False)
 TYPES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 ROLES = {2: "train and test", 3: "train, select and test"}  # of folds
 CONTEXT, RANDOM, SHUFFLED, RETRAINED = (f"raw, {kind}context" for kind in ("", "untrained ", "shuffled ", "retrained "))
 
-# ---- csv files ------------------------------------------------------------------------------------------------------
+# ---- csv files, and folds of patients --------------------------------------------------------------------------------
 
 
 def read_csv(path, needed):
@@ -109,8 +105,8 @@ def check_lines(path, lines, texts, numbers, once=""):
                 row[key] = float(text)
             except ValueError:
                 row[key] = math.nan
-            bad = not math.isfinite(row[key]) or key == "fold" and row[key] % 1 or key == "time" and row[key] <= 0
-            if bad:
+            bad = key == "fold" and row[key] % 1 or key == "time" and row[key] <= 0
+            if bad or not math.isfinite(row[key]):
                 raise ValueError(f"{path}, line {line}: {key} is '{text}', not a {kind}")
         if once and row[once] in seen:
             raise ValueError(f"{path}, line {line}: {row[once]} is listed twice; delete one of the lines")
@@ -122,22 +118,19 @@ def stated_folds(path, rows, least):
     The folds of checked rows counted from 0, or None without such a column. ValueError if there are fewer than `least`,
     or if a patient is in two of them.
     """
-    if not rows or "fold" not in rows[0]:
+    if "fold" not in rows[0]:
         return None
-    home, folds = {}, [int(row["fold"]) for row in rows]
-    for row, fold in zip(rows, folds):
-        patient = row["patient"]
+    home = {}
+    for row in rows:
+        patient, fold = row["patient"], int(row["fold"])
         if home.setdefault(patient, fold) != fold:
             raise ValueError(f"{path}: patient {patient} is in folds {home[patient]} and {fold}; put all that is of a "
                              "patient in one fold")
-    numbers = sorted(set(folds))
+    numbers = sorted(set(home.values()))
     if len(numbers) < least:
         raise ValueError(f"{path}: the folds are {numbers}; give at least {least} (to {ROLES[least]}), or leave "
                          "the column out")
-    return [numbers.index(fold) for fold in folds]
-
-
-# ---- folds ----------------------------------------------------------------------------------------------------------
+    return [numbers.index(home[row["patient"]]) for row in rows]
 
 
 def find_folds(path, labels, classes, groups, stated, parts, seeds=(None,)):
@@ -157,10 +150,10 @@ def find_folds(path, labels, classes, groups, stated, parts, seeds=(None,)):
         if fewest < FOLDS:
             print(f"{path}: {fewest} folds, not {FOLDS}: class {name} has no more groups", flush=True)
         drawn = torch.stack([make_folds(labels, groups, min(fewest, FOLDS), seed) for seed in seeds])
-    every, selects = set(range(len(classes))), " and the next one selects" if parts == 3 else ""
+    selects = " and the next one selects" if parts == 3 else ""
     for folds in drawn:
         for f, (train, _, _) in enumerate(splits(folds, parts)):
-            if absent := every - set(labels[train].tolist()):
+            if absent := set(range(len(classes))) - set(labels[train].tolist()):
                 raise ValueError(f"{path}: when fold {f} (from 0) tests{selects}, nothing of class "
                                  f"{classes[min(absent)]} is left to train on; give other folds")
     return drawn
@@ -174,8 +167,7 @@ def make_folds(labels, groups, k, seed=None):
         raise ValueError("to make folds: pip install scikit-learn, or give groups.csv a column fold") from None
     folds = torch.empty_like(labels)
     splitter = StratifiedGroupKFold(k, shuffle=seed is not None, random_state=seed)
-    parts = splitter.split(labels, labels.numpy(), groups.numpy())
-    for f, (_, test) in enumerate(parts):
+    for f, (_, test) in enumerate(splitter.split(labels, labels.numpy(), groups.numpy())):
         folds[torch.from_numpy(test)] = f
     assert len(folds.unique()) == k, folds.bincount()
     return folds
@@ -193,25 +185,30 @@ def splits(folds, parts=3):
 
 def inner_splits(labels, groups):
     """[(fit, held)] indices of up to three folds of whole patients; those that leave no class out of `fit`."""
-    fewest = min(len(groups[labels == label].unique()) for label in labels.unique())
+    classes = labels.unique()
+    fewest = min(len(groups[labels == label].unique()) for label in classes)
     if fewest < 2:
         return []
     folds = make_folds(labels, groups, min(fewest, 3), SEED)
-    classes = len(labels.unique())
-    return [(fit, held) for fit, _, held in splits(folds, 2) if len(labels[fit].unique()) == classes]
+    found = [(fit.numpy(), held.numpy()) for fit, _, held in splits(folds, 2)]
+    return [(fit, held) for fit, held in found if len(labels[fit].unique()) == len(classes)]
 
 
 # ---- labelled tiles -------------------------------------------------------------------------------------------------
 
 
 class Samples(NamedTuple):
-    """What is known of n tiles before any of them is read."""
+    """What is known of n samples before any of them is read."""
 
-    files: list           # n times class/name, sorted
-    labels: torch.Tensor  # (n,) indices into classes
+    names: list           # n times class/name of a tile, sorted; or a tuple, the slides of a case or the slide of one
+    labels: torch.Tensor  # (n,) indices into classes; of survival, whether the event was seen
     classes: list         # C names, sorted
     groups: torch.Tensor  # (n,) 0 .. G - 1, one per patient
-    folds: torch.Tensor   # (n,) 0 .. k - 1
+    folds: torch.Tensor   # (n,) 0 .. k - 1 of tiles, else (repeats, n)
+    kind: str = "tiles"   # or "slides", "cases", "places"
+    owners: dict = None   # {slide: patient} of all slides in the csv, also of those without features
+    time: torch.Tensor = None  # float64 (n,), of survival
+    where: np.ndarray = None  # of places: float (n, 3), their centres in level-0 px and the number of the tile there
 
 
 def find_samples(image_dir, groups=""):
@@ -282,73 +279,37 @@ def read_groups(path, files):
     return [row["patient"] for row in rows], stated_folds(path, rows, least=3)
 
 
-def by_patient(predicted, labels, groups):
-    """(2, G, C): hits of predicted (R, n), their mean over R, and samples, of each group and class."""
+def resampled(predicted, labels, groups, weights):
+    """
+    Balanced accuracy of predicted (R, n), mean over R, for each row of weights (B, G): how often a group counts. A row
+    may be without a class.
+    """
     onehot = F.one_hot(labels).double()  # (n, C)
     share = (predicted == labels).double().mean(0)
     counts = torch.stack([share[:, None] * onehot, onehot])
-    sums = counts.new_zeros(2, int(groups.max()) + 1, onehot.shape[1])
-    return sums.index_add_(1, groups, counts)
+    of_group = counts.new_zeros(2, weights.shape[1], onehot.shape[1]).index_add_(1, groups, counts)
+    right, all_of = weights @ of_group  # (B, C)
+    return (right / all_of).nanmean(1)
 
 
 def standard_error(predicted, labels, groups):
     """
-    Standard error of the heads' mean balanced accuracy over groups; predicted is (R, n).
+    Standard error of the heads' mean balanced accuracy over groups, which are tested; predicted is (R, n).
 
     It is the delete-one-group jackknife, sqrt((G - 1) / G sum_g (s_g - mean s)^2) with s_g the score without group g
-    (Tukey 1958), which errs upwards (Efron and Stein 1981). Nothing is drawn, and no class is ever absent. It covers
-    the choice of patients to test, not the choice of patients to train on.
+    (Tukey 1958), which errs upwards (Efron and Stein 1981).
     """
-    of_group = by_patient(predicted, labels, groups)
-    hits, images = of_group.sum(1, keepdim=True) - of_group  # (G, C) without group g
-    s = (hits / images).mean(1)
+    G = int(groups.max()) + 1
+    s = resampled(predicted, labels, groups, 1 - torch.eye(G).double())
     squares = (s - s.mean()).square().sum()
-    return (squares * (len(s) - 1) / len(s)).sqrt().item()
-
-
-def simple_shot(x, support, query):
-    """
-    Classes (S, n) of query (n, D), for S support sets of K images per class: indices (S, C, K) into x (m, D).
-
-    Features are centred by the mean of the set and L2-normalised; the nearest class mean wins (SimpleShot's CL2N, Wang
-    et al. 2019; nanopath's 16-shot).
-    """
-    images = x[support]
-    centre = images.mean((1, 2))  # (S, D)
-    means = F.normalize(images - centre[:, None, None], dim=-1).mean(2)  # (S, C, D)
-    # with z = (q - centre) / |q - centre| the nearest mean m has the largest z.m - |m|^2 / 2, so that products suffice
-    offsets = (means * centre[:, None]).sum(-1, keepdim=True)
-    dots = means @ query.T - offsets
-    squares = centre.square().sum(1, keepdim=True)
-    norms = query.square().sum(1) - 2 * centre @ query.T + squares  # (S, n)
-    tiny = torch.finfo(x.dtype).tiny
-    z_m = dots / norms.clamp(min=tiny).sqrt()[:, None]
-    return (z_m - means.square().sum(-1, keepdim=True) / 2).argmax(1)
-
-
-def few_shot(features, labels, folds, shots):
-    """Balanced accuracy for each of SUPPORT_SETS draws; the support of an image comes from outside its fold."""
-    x = features - features.mean(0)  # simple_shot centres anyway, but a direction common to all would cost it digits
-    predicted = torch.empty(SUPPORT_SETS, len(x), dtype=torch.long)
-    generator = torch.Generator().manual_seed(SEED)
-    for train, selection, test in splits(folds):
-        outside = torch.cat([train, selection])
-        classes = int(labels.max()) + 1
-        pools = [outside[labels[outside] == label] for label in range(classes)]
-        for rows in predicted.split(CHUNK):
-            support = []
-            for pool in pools:
-                drawn = torch.rand(len(rows), len(pool), generator=generator).topk(shots).indices
-                support.append(pool[drawn])
-            rows[:, test] = simple_shot(x, torch.stack(support, 1), x[test])
-    return eval_bach.balanced_accuracy(predicted, labels)
+    return (squares * (G - 1) / G).sqrt().item()
 
 
 def probe(features, labels, groups, folds):
-    """Scores of features (n, D), each sample's by heads, neighbours and support sets outside its fold; see score."""
+    """Scores of features (n, D), each sample's by heads and neighbours outside its fold; see score."""
     predicted = torch.empty(RUNS, len(labels), dtype=torch.long)
     neighbours = torch.empty(1, len(labels), dtype=torch.long)
-    by_fold, shots = [], SHOTS
+    by_fold = []
     for train, selection, test in splits(folds):
         _, _, classes = eval_bach.fit_heads(features, labels, train, selection, RUNS, SEED, MAX_STEPS)
         predicted[:, test] = classes[:, test]
@@ -356,16 +317,13 @@ def probe(features, labels, groups, folds):
         by_fold.append(balanced.mean().item())
         outside = torch.cat([train, selection])
         neighbours[:, test] = eval_bach.knn(features, labels, outside, test)
-        shots = min(shots, int(labels[outside].bincount().min()))
     seeds = eval_bach.balanced_accuracy(predicted, labels).tolist()
-    draws = few_shot(features, labels, folds, shots)
     return {
         "balanced": statistics.mean(seeds), "std": statistics.stdev(seeds),
         "se_groups": standard_error(predicted, labels, groups), "seeds": seeds, "folds": by_fold,
         "recall": eval_bach.recalls(predicted, labels).mean(0).tolist(),
         "confusion": eval_bach.confusion(predicted, labels),
         "knn": eval_bach.balanced_accuracy(neighbours, labels).item(),
-        "shot16": draws.mean().item(), "shot16_std": draws.std().item(), "shots": shots,
     }
 
 
@@ -373,26 +331,24 @@ def score(config, samples, features, view):
     """
     The row of features (n, D) of samples. ValueError for features that are not finite.
 
-    balanced: mean over heads of the balanced accuracy of all samples; std: its sample deviation; seeds: the values;
+    balanced: mean over heads of the balanced accuracy of all samples; std, seeds: its sample deviation and the values;
     se_groups: standard error over groups; folds: mean over heads in each; recall (per class) and confusion (rows are
-    true classes): mean or sum over heads; knn; shot16, its deviation over support sets, and the shots it had; protocol:
-    rows that differ in it cannot be compared.
+    true classes): mean or sum over heads; protocol: rows that differ in it cannot be compared.
     """
-    files, labels, classes, groups, folds = samples
-    image_dir, n, G = config["image_dir"], len(files), int(groups.max()) + 1
+    image_dir, n, G = config["image_dir"], len(samples.names), int(samples.groups.max()) + 1
     collapse = eval_bach.collapse_metrics(features)
-    row = probe(features, labels, groups, folds)
-    if row["shots"] < SHOTS:
-        print(f"{image_dir}: shot16 has {row['shots']} shots, the images that a class has outside some fold")
-    listed = [f"{file},{fold}\n" for file, fold in zip(files, folds.tolist())]
-    checksum = hashlib.sha256("".join(listed).encode()).hexdigest()[:8]
-    heads = eval_bach.heads_protocol(RUNS, SEED, MAX_STEPS)
+    row = probe(features, samples.labels, samples.groups, samples.folds)
+    listed = [f"{file},{fold}\n" for file, fold in zip(samples.names, samples.folds.tolist())]
     scale = f" from {config['image_mpp']:g}" if view.mpp else ""
     row["protocol"] = (
-        f"folder: {view}{scale}, {n} images of {G} groups in {len(row['folds'])} folds, files and folds {checksum}, "
-        f"{heads}, {eval_bach.NEIGHBOURS} neighbours temp {eval_bach.KNN_TEMP:g}, {row['shots']} shots x "
-        f"{SUPPORT_SETS}")
-    return {"image_dir": image_dir, "images": n, "classes": classes, "groups": G, **row, **collapse}
+        f"folder: {view}{scale}, {n} images of {G} groups in {len(row['folds'])} folds, files and folds "
+        f"{checksum(''.join(listed))}, {eval_bach.heads_protocol(RUNS, SEED, MAX_STEPS)}, {eval_bach.NEIGHBOURS} "
+        f"neighbours temp {eval_bach.KNN_TEMP:g}")
+    return {"image_dir": image_dir, "images": n, "classes": samples.classes, "groups": G, **row, **collapse}
+
+
+def checksum(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def load(config):
@@ -401,7 +357,7 @@ def load(config):
     if view.mpp and config["image_mpp"] <= 0:
         raise ValueError(f"image_dir={image_dir}: views=tiles needs its images' um/px; give --image_mpp=0.25, say")
     samples = find_samples(image_dir, config["groups"])
-    paths = [os.path.join(image_dir, file) for file in samples.files]
+    paths = [os.path.join(image_dir, file) for file in samples.names]
     pixels, _ = eval_bach.load_images(paths, view, config["image_mpp"])
     return pixels, lambda features, view: score(config, samples, features, view)
 
@@ -409,70 +365,54 @@ def load(config):
 # ---- labelled slides and places, from features ----------------------------------------------------------------------
 
 
-class Labels(NamedTuple):
-    """What is known of n samples before any feature is read."""
-
-    kind: str             # "slides", "cases" or "places"
-    slides: list          # n tuples of names of feature files, those of a case; else of one name
-    where: np.ndarray     # float (n, 2), centres of places in level-0 px; (n, 0) for others
-    labels: torch.Tensor  # (n,) indices into classes; of survival, whether the event was seen
-    classes: list         # C names, sorted
-    groups: torch.Tensor  # (n,) 0 .. G - 1, one per patient
-    patients: list        # G names, sorted
-    folds: torch.Tensor   # (repeats, n)
-    owners: dict          # {slide: patient} of all slides in the csv, also of those without features
-    time: np.ndarray      # float (n,), of survival; else zeros
-
-
 def find_labels(config, files):
-    """The Labels of the csv in config; `files` are {slide: path} of each folder that slides must be in. ValueError."""
+    """Samples by the csv in config; `files` are {slide: path} of each folder that slides must be in. ValueError."""
     path, column = config["places"] or config["labels"], config["label"]
     if not path or (config["places"] and config["labels"]):
         raise ValueError("features need labels: give either --labels=FILE (slides) or --places=FILE")
     if config["repeats"] < 1:
         raise ValueError(f"repeats = {config['repeats']}: give 1 or more")
-    columns, lines = read_csv(path, ("slide", "patient"))
+    kept = ["x", "y"] if config["places"] else []
+    columns, lines = read_csv(path, ["slide", "patient"])
     survival = column not in columns and {"time", "event"} <= set(columns)
     outcome = ["event", "time"] if survival else [column]
-    kept = ["x", "y"] if config["places"] else []
-    if missing := {*outcome, *kept} - set(columns):
+    if missing := {*kept, *outcome} - set(columns):
         raise ValueError(f"{path}: there is no column {min(missing)} among {columns}; --label names the labels' column")
     owners = {row["slide"]: row["patient"] for _, row in lines}
     slides = sound(path, files, set(owners))
-    if not slides:
+    lines = [(line, row) for line, row in lines if row["slide"] in slides]
+    if not lines:
         raise ValueError(f"{path}: none of its slides is left to score; its names must be those of "
                          "the files of features, without their ending")
-    lines = [(line, row) for line, row in lines if row["slide"] in slides]
-    numbers = {*kept, "fold"} & set(columns) | set(outcome[1:])
+    numbers = {*kept, *outcome[1:], "fold"} & set(columns)
     check_lines(path, lines, ["slide", "patient", outcome[0]], numbers, once="" if kept else "slide")
     rows = [row for _, row in lines]
     rows = on_tiles(rows, files[0]) if kept else rows
-    stated_folds(path, rows, least=2)  # refuses a patient in two folds, also within a case
+    stated = stated_folds(path, rows, least=2)
     kind, samples = samples_of(rows, outcome, kept)
-    first = [own[0] for own in samples]
+    first = [rows[own[0]] for own in samples]
     classes, labels = numbered([row[outcome[0]] for row in first])
-    patients, groups = numbered([row["patient"] for row in first])
+    _, groups = numbered([row["patient"] for row in first])
     if len(classes) < 2:
-        raise ValueError(f"{path}: {' '.join(classes) or 'no class'} in column {outcome[0]}; 2 or more are needed")
+        raise ValueError(f"{path}: {classes[0]} in column {outcome[0]}; 2 or more are needed")
     if survival and classes != ["0", "1"]:
         raise ValueError(f"{path}: event must be 0 (not seen) or 1, and is {' '.join(classes)}")
-    seeds = range(SEED, SEED + config["repeats"])
-    folds = find_folds(path, labels, classes, groups, stated_folds(path, first, least=2), 2, seeds)
-    where = np.array([[row[key] for key in kept] for row in first])
-    time = np.array([row["time"] for row in first]) if survival else np.zeros(len(first))
-    names = [tuple(row["slide"] for row in own) for own in samples]
-    return Labels(kind, names, where, labels, classes, groups, patients, folds, owners, time)
+    stated = stated and [stated[own[0]] for own in samples]
+    folds = find_folds(path, labels, classes, groups, stated, 2, range(SEED, SEED + config["repeats"]))
+    names = [tuple(rows[i]["slide"] for i in own) for own in samples]
+    time = torch.tensor([row["time"] for row in first]).double() if survival else None
+    where = np.array([[row["x"], row["y"], row["tile"]] for row in first]) if kept else None
+    return Samples(names, labels, classes, groups, folds, kind, owners, time, where)
 
 
 def samples_of(rows, outcome, places):
-    """("places", "slides" or "cases", lists of the rows of each sample): cases if no patient has two outcomes."""
-    patients = {row["patient"] for row in rows}
-    outcomes = {(row["patient"], *(row[key] for key in outcome)) for row in rows}
-    if places or len(outcomes) > len(patients) or len(patients) == len(rows):
-        return "places" if places else "slides", [[row] for row in rows]
+    """("places", "slides" or "cases", the numbers of the rows of each sample): cases if no patient has two outcomes."""
     cases = {}
-    for row in rows:
-        cases.setdefault(row["patient"], []).append(row)
+    for i, row in enumerate(rows):
+        cases.setdefault(row["patient"], []).append(i)
+    outcomes = {tuple(row[key] for key in ("patient", *outcome)) for row in rows}
+    if places or len(outcomes) > len(cases) or len(cases) == len(rows):
+        return "places" if places else "slides", [[i] for i in range(len(rows))]
     return "cases", list(cases.values())
 
 
@@ -492,22 +432,18 @@ def sound(path, files, named):
     return good
 
 
-def check_unseen(found, slides, allowed, pattern):
-    """A text if the encoder was trained on a slide of these patients, each of whom is tested in some fold; else "".
-    ValueError unless that is allowed."""
-    names = {name for own in found.slides for name in own}
-    tested = set(found.patients) | {wsi.patient_of(name, pattern) for name in names}
-    trained = {found.owners.get(name, name) for name in slides} | {wsi.patient_of(name, pattern) for name in slides}
+def check_unseen(found, slides, pattern):
+    """ValueError if an encoder was trained on slides of these patients, each of whom is tested in some fold."""
+    def patients(names):
+        return {found.owners.get(name, name) for name in names} | {wsi.patient_of(name, pattern) for name in names}
+
     if unknown := [name for name in slides if name not in found.owners and wsi.patient_of(name, pattern) == name]:
         print(f"patients of {len(unknown)} slides that the encoder was trained on are unknown, such as {unknown[0]}: "
               "whether they are tested cannot be told; list these slides in the csv, or give --patient")
-    seen = sorted({found.owners.get(name, name) for name in tested & trained})
-    if not seen:
-        return ""
-    text = f"the encoder was trained on slides of {len(seen)} of these patients, such as {seen[0]}"
-    if not allowed:
-        raise ValueError(f"{text}; train it without them (context.py --train_slides), or --allow_seen=true")
-    return text
+    tested = patients([name for own in found.names for name in own])
+    if seen := sorted({found.owners.get(name, name) for name in tested & patients(slides)}):
+        raise ValueError(f"the encoder was trained on slides of {len(seen)} of these patients, such as {seen[0]}; "
+                         "train it without them (context.py --train_slides)")
 
 
 def neighbours(raw, centres):
@@ -542,12 +478,12 @@ def readouts(raw, contexts, centres, kind):
 
 
 def context_keys(folder):
-    """{"encoder": sha256, "trained_on": slides} of a folder of context.py --task=embed. Raises ValueError."""
+    """(sha256 of the encoder, slides that it was trained on) of a folder of context.py --task=embed. ValueError."""
     path = os.path.join(folder, "keys.json")
     try:
         with open(path) as f:
             keys = json.load(f)
-        return {"encoder": keys["encoder"], "trained_on": keys["trained_on"]}
+        return keys["encoder"], keys["trained_on"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: does not say which slides the encoder was trained on ({type(e).__name__}); make "
                          "the folder with context.py --task=embed") from None
@@ -557,7 +493,7 @@ def open_contexts(config):
     """({row: {slide: path}}, {row: context_keys}) of the folders of stored contexts. Raises ValueError."""
     folders = {CONTEXT: config["context"], RETRAINED: config["retrained"]}
     keys = {row: context_keys(folder) for row, folder in folders.items() if folder}
-    if len({own["encoder"] for own in keys.values()}) < len(keys):
+    if len({encoder for encoder, _ in keys.values()}) < len(keys):
         raise ValueError("--retrained is by the encoder of --context, not by one that was trained with --shuffle=true")
     return {row: files_of(folders[row]) for row in keys}, keys
 
@@ -565,7 +501,7 @@ def open_contexts(config):
 def open_controls(path, keys):
     """{row: (net, header)} of the encoder at `path` before training, and after, with places shuffled. ValueError."""
     net, header = load_encoder(path)
-    if CONTEXT not in keys or keys[CONTEXT]["encoder"] != model.sha256_of(path):
+    if CONTEXT not in keys or keys[CONTEXT][0] != model.sha256_of(path):
         raise ValueError("--encoder is for controls: give the file with which --context was made, and that folder")
     shuffling = {**header, "config": {**header["config"], "shuffle": True}}
     return {RANDOM: (random_encoder(header, SEED), header), SHUFFLED: (net, shuffling)}
@@ -579,11 +515,11 @@ def contexts_of(slide, scales, stored, controls, device):
     features, centres, about = zip(*scales)
     contexts, hides = {}, set()
     for name, files in stored.items():
-        contexts[name], where, made = open_features(files[slide], "context")
+        path = files[slide]
+        contexts[name], where, made = open_features(path, "context")
         hides.add(made.get("hide", 0))
-        same = np.array_equal(open_features(files[slide])[0], features[0])
-        if not (same and np.array_equal(where, centres[0])):
-            raise ValueError(f"{files[slide]}: context of other features or places than {slide}'s; embed them again")
+        if not (np.array_equal(open_features(path)[0], features[0]) and np.array_equal(where, centres[0])):
+            raise ValueError(f"{path}: context of other features or places than {slide}'s; embed them again")
     if len(hides) > 1:
         raise ValueError(f"{slide}: --context and --retrained were made with other --hide: {sorted(hides)}")
     for name, (net, header) in controls.items():
@@ -592,91 +528,62 @@ def contexts_of(slide, scales, stored, controls, device):
                 check(*scale)
         except ValueError as e:
             raise ValueError(f"{slide}: {e}") from None
-        contexts[name] = embed_slide(net, header, features, centres, device, hide=min(hides))
+        contexts[name] = embed_slide(net, header, features, centres, device, min(hides))
     return contexts
 
 
 def read_slides(found, files, stored, controls, device):
-    """
-    ({row: (n, D')}, bags). A bag is the maps of a sample's (features, contexts), see mil_probe. A place is given to the
-    nearest tile.
-    """
+    """({row: (n, D')}, bags). A bag is the maps of a sample's (features, contexts), see mil_probe."""
     of_slide = {}  # its samples
-    for i, names in enumerate(found.slides):
+    for i, names in enumerate(found.names):
         for slide in names:
             of_slide.setdefault(slide, []).append(i)
-    rows, bags = {}, [([], []) for _ in found.slides]
+    rows, bags = {}, [([], []) for _ in found.names]
     for slide, mine in listing.bar(of_slide.items(), "slides", leave=False):
         scales = [open_features(own[slide]) for own in files]
-        raw, centres, about = scales[0]
+        raw, centres, _ = scales[0]
         contexts = contexts_of(slide, scales, stored, controls, device)
         for maps, array in zip(bags[mine[0]], (raw, contexts.get(CONTEXT))):
-            if array is not None:  # 11,000 files do not stay open
-                maps.append((array.filename, array.dtype, "r", array.offset, array.shape))
+            if array is not None:
+                maps.append(map_of(array))
         contexts = {name: np.asarray(own, np.float32) for name, own in contexts.items()}
         vectors = readouts(np.asarray(raw, np.float32), contexts, centres, found.kind)
         if found.kind == "places":
-            index, _ = nearest_tiles(found.where[mine], centres, about)
+            index = found.where[mine, 2].astype(int)
             vectors = {name: own[index] for name, own in vectors.items()}
         for name, own in vectors.items():
             if name not in rows:
-                rows[name] = np.zeros((len(found.slides), own.shape[-1]), np.float32)
-            rows[name][mine] += own / len(found.slides[mine[0]])
+                rows[name] = np.zeros((len(found.names), own.shape[-1]), np.float32)
+            rows[name][mine] += own / len(found.names[mine[0]])
     return rows, bags
 
 
-def nearest_tiles(where, centres, about):
-    """(index of the tile whose centre is nearest to each place (n, 2) in level-0 px, whether it is a tile away)."""
-    from sklearn.neighbors import NearestNeighbors
-    um = about.get("level0_mpp", about["side"] / about["patch_size_level0"])
-    distance, index = NearestNeighbors(n_neighbors=1).fit(centres).kneighbors(where * um)
-    return index[:, 0], distance[:, 0] > about["pitch"]
-
-
 def on_tiles(rows, files):
-    """The rows of places that have a tile; the others are said. ValueError where most of a slide's have none."""
+    """
+    The rows of places that have a tile, the nearest: its number is row["tile"]. The others are said. ValueError where
+    most of a slide's have none.
+    """
+    from sklearn.neighbors import NearestNeighbors
     of_slide = {}
     for row in rows:
         of_slide.setdefault(row["slide"], []).append(row)
-    dropped = set()
     for slide, own in of_slide.items():
         _, centres, about = open_features(files[slide])
-        _, off = nearest_tiles(np.array([[row["x"], row["y"]] for row in own]), centres, about)
+        um = about.get("level0_mpp", about["side"] / about["patch_size_level0"])
+        points = um * np.array([[row["x"], row["y"]] for row in own])
+        distance, index = NearestNeighbors(n_neighbors=1).fit(centres).kneighbors(points)
+        off = distance > about["pitch"]
         text = f"{slide}: {off.sum()} places are more than a tile from any feature"
         if off.mean() > 0.5:
             raise ValueError(f"{text}; are x and y level-0 px of the centre?")
         if off.any():
             print(f"left out: {text}")
-        dropped |= {id(row) for row, away in zip(own, off) if away}
-    return [row for row in rows if id(row) not in dropped]  # in the csv's order, by which folds are drawn
+        for row, tile in zip(own, np.where(off, -1, index)[:, 0]):
+            row["tile"] = tile
+    return [row for row in rows if row["tile"] >= 0]
 
 
 # ---- slides and places: out-of-fold predictions ---------------------------------------------------------------------
-
-
-def regression(x, labels, groups, C):
-    """
-    Logistic regression as in Patho-Bench: C = 0.5, balanced classes, nothing scaled. C = None chooses it from CS by
-    balanced accuracy on inner folds of whole patients; 0.5 where a class has too few patients for them.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV
-    probe = LogisticRegression(C=C or 0.5, class_weight="balanced", max_iter=10_000)
-    inner = inner_splits(labels, groups) if C is None else []
-    if inner:
-        inner = [(fit.numpy(), held.numpy()) for fit, held in inner]
-        probe = GridSearchCV(probe, {"C": CS}, cv=inner, scoring="balanced_accuracy")
-    return probe.fit(x, labels)
-
-
-def cox(x, time, event):
-    """Cox regression with elastic net (Patho-Bench's, alpha 0.07, l1 0.5)."""
-    try:
-        from sksurv.linear_model import CoxnetSurvivalAnalysis
-    except ImportError:
-        raise ValueError("columns time and event need scikit-survival: pip install scikit-survival") from None
-    outcome = np.array(list(zip(event, time)), [("event", bool), ("time", float)])
-    return CoxnetSurvivalAnalysis(alphas=[0.07], l1_ratio=0.5).fit(x, outcome)
 
 
 def out_of_fold(found, fit):
@@ -691,32 +598,57 @@ def out_of_fold(found, fit):
 def linear_probe(found, x, at_test, C):
     """Out-of-fold predictions from features x (n, D); those that are tested may be others, at_test."""
     def fit(train, test):
-        if found.time.any():
-            event = found.labels[train] == 1
-            risk = cox(x[train], found.time[train], event).predict(at_test[test])
+        labels = found.labels[train]
+        if found.time is not None:
+            risk = cox(x[train], found.time[train], labels == 1).predict(at_test[test])
             return torch.tensor(np.stack([-risk, risk], 1))
-        probe = regression(x[train], found.labels[train], found.groups[train], C)
+        probe = regression(x[train], labels, found.groups[train], C)
         return torch.from_numpy(probe.predict_proba(at_test[test]))
     return out_of_fold(found, fit)
+
+
+def regression(x, labels, groups, C):
+    """
+    Logistic regression as in Patho-Bench: C = 0.5, balanced classes, nothing scaled. C = None chooses it from CS by
+    balanced accuracy on inner folds of whole patients; 0.5 where a class has too few patients for them.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    probe = LogisticRegression(C=C or 0.5, class_weight="balanced", max_iter=10_000)
+    inner = inner_splits(labels, groups) if C is None else []
+    if inner:
+        probe = GridSearchCV(probe, {"C": CS}, cv=inner, scoring="balanced_accuracy")
+    return probe.fit(x, labels)
+
+
+def cox(x, time, event):
+    """Cox regression with elastic net (Patho-Bench's, alpha 0.07, l1 0.5)."""
+    try:
+        from sksurv.linear_model import CoxnetSurvivalAnalysis
+    except ImportError:
+        raise ValueError("columns time and event need scikit-survival: pip install scikit-survival") from None
+    outcome = np.array(list(zip(event, time)), [("event", bool), ("time", float)])
+    return CoxnetSurvivalAnalysis(alphas=[0.07], l1_ratio=0.5).fit(x, outcome)
 
 
 class AttentionMIL(torch.nn.Module):
     """keys (N, D_k) decide how much each of values (N, D_v) counts: logits (C,)."""
 
-    def __init__(self, key_dim, value_dim, classes, width, gated, dropout):
+    def __init__(self, key_dim, value_dim, classes, setting):
         super().__init__()
-        drop = torch.nn.Dropout(dropout)
-        self.key = torch.nn.Sequential(torch.nn.Linear(key_dim, width), torch.nn.ReLU(), drop)
-        self.value = torch.nn.Sequential(torch.nn.Linear(value_dim, width), torch.nn.ReLU(), drop)
-        self.tanh = torch.nn.Linear(width, width)
-        self.gate = torch.nn.Linear(width, width) if gated else None
-        self.score = torch.nn.Linear(width, 1)
-        self.classify = torch.nn.Linear(width, classes)
+        width, nn = setting["width"], torch.nn
+        drop = nn.Dropout(setting["dropout"])
+        self.key = nn.Sequential(nn.Linear(key_dim, width), nn.ReLU(), drop)
+        self.value = nn.Sequential(nn.Linear(value_dim, width), nn.ReLU(), drop)
+        self.tanh = nn.Linear(width, width)
+        self.gate = nn.Linear(width, width) if setting["gated"] else None
+        self.score = nn.Linear(width, 1)
+        self.classify = nn.Linear(width, classes)
 
     def forward(self, keys, values):
         keys = self.key(keys)
         hidden = self.tanh(keys).tanh()
-        if self.gate is not None:
+        if self.gate:
             hidden = hidden * self.gate(keys).sigmoid()
         weights = self.score(hidden).softmax(0)  # (N, 1)
         return self.classify((weights * self.value(values)).sum(0))
@@ -725,17 +657,15 @@ class AttentionMIL(torch.nn.Module):
 def train_mil(bags, labels, classes, setting, device):
     """An AttentionMIL of bags (see mil_probe), last epoch, with a cosine schedule; classes count equally."""
     torch.manual_seed(SEED)
-    settings = dict(MIL[setting])
-    lr, weight_decay, batch, epochs = (settings.pop(key) for key in ("lr", "weight_decay", "batch", "epochs"))
+    setting = MIL[setting]
     dims = [maps[0][-1][1] for maps in bags[0]]
-    net = AttentionMIL(*dims, classes, **settings).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    counts = labels.bincount(minlength=classes)
-    weights = len(labels) / (classes * counts)
+    net = AttentionMIL(*dims, classes, setting).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=setting["lr"], weight_decay=setting["weight_decay"])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting["epochs"])
+    weights = len(labels) / (classes * labels.bincount(minlength=classes))
     labels, weights = labels.to(device), weights.to(device)
-    for _ in range(epochs):
-        for part in torch.randperm(len(bags)).split(batch):
+    for _ in range(setting["epochs"]):
+        for part in torch.randperm(len(bags)).split(setting["batch"]):
             optimizer.zero_grad()
             for i in part.tolist():
                 logits = net(*read_bag(bags[i], device, BAG))
@@ -791,40 +721,30 @@ def mil_probe(found, bags, name, device):
         return out_of_fold(found, fit)
 
 
-# ---- what a score is worth ------------------------------------------------------------------------------------------
-
-
-def resampled(predicted, found, weights):
-    """Balanced accuracy, mean over repeats, for each row of weights (B, G): how often each patient was drawn. (B,)."""
-    right, all_of = weights @ by_patient(predicted.argmax(2), found.labels, found.groups)  # (B, C)
-    return (right / all_of).nanmean(1)  # a draw may be without a class
+# ---- the table: what a score is worth --------------------------------------------------------------------------------
 
 
 def concordance(predicted, found, weights):
-    """The same for survival: the c-index of pairs of one fold, since the risks of two folds are of two fits."""
-    time, event = torch.from_numpy(found.time), found.labels == 1
+    """`resampled` of survival: the c-index of pairs of one fold, since the risks of two folds are of two fits. (B,)."""
+    time, event = found.time, found.labels == 1
     outlived = (time[:, None] < time) | ((time[:, None] == time) & ~event)
     drawn = weights[:, found.groups]  # (B, n): how often each sample was drawn
     scores = []
     for folds, risk in zip(found.folds, predicted[..., 1]):
         pairs = (event[:, None] & outlived & (folds[:, None] == folds)).double()
-        higher = risk[:, None] > risk
-        right = pairs * (higher.double() + 0.5 * (risk[:, None] == risk))
-        both = [((drawn @ counted) * drawn).sum(1) for counted in (right, pairs)]
-        scores.append(torch.where(both[1] > 0, both[0] / both[1], 0.5))  # without a pair there is nothing to tell
+        right = pairs * (1 + (risk[:, None] - risk).sign()) / 2  # a tie in risk counts half
+        hits, all_of = (((drawn @ counted) * drawn).sum(1) for counted in (right, pairs))
+        scores.append(torch.where(all_of > 0, hits / all_of, 0.5))  # without a pair there is nothing to tell
     return torch.stack(scores).mean(0)
 
 
 def area_under_curve(predicted, found):
-    """
-    Macro AUROC, one class against the rest: mean over folds, and a class counts in a fold that has it and others. None
-    if no fold has two classes.
-    """
+    """Macro AUROC, one class against the rest, mean over folds; a class counts in a fold that has it and others."""
     from sklearn.metrics import roc_auc_score
     onehot = F.one_hot(found.labels).numpy()
     areas = []
     for folds, own in zip(found.folds, predicted.numpy()):
-        for test in (folds.numpy() == f for f in folds.unique()):
+        for _, _, test in splits(folds, 2):
             share = onehot[test].mean(0)
             told = (share > 0) & (share < 1)
             if told.any():
@@ -836,25 +756,27 @@ def compare(name, predicted, mean, found):
     """
     A row of the table from out-of-fold predictions (repeats, n, C) and those of the mean of raw features.
 
-    balanced: balanced accuracy, or the c-index of survival; auroc: of area_under_curve; difference to the mean,
-    and low and high, its 95 % interval by a bootstrap over patients (paired: both rows see the same draws).
+    balanced: balanced accuracy, or the c-index of survival; auroc: of area_under_curve; difference to the mean, and low
+    and high, its 95 % interval by a bootstrap over patients (paired: both rows see the same draws).
     """
-    score = concordance if found.time.any() else resampled
-    G = len(found.patients)
+    G = int(found.groups.max()) + 1
     drawn = torch.randint(G, (DRAWS, G), generator=torch.Generator().manual_seed(SEED))
-    weights = torch.stack([own.bincount(minlength=G) for own in drawn]).double()
-    once = torch.ones(1, G).double()
-    gain = score(predicted, found, weights) - score(mean, found, weights)
-    low, high = gain.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    balanced = score(predicted, found, once).item()
-    row = {"row": name, "balanced": balanced, "difference": balanced - score(mean, found, once).item(),
-           "low": low, "high": high, "repeats": len(found.folds)}
-    if not found.time.any():
+    drawn = torch.stack([own.bincount(minlength=G) for own in drawn])
+    weights = torch.cat([torch.ones(1, G), drawn]).double()  # the first is the sample itself
+
+    def score(own):
+        if found.time is not None:
+            return concordance(own, found, weights)
+        return resampled(own.argmax(2), found.labels, found.groups, weights)
+
+    scores = score(predicted)
+    gain = scores - score(mean)
+    low, high = gain[1:].quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    row = {"row": name, "balanced": scores[0].item(), "difference": gain[0].item(), "low": low, "high": high,
+           "repeats": len(found.folds)}
+    if found.time is None:
         row["auroc"] = area_under_curve(predicted, found)
     return row
-
-
-# ---- the table ------------------------------------------------------------------------------------------------------
 
 
 def score_features(config, table):
@@ -862,16 +784,14 @@ def score_features(config, table):
     files = [files_of(folder) for folder in config["features"].split(",")]
     stored, keys = open_contexts(config)
     found = find_labels(config, [*files, *stored.values()])
-    trained_on = {slide for own in keys.values() for slide in own["trained_on"]}
-    text = check_unseen(found, trained_on, config["allow_seen"], config["patient"])
+    check_unseen(found, {slide for _, own in keys.values() for slide in own}, config["patient"])
     controls = open_controls(config["encoder"], keys) if config["encoder"] else {}
     if config["write"]:
         open(config["write"], "a").close()  # a path that cannot be written is known before minutes of fitting
     rows, bags = read_slides(found, files, stored, controls, config["device"])
-    survival = bool(found.time.any())
-    first, mean = next(iter(rows)), None  # that all are compared with, and what it predicts
-    table |= {"rows": [], "classes": found.classes, "seen": text, "protocol": protocol_of(found)}
-    say_caveats(found, text)
+    survival, first, mean = found.time is not None, next(iter(rows)), None  # what all are compared with
+    table |= {"rows": [], "classes": found.classes, "protocol": protocol_of(found)}
+    say_caveats(found)
     print(f"{'':60}difference to {first}")
     print(f"{'':30}{'c-index' if survival else 'balanced':>8}   auroc  C tuned   and 95 % interval")
     for name, at_test in rows.items():
@@ -882,7 +802,7 @@ def score_features(config, table):
         if not survival:
             tuned = linear_probe(found, x, at_test, None)
             row["tuned"] = compare(name, tuned, mean, found)["balanced"]
-        table["rows"].append(row | {"seen": text})
+        table["rows"].append(row)
         show(row, name == first)
         if config["write"] and name == (CONTEXT if CONTEXT in rows else first):
             write_scores(config["write"], found, predicted)
@@ -893,27 +813,24 @@ def score_features(config, table):
     if config["context"]:
         kinds["attention of context on raw"] = [(own, raw) for raw, own in bags]
     for name, pairs in kinds.items():
-        row = compare(name, mil_probe(once, pairs, name, config["device"]), mean[:1], once)
-        table["rows"].append(row | {"seen": text})
-        show(row, False, f"  1 of {len(found.folds)} repeats")
+        table["rows"].append(compare(name, mil_probe(once, pairs, name, config["device"]), mean[:1], once))
+        show(table["rows"][-1], False, f"  1 of {len(found.folds)} repeats")
 
 
 def protocol_of(found):
-    listed = str([found.slides, found.folds.tolist()])
-    checksum = hashlib.sha256(listed.encode()).hexdigest()[:8]
-    probe = "Cox, elastic net" if found.time.any() else "logistic regression C 0.5 balanced"
-    return (f"{found.kind}: {len(found.slides)} of {len(found.patients)} patients, {len(found.folds)} x "
-            f"{int(found.folds.max()) + 1} folds {checksum}, {probe}")
+    listed = checksum(str([found.names, found.folds.tolist()]))
+    probe = "logistic regression C 0.5 balanced" if found.time is None else "Cox, elastic net"
+    return (f"{found.kind}: {len(found.names)} of {int(found.groups.max()) + 1} patients, {len(found.folds)} x "
+            f"{int(found.folds.max()) + 1} folds {listed}, {probe}")
 
 
-def say_caveats(found, text):
-    if len(found.patients) < 10:
-        print(f"only {len(found.patients)} patients: the intervals are rough guesses")
-    if text:
-        print(f"allowed, so the rows of context are too good: {text}")
+def say_caveats(found):
+    patients = int(found.groups.max()) + 1
+    if patients < 10:
+        print(f"only {patients} patients: the intervals are rough guesses")
     trained = [train for folds in found.folds for train, _, _ in splits(folds, 2)]
     inner = [inner_splits(found.labels[train], found.groups[train]) for train in trained]
-    if not all(inner) and not found.time.any():
+    if found.time is None and not all(inner):
         print("a class has too few patients to choose by: C is 0.5 and attention MIL is Patho-Bench's in some folds")
 
 
@@ -923,10 +840,9 @@ def write_scores(path, found, predicted):
         writer = csv.writer(f)
         writer.writerow(["slide", "x", "y", "label", *found.classes])
         for i, scores in enumerate(predicted.mean(0).tolist()):
-            where = found.where[i].tolist() or ["", ""]
-            label = found.classes[found.labels[i]]
-            for slide in found.slides[i]:
-                writer.writerow([slide, *where, label, *scores])
+            where = found.where[i, :2].tolist() if found.kind == "places" else ["", ""]
+            for slide in found.names[i]:
+                writer.writerow([slide, *where, found.classes[found.labels[i]], *scores])
 
 
 def show(row, is_mean, note=""):
@@ -936,8 +852,7 @@ def show(row, is_mean, note=""):
         text += " " * 9 if row.get(key) is None else f"{row[key]:9.3f}"
     if not is_mean:
         low, high = row["low"], row["high"]
-        text += f"   {row['difference']:+8.3f}"
-        text += f"  [{low:+.3f}, {high:+.3f}]"
+        text += f"   {row['difference']:+8.3f}  [{low:+.3f}, {high:+.3f}]"
         text += "" if low > 0 or high < 0 else "  none"
     print(text + note, flush=True)
 
@@ -986,7 +901,6 @@ if __name__ == "__main__":
     mil = True        # rows of attention MIL of slides, by far the slowest (docs/context.md)
     write = ""        # csv of each sample's out-of-fold probabilities, with context if there is any; "" = none
     repeats = 5       # times that folds are drawn, where the csv gives none
-    allow_seen = False  # score slides of patients that the encoder was trained on; shows in the row
     patient = r"TCGA-\w\w-\w{4}"  # pattern of the patient in the names of the slides that an encoder was trained on
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = configure(globals())

@@ -7,12 +7,11 @@ Tile features of slides on disk, and windows of them: the places nearest to a ra
 Features are mapped, not copied: with 1,024 windows per step a run reads 0.8 GB out of TCGA's 74. Window n of a run is a
 pure function of (seed, n), so a run resumes exactly, and with data.sample_numbers any ranks share a batch.
 """
-import functools
 import os
 import struct
 import zipfile
 import zlib
-from collections import Counter, namedtuple
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +54,7 @@ def need_all(name, files):
 def open_features(path, name="features"):
     """
     A file of prepare/features.py: (features, or another array by name, a memory map (N, C); centres of the tiles,
-    float32 (N, 2) in um; what the file states, a dict, and width C, side and pitch of tiles in um). Raises ValueError
-    if it is another kind of file, compressed, or without a place.
+    float32 (N, 2) in um; what the file states, and width C, side and pitch of tiles in um). Raises ValueError.
     """
     try:
         (shape, dtype, offset), coords, stated = stored(path, name)
@@ -72,8 +70,7 @@ def open_features(path, name="features"):
     if not shape[0]:
         raise ValueError(f"{path}: no place in it")
     if offset is None:
-        raise ValueError(f"{path}: features are chunked, compressed or by column and cannot be mapped: write them "
-                         "again")
+        raise ValueError(f"{path}: features are chunked, compressed or by column; write them again to be mapped")
     about["width"], about["side"] = shape[1], side
     about["pitch"] = side * (1 - about.get("overlap", 0) / about["tile_px"])
     um = about.get("level0_mpp", side / extent)  # the latter is off by the rounding of the extent
@@ -111,9 +108,8 @@ def stored_npy(path, name):
 
 def check(centres, about, trained, apart=True):
     """
-    ValueError, for a user, where features are of another kind than those that were trained on (`trained` is `about` of
-    those), or coordinates in another unit: a place's nearest neighbour lies about a pitch away. `apart`: tiles may not
-    overlap.
+    ValueError where features are of another kind than those that were trained on (`trained` is `about` of those), or
+    coordinates in another unit: a place's nearest neighbour lies about a pitch away. `apart`: tiles may not overlap.
     """
     if about["width"] != trained["width"]:
         raise ValueError(f"features of another encoder: {about['width']} wide, not {trained['width']}")
@@ -128,12 +124,12 @@ def check(centres, about, trained, apart=True):
             raise ValueError(f"features of another encoder, norm or scale: {key} is {value}, not {expected}")
     if len(centres) == 1:
         return
-    apart = []  # um between some places and their nearest neighbours
-    for place in centres[:: len(centres) // 16 + 1]:
-        x, y = (centres - place).T
-        distance = np.hypot(x, y)
-        apart.append(np.partition(distance, 1)[1])
-    pitches = np.quantile(apart, 0.1) / trained["pitch"]
+    some = centres[:: len(centres) // 16 + 1]
+    steps = []  # um between some places and their nearest neighbours
+    for place in some:
+        _, other = nearest(centres, place, 2)
+        steps.append(centres[other] - place)
+    pitches = np.quantile(np.hypot(*np.transpose(steps)), 0.1) / trained["pitch"]
     if not 0.7 < pitches < 1.5:
         raise ValueError(f"coordinates in another unit than level-0 px? Neighbours are {pitches:.3g} tiles apart")
 
@@ -145,41 +141,35 @@ def embed_files(config, net, header, dev):
     """
     from prepare import coords, slides
     first, *others = config["features"].split(",")
+    others = [files_of(folder) for folder in others]
+
+    def job(path, name, file, part, _):
+        need_all(name, others)
+        paths = [path, *(files[name] for files in others)]
+        features, centres, about = zip(*map(open_features, paths))
+        for scale in zip(centres, about, header["about"]):
+            check(*scale)
+        context = embed_slide(net, header, features, centres, dev, config["hide"])
+        means = [own.mean(0, np.float32) for own in features]
+        if not (np.isfinite(context).all() and np.isfinite(means).all()):
+            raise ValueError("features that are not finite")
+        arrays = {"features": features[0], "coords": stored(path, "features")[1]}
+        arrays |= {"context": context.astype(np.float16), "mean_context": context.mean(0)}
+        arrays["mean_raw"] = means[0]
+        about = about[0] | {"hide": config["hide"]}
+        if len(context) < coords.FEW:
+            coords.say_few()
+        if file.endswith(".h5"):
+            coords.write_h5(part, arrays, dict.fromkeys(arrays, {}) | {"features": about})
+        else:
+            with open(part, "wb") as f:
+                np.savez(f, **arrays, **about)
+        os.replace(part, file)
+
     keys = {key: config[key] for key in ("features", "weights", "out", "part", "hide")}
     keys |= {"slides": first + "/*.[hn][5p]*", "overlap": 0, "tile_px": 1, "mpp_table": ""}
-    sha256 = model.sha256_of(config["weights"])
-    others = [files_of(folder) for folder in others]
-    job = functools.partial(embed_file, net=net, header=header, dev=dev, others=others)
-    keys_too = {"encoder": sha256, "trained_on": header["slides"]}
-    slides.walk("context", keys, job, ".h5" if coords.h5py else ".npz", 0, keys_too)
-
-
-def embed_file(path, name, file, part, config, net, header, dev, others):
-    """A job of prepare/slides.py's walk."""
-    need_all(name, others)
-    paths = [path, *(files[name] for files in others)]
-    features, centres, about = zip(*map(open_features, paths))
-    for scale in zip(centres, about, header["about"]):
-        check(*scale)
-    context = embed_slide(net, header, features, centres, dev, config["hide"])
-    means = [own.mean(0, np.float32) for own in features]
-    if not (np.isfinite(context).all() and np.isfinite(means).all()):
-        raise ValueError("features that are not finite")
-    _, coords, _ = stored(path, "features")
-    arrays = {"features": features[0], "coords": coords}
-    arrays["context"] = context.astype(np.float16)
-    arrays["mean_raw"] = means[0]
-    arrays["mean_context"] = context.mean(0)
-    stated = about[0] | {"hide": config["hide"]}
-    from prepare import coords as made
-    if len(context) < made.FEW:
-        made.say_few()
-    if file.endswith(".h5"):
-        made.write_h5(part, arrays, dict.fromkeys(arrays, {}) | {"features": stated})
-    else:
-        with open(part, "wb") as f:
-            np.savez(f, **arrays, **stated)
-    os.replace(part, file)
+    made_by = {"encoder": model.sha256_of(config["weights"]), "trained_on": header["slides"]}
+    slides.walk("context", keys, job, ".h5" if coords.h5py else ".npz", 0, made_by)
 
 
 @torch.inference_mode()
@@ -187,7 +177,7 @@ def embed_slide(net, header, features, centres_um, device="cpu", hide=0):
     """
     Context of a slide's places, float32 (N, D), from features (N, C) and centres (N, 2); or from lists of them, one per
     scale, and it is that of the first. What a place gets in the windows of `cover` is averaged. With `hide`, it is
-    what the rest of the window says of a place: training is about hidden places only, and may leave others without.
+    what the rest of the window says of a place.
     """
     if isinstance(centres_um, np.ndarray):
         features, centres_um = [features], [centres_um]
@@ -228,8 +218,7 @@ Slide = namedtuple("Slide", "name maps centres")  # per scale: arguments of np.m
 def training_set(folders, names_file, window, dev, say):
     """
     ([Slide], [about per scale], float32 (slides, 2, scales, C) on `dev`: their mean features and mean squares) of the
-    slides that a file names, or of all if it is "". Those that cannot be trained on are named through `say`. Every rank
-    reads its share. A collective. Raises ValueError if no slide is left.
+    slides that a file names, or of all if it is "". The others are said. Every rank reads its share. A collective.
     """
     files = [files_of(folder) for folder in folders]
     names = read_names(names_file, files[0], say) if names_file else sorted(files[0])
@@ -263,25 +252,22 @@ def training_set(folders, names_file, window, dev, say):
 def read_names(path, known, say):
     """
     The `known` slides that a file lists, one per line: a name, or a path or file's name, which counts by its stem.
-    Other lines are said. Raises ValueError if no line is left, or if two are of one slide.
+    Other lines are said. Raises ValueError if no line is left.
     """
     lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    names, unknown = Counter(), []
-    for line in filter(None, map(str.strip, lines)):
+    names, unknown = [], []
+    for line in map(str.strip, lines):
         name = line if line in known else Path(line).stem  # a name may have dots
         if name in known:
-            names[name] += 1
-        else:
+            names.append(name)
+        elif line:
             unknown.append(line)
     if unknown:
-        some = ", ".join(unknown[:5] + ["..."] if len(unknown) > 5 else unknown)
-        say(f"left out: {len(unknown)} names in {path} that no features have: {some}")
+        some = ", ".join(unknown[:5])
+        say(f"left out: {len(unknown)} names in {path} that no features have, such as {some}")
     if not names:
         raise ValueError(f"train_slides={path}: no slide that has features is listed in it")
-    twice, times = names.most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"train_slides={path}: {twice} is listed twice; delete one of the lines")
-    return list(names)
+    return list(dict.fromkeys(names))  # one that is listed twice would be drawn twice as often
 
 
 def open_slides(files, names, window, say):
@@ -290,10 +276,10 @@ def open_slides(files, names, window, say):
     per window: as many as cover the area of the first scale's `window`.
     """
     slides, trained = agreeing(files, names, say)
-    enough = []
     for scale in trained:
         ratio = trained[0]["side"] / scale["side"]
         scale["count"] = max(round(window * ratio**2), 4)
+    enough = []
     for slide in slides:
         for centres, scale in zip(slide.centres, trained):
             if len(centres) < scale["count"]:
@@ -304,9 +290,14 @@ def open_slides(files, names, window, say):
     return enough, trained
 
 
+def map_of(x):
+    """Arguments of np.memmap that open x again: 11,000 files do not stay open."""
+    return x.filename, x.dtype, "r", x.offset, x.shape
+
+
 def agreeing(files, names, say, apart=True):
     """([Slide], [about per scale]) of the named slides that state what most of them state; the others are said."""
-    opened, slides = [], []
+    opened, kinds, slides = [], {}, []
     for name in names:
         try:
             need_all(name, files)
@@ -314,13 +305,11 @@ def agreeing(files, names, say, apart=True):
         except ValueError as e:
             say(f"left out: {name}: {e}")
         else:
-            maps = [(x.filename, x.dtype, "r", x.offset, x.shape) for x in features]  # 11,000 files do not stay open
-            opened.append((Slide(name, maps, centres), about))
-    keys = "width", *STATED
-    stated = [str([[scale.get(key) for key in keys] for scale in about]) for _, about in opened]
-    kinds = Counter(stated)
-    most = max(kinds, key=kinds.get, default="")
-    trained = next((list(about) for (_, about), own in zip(opened, stated) if own == most), [])
+            opened.append((Slide(name, list(map(map_of, features)), centres), about))
+            stated = [[scale.get(key) for key in ("width", *STATED)] for scale in about]
+            kinds.setdefault(str(stated), []).append(about)
+    most = max(kinds.values(), key=len, default=[()])
+    trained = list(most[0])
     for slide, about in opened:
         try:
             for scale in zip(slide.centres, about, trained):
@@ -383,22 +372,20 @@ def touches(points, side, others, other_side):
 def hide(rng, points, sides, share, block):
     """
     (hidden, wanted), bool per place of a window: what is hidden, and what of it is to be predicted. points and sides
-    are lists, per scale: float (N, 2) and the side of a tile, in um. Blocks of the coarsest scale are drawn, exactly
-    `share` of its places. They are wanted, and all tiles whose centres they cover. Then a tile that overlaps a wanted
-    one of another scale is hidden too, because it shows the same pixels. With one scale both are the same.
+    are per scale: float (N, 2) and the side of a tile, in um. Blocks of the coarsest scale are drawn, exactly `share`
+    of its places. They are wanted, and all tiles whose centres they cover. A tile that overlaps a wanted one of another
+    scale is hidden too, because it shows the same pixels.
     """
     coarse = int(np.argmax(sides))
     chosen = draw_blocks(rng, points[coarse], round(share * len(points[coarse])), block)
     region = points[coarse][chosen]
     wanted = [touches(own, 0.0, region, sides[coarse]) for own in points]
     wanted[coarse] = chosen
-    hidden = []
+    hidden = [own.copy() for own in wanted]
     for i, own in enumerate(points):
-        hides = wanted[i].copy()
         for j, other in enumerate(points):
             if j != i:
-                hides |= touches(own, sides[i], other[wanted[j]], sides[j])
-        hidden.append(hides)
+                hidden[i] |= touches(own, sides[i], other[wanted[j]], sides[j])
     return np.concatenate(hidden), np.concatenate(wanted)
 
 
@@ -420,8 +407,8 @@ def in_turn(points, sides, passes):
 
 def shuffled(centres, features):
     """
-    The centres of each scale, permuted: a slide without its arrangement. The same for a slide at every call, by its
-    first feature; another for each slide, or a common permutation would be an arrangement, too.
+    The centres of each scale, permuted: a slide without its arrangement. The order is a function of its first feature;
+    a common permutation would be an arrangement, too.
     """
     seed = zlib.crc32(np.ascontiguousarray(features[0][0]).tobytes())
     return [np.random.default_rng(seed).permutation(own) for own in centres]
@@ -432,10 +419,9 @@ def shuffle_slide(slide):
     return slide._replace(centres=shuffled(slide.centres, [np.memmap(*slide.maps[0])]))
 
 
-def turn(rng, points, free):
-    """points (N, 2) turned by any angle, or by quarters, and flipped in half of the cases."""
-    quarters = rng.random() * 4
-    angle = np.pi / 2 * (quarters if free else int(quarters))
+def turn(rng, points):
+    """points (N, 2) turned by any angle, and flipped in half of the cases."""
+    angle = 2 * np.pi * rng.random()
     c, s = np.cos(angle), np.sin(angle)
     turned = points @ np.array([[c, s], [-s, c]])
     return turned * [rng.choice([-1, 1]), 1]
@@ -484,7 +470,7 @@ class Windows(torch.utils.data.Dataset):
         hidden, wanted = hide(rng, points, sides, config["mask_share"], config["mask_block"])
         points = np.concatenate(points)
         if config["turns"]:
-            points = turn(rng, points, config["free_rotation"])
+            points = turn(rng, points)
         features = torch.from_numpy(np.concatenate(features))
         return {"features": features, "places": to_nm(points), "hidden": hidden, "wanted": wanted, "slide": number}
 
@@ -500,10 +486,10 @@ def feature_loss(predicted, target):
 
 def window_losses(target, predicted, nm, hidden, wanted, rare=0.0):
     """
-    the objective (4,): feature_loss of predicted (B, N, C), and of three guesses that need no network: zero,
-    the mean of the window's visible places, their mean weighted by 1 / distance^2. nm (B, N, 2) are positions; hidden
-    and wanted (B, N) are bool. Means over a window's wanted places, then over windows. A place weighs (squared distance
-    of its target to the mean of the window's targets)^rare: places like the rest would otherwise carry the loss.
+    The objective (4,): feature_loss of predicted (B, N, C), and of three guesses that need no network: zero, the mean
+    of the window's visible places, their mean weighted by 1 / distance^2. nm (B, N, 2) are positions; hidden and wanted
+    (B, N) are bool. Means over a window's wanted places, then over windows. A place weighs (squared distance of its
+    target to the mean of the window's targets)^rare.
     """
     seen = (~hidden[:, None]).float()  # (B, 1, N)
     mean = seen @ target / seen.sum(2, keepdim=True).clamp(min=1)

@@ -377,7 +377,7 @@ def evaluate(step):
         return row
     say(f"step {step}: {name} {row[key]:.3f} +- {row['std']:.3f}, mean cosine {row['mean_cosine']:.3f}, "
         f"effective rank {row['effective_rank']:.1f}; took {row['seconds']} s")
-    shown = ("bach", "balanced", "se_groups", "plateau", "clean", "knn", "shot16", "mean_cosine", "effective_rank")
+    shown = ("bach", "balanced", "se_groups", "plateau", "clean", "knn", "mean_cosine", "effective_rank")
     own = {k: row[k] for k in shown if k in row}
     return own | {f"{key}_{k}": row[k] for k in ("std", "seeds", "protocol", "embed_seconds", "seconds")}
 

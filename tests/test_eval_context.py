@@ -25,7 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 CONFIG = dict(image_dir="", write="", features="", context="", encoder="", retrained="", labels="", places="",
-              label="label", repeats=1, mil=False, allow_seen=False, patient=r"P\d\d", device="cpu")
+              label="label", repeats=1, mil=False, patient=r"P\d\d", device="cpu")
 UM = 0.5  # um/px of level 0
 NAMES = [f"P{i // 2:02d}-{i}" for i in range(16)]
 QUICK = dict(width=8, gated=True, dropout=0.0, lr=0.02, weight_decay=0.0, batch=4, epochs=3)
@@ -119,13 +119,13 @@ def seen(monkeypatch):
     return calls
 
 
-def found_of(labels, time, folds, groups=None):
-    """Labels of patients with one slide each, if no groups are given."""
+def found_of(labels, folds, groups=None, time=None):
+    """Samples of patients with one slide each, if no groups are given."""
     n = len(labels)
     groups = torch.arange(n) if groups is None else torch.as_tensor(groups)
-    patients = [f"p{i}" for i in range(int(groups.max()) + 1)]
-    return eval_slides.Labels("slides", [(f"s{i}",) for i in range(n)], np.zeros((n, 0)), torch.tensor(labels),
-                              ["0", "1"], groups, patients, torch.tensor([folds]), {}, np.array(time))
+    time = time and torch.tensor(time).double()
+    return eval_slides.Samples([(f"s{i}",) for i in range(n)], torch.tensor(labels), ["0", "1"], groups,
+                               torch.tensor([folds]), "slides", time=time)
 
 
 # rows
@@ -189,9 +189,11 @@ def test_a_patients_slides_are_one_case_where_he_has_one_label(world, seen, colu
     found = labels_of(world)
     files = eval_slides.files_of(str(world / "features"))
     stored, _ = eval_slides.open_contexts(keys_of(world))
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
     rows, bags = eval_slides.read_slides(found, [files], stored, {}, "cpu")
-    assert found.kind == kind and len(found.slides) == len(bags) == n
-    for names, vector, bag in zip(found.slides, rows["max"], bags):
+    assert before is None or len(os.listdir("/proc/self/fd")) <= before + 2, "thousands of slides would be too many"
+    assert found.kind == kind and len(found.names) == len(bags) == n
+    for names, vector, bag in zip(found.names, rows["max"], bags):
         of_slides = [np.float32(eval_slides.open_features(files[name])[0]).max(0) for name in names]
         assert len(names) == 16 // n and np.allclose(vector, np.mean(of_slides, 0))
         keys, values = eval_slides.read_bag(bag[::-1], "cpu", 1000)
@@ -200,22 +202,13 @@ def test_a_patients_slides_are_one_case_where_he_has_one_label(world, seen, colu
     assert [line["slide"] for line in csv.DictReader(open(world / "scores.csv"))] == NAMES
 
 
-def test_files_do_not_stay_open(world):
-    """Two thousand slides and their contexts would be too many."""
-    found, files = labels_of(world), [eval_slides.files_of(str(world / "features"))]
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else pytest.skip("needs /proc")
-    stored, _ = eval_slides.open_contexts(keys_of(world))
-    held = eval_slides.read_slides(found, files, stored, {}, "cpu")
-    assert len(held[1]) == 8 and len(os.listdir("/proc/self/fd")) <= before + 2
-
-
 def test_places_without_a_tile_are_left_out_by_slide(world, capsys):
     """As where tissue was not tiled; only where most are off, it is the unit."""
     with open(world / "places.csv", "a") as f:
         f.write("P00-0,P00,5000,50,top\nP03-6,P03,100,-900,top\nP00-0,P00,5000,150,top\nP00-0,P00,100,100,top\n")
     found = labels_of(world, places=world / "places.csv")
-    assert len(found.slides) == 481 and found.where.max() == 1100 and found.where.min() == 100
-    assert found.slides[-1] == ("P00-0",), "the order of the csv stays: folds are drawn by it"
+    assert len(found.names) == 481 and found.where[:, :2].max() == 1100 and found.where[:, :2].min() == 100
+    assert found.names[-1] == ("P00-0",), "the order of the csv stays: folds are drawn by it"
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
     assert lines == [f"left out: {name}: {n} places are more than a tile from any feature"
                      for name, n in (("P00-0", 2), ("P03-6", 1))]
@@ -227,9 +220,9 @@ def test_places_are_in_the_px_of_their_slide(tmp_path, stated):
     coords = np.stack([np.arange(20), np.zeros(20, int)], 1) * 200
     about = dict(mpp=1.0, tile_px=100, patch_size_level0=200, overlap=0)
     np.savez(tmp_path / "a.npz", features=np.ones((20, 2), np.float16), coords=coords, **about, **stated)
-    _, centres, about = places.open_features(str(tmp_path / "a.npz"))
-    index, off = eval_slides.nearest_tiles(coords + 100.0, centres, about)
-    assert index.tolist() == list(range(20)) and not off.any()
+    rows = [{"slide": "a", "x": x, "y": y} for x, y in coords + 100.0]
+    assert eval_slides.on_tiles(rows, {"a": str(tmp_path / "a.npz")}) == rows
+    assert [row["tile"] for row in rows] == list(range(20))
 
 
 # probes
@@ -258,7 +251,7 @@ def test_the_headline_is_balanced_logistic_regression_with_a_c_of_a_half(world):
 def test_regression_is_scikit_learns(C):
     rng = np.random.default_rng(0)
     x, labels = rng.normal(size=(40, 3)) * 5, torch.arange(40) % 4 // 3
-    found = found_of(labels.tolist(), np.zeros(40), (np.arange(40) // 20).tolist())
+    found = found_of(labels.tolist(), (np.arange(40) // 20).tolist())
     predicted = eval_slides.linear_probe(found, x, -x, C)  # what is tested may be other features
     fit = LogisticRegression(C=C, class_weight="balanced", max_iter=10_000).fit(x[20:], labels[20:])
     assert np.allclose(predicted[0, :20], fit.predict_proba(-x[:20]), atol=1e-5)
@@ -296,7 +289,7 @@ def test_a_bag_pairs_keys_and_values_of_all_its_slides(tmp_path):
     some = [eval_slides.read_bag(bag, "cpu", 5) for _ in range(9)]
     assert all(len(own) == 5 and torch.equal(k, 100 + own[:, :1]) for k, own in some)
     assert len({tuple(own[:, 0].tolist()) for _, own in some}) > 1
-    net = eval_slides.AttentionMIL(1, 2, 2, 8, True, 0.0).eval()
+    net = eval_slides.AttentionMIL(1, 2, 2, QUICK).eval()
     torch.testing.assert_close(net(found, of_values), net(found.flip(0), of_values.flip(0)))
     assert not torch.allclose(net(found, of_values), net(found.flip(0), of_values))
 
@@ -339,13 +332,12 @@ def test_the_best_setting_of_mil_is_taken_and_attention_is_of_context(world, mon
 
 
 def test_a_setting_of_mil_is_chosen_on_patients_that_it_was_not_trained_on(monkeypatch):
-    found = found_of(np.repeat([0, 1], 24).tolist(), np.zeros(48), (np.arange(48) // 3 % 2).tolist(),
-                     groups=np.arange(48) // 3)
-    pairs = []
+    groups, labels = torch.arange(48) // 3, torch.arange(48) // 24
+    found, pairs = found_of(labels.tolist(), (groups % 2).tolist(), groups), []
     monkeypatch.setattr(eval_slides, "train_mil", lambda bags, *a: bags)
     monkeypatch.setattr(eval_slides, "apply_mil",
                         lambda net, bags, device: pairs.append((net, bags)) or torch.zeros(len(bags), 2))
-    eval_slides.mil_probe(found, found.groups.tolist(), "MIL", "cpu")  # a bag here is its patient
+    eval_slides.mil_probe(found, groups.tolist(), "MIL", "cpu")  # a bag here is its patient
     assert len(pairs) == 6 and not any(set(fit) & set(held) for fit, held in pairs)
 
 
@@ -367,7 +359,7 @@ def test_folds_keep_patients_whole_and_each_sample_is_predicted_by_others(world)
 # what a score is worth
 
 def test_the_bootstrap_draws_patients_and_is_paired():
-    found = found_of([0] * 6 + [1] * 6, np.zeros(12), [0, 1] * 6, groups=np.arange(12) // 2)
+    found = found_of([0] * 6 + [1] * 6, [0, 1] * 6, np.arange(12) // 2)
     right = F.one_hot(found.labels).float()[None]
     wrong = right.clone()
     wrong[0, :2] = wrong[0, :2].flip(1)  # one patient of class 0, both slides
@@ -376,15 +368,15 @@ def test_the_bootstrap_draws_patients_and_is_paired():
     assert row["high"] == 0 and row["low"] < -0.2  # some draws are without that patient
     same = eval_slides.compare("x", wrong, wrong, found)
     assert same["low"] == same["high"] == 0, "paired: equal rows differ in no draw"
-    weights = torch.ones(1, 6).double()
-    weights[0, 0] = 0
-    assert eval_slides.resampled(wrong, found, weights).item() == 1, "without the patient nothing is wrong"
+    weights = (torch.arange(6) > 0).double()[None]
+    without = eval_slides.resampled(wrong.argmax(2), found.labels, found.groups, weights)
+    assert without.item() == 1, "without the patient nothing is wrong"
 
 
 def test_the_interval_is_of_95_percent(monkeypatch):
     """200 patients of a class, a quarter of whom are wrong: by the normal approximation."""
     monkeypatch.setattr(eval_slides, "DRAWS", 1000)
-    found = found_of([0] * 200 + [1] * 200, np.zeros(400), [0, 1] * 200)
+    found = found_of([0] * 200 + [1] * 200, [0, 1] * 200)
     right = F.one_hot(found.labels).float()[None]
     wrong = right.clone()
     wrong[0, ::4] = wrong[0, ::4].flip(1)
@@ -395,18 +387,18 @@ def test_the_interval_is_of_95_percent(monkeypatch):
 
 def test_scores_compare_samples_of_one_fold():
     """A fold's fit may be off by a constant: over all folds together the order would be wrong."""
-    found = found_of([0, 1, 0, 1], [4.0, 1.0, 4.0, 1.0], [0, 0, 1, 1])
+    found = found_of([0, 1, 0, 1], [0, 0, 1, 1], time=[4.0, 1.0, 4.0, 1.0])
     risk = torch.tensor([0.1, 0.2, 0.7, 0.8])
     predicted = torch.stack([1 - risk, risk], 1)[None]
     assert eval_slides.area_under_curve(predicted, found) == 1
     assert eval_slides.concordance(predicted, found, torch.ones(1, 4).double()).tolist() == [1.0]
-    one_class = found_of([0, 1, 1, 1], [4.0, 1.0, 4.0, 1.0], [0, 0, 1, 1])  # the second fold cannot tell
+    one_class = found_of([0, 1, 1, 1], [0, 0, 1, 1])  # the second fold cannot tell
     assert eval_slides.area_under_curve(predicted, one_class) == 1
 
 
 def test_the_c_index_by_hand():
     """Ties in risk count half; of two at one time, the one whose event was seen is the earlier."""
-    found = found_of([1, 1, 0, 0], [1.0, 2.0, 2.0, 3.0], [0, 0, 0, 0])
+    found = found_of([1, 1, 0, 0], [0, 0, 0, 0], time=[1.0, 2.0, 2.0, 3.0])
     predicted = torch.tensor([[0.0, 0.9], [0.0, 0.3], [0.0, 0.5], [0.0, 0.3]])[None]
     weights = torch.tensor([[1, 1, 1, 1], [2, 1, 0, 1]]).double()
     # pairs: 0 before 1, 2, 3, right; 1 before 2, wrong; 1 before 3, a tie. Drawn twice, a pair counts twice.
@@ -444,7 +436,9 @@ def test_survival_is_scored_by_the_c_index(world, monkeypatch, real):
     rows, found = score(world, labels=world / "survival.csv", mil=True)
     assert rows["mean"]["balanced"] > 0.6 and not {"auroc", "tuned"} & set(rows["mean"])
     assert "cases: 8 of 8" in found["protocol"] and "Cox" in found["protocol"] and "attention MIL" not in rows
-    assert labels_of(world, labels=world / "survival.csv", label="event").time.any() == 0  # a column of labels wins
+    assert labels_of(world, labels=world / "survival.csv", label="event").time is None  # a column of labels wins
+    table(world / "times.csv", ("slide", "patient", "time", "event"), SURVIVAL[:-1] + [(*SURVIVAL[-1][:2], 99, 1)])
+    assert labels_of(world, labels=world / "times.csv").kind == "slides", "a patient has two times"
     monkeypatch.setitem(sys.modules, "sksurv.linear_model", None)
     with pytest.raises(ValueError, match="need scikit-survival: pip install"):
         score(world, labels=world / "survival.csv")
@@ -510,6 +504,8 @@ def test_an_encoder_reads_what_it_was_trained_on(world, seen):
     score(world, encoder=encoder(world, []))
     with one_line(r"P00-0: features of another encoder, norm or scale: mpp is 1.0, not 4.0"):
         score(world, encoder=encoder(world, [], mpp=4.0))
+    with one_line("with which --context was made, and that folder"):
+        score(world, encoder=encoder(world, []), context="")
     with one_line("with which --context was made"):
         embedded(world / "context", "another")
         score(world, encoder=str(world / "encoder.pth"))
@@ -541,10 +537,8 @@ def test_an_encoder_trained_on_shuffled_places_is_a_row(world, seen):
 
 def test_a_seen_patient_is_refused(world, seen):
     embedded(world / "context", "x", ["P03-99"])  # another slide of a patient that is tested
-    with one_line("trained on slides of 1 of these patients, such as P03.*--allow_seen"):
+    with one_line("trained on slides of 1 of these patients, such as P03; train it without them"):
         score(world)
-    rows, found = score(world, allow_seen=True)
-    assert "P03" in found["seen"] and all("P03" in row["seen"] for row in found["rows"])
     embedded(world / "context", "x", ["gone"])  # by the csv, a slide of P03 whose features are not there
     with open(world / "labels.csv", "a") as f:
         f.write("gone,P03,b\n")
@@ -623,6 +617,8 @@ def test_a_class_of_few_patients_is_scored_without_choosing_inside(world, capsys
     rows, _ = score(world, mil=True, context="")
     assert rows["attention MIL"]["balanced"] > 0 and rows["mean"]["tuned"] == rows["mean"]["balanced"]
     assert "too few patients to choose by: C is 0.5" in capsys.readouterr().out
+    eval_slides.say_caveats(found_of([0] * 5 + [1] * 3, [0, 1] * 4))  # two of class 1 to train on, or one
+    assert "too few patients to choose by" in capsys.readouterr().out
 
 
 def test_the_command_ends_with_one_json_object_whatever_stops_it(world, seen, capsys, monkeypatch):

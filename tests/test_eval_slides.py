@@ -19,10 +19,9 @@ OSTEOSARCOMA = ROOT.parent / "shared" / "data" / "osteosarcoma"
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Heads of 200 steps at a larger rate, and few support sets: the protocol's own take seconds a fold."""
+    """Heads of 200 steps at a larger rate: the protocol's own take seconds a fold."""
     monkeypatch.setattr(eval_slides, "MAX_STEPS", 200)
     monkeypatch.setattr(eval_bach, "LR", 0.01)
-    monkeypatch.setattr(eval_slides, "SUPPORT_SETS", 50)
 
 
 def keys(image_dir, **changes):
@@ -109,24 +108,18 @@ def leaky(groups_seen):
     return features, labels, seen, data_of(labels, seen)
 
 
-def test_no_image_is_scored_by_heads_neighbours_or_supports_that_saw_its_group(monkeypatch):
+def test_no_image_is_scored_by_heads_or_neighbours_that_saw_its_group(monkeypatch):
     features, labels, groups, folds = leaky(groups_seen=True)
-    fit, knn, shot, calls = eval_bach.fit_heads, eval_bach.knn, eval_slides.simple_shot, []
+    fit, knn, calls = eval_bach.fit_heads, eval_bach.knn, []
     monkeypatch.setattr(eval_bach, "fit_heads", lambda *a: calls.append((a[2], a[3])) or fit(*a))
     monkeypatch.setattr(eval_bach, "knn", lambda *a: calls.append(a[2:4]) or knn(*a))
-    monkeypatch.setattr(eval_slides, "simple_shot", lambda *a: calls.append(a[1]) or shot(*a))
     row = eval_slides.probe(features, labels, groups, folds)
-    assert all(0.35 < row[k] < 0.65 for k in ("balanced", "knn", "shot16")), row  # chance
+    assert all(0.35 < row[k] < 0.65 for k in ("balanced", "knn")) and len(calls) == 10, row  # chance
     for f in range(5):
         (train, selection), (outside, test) = calls[2 * f], calls[2 * f + 1]
         parts = [set(groups[i].tolist()) for i in (train, selection, test)]
         assert parts[0] | parts[1] == set(groups[outside].tolist()) and (folds[test] == f).all() and len(test) == 48
         assert not parts[0] & parts[1] and not (parts[0] | parts[1]) & parts[2]
-    assert len(calls) == 10 + 5 * 3  # then the support sets, in chunks, fold after fold
-    for i, support in enumerate(calls[10:]):
-        assert not (folds[support] == i // 3).any() and support.shape[1:] == (2, 16)
-        assert all((labels[support[:, c]] == c).all() for c in range(2))
-        assert all(len(s.unique()) == 32 for s in support)
     leak = eval_slides.probe(*leaky(groups_seen=False))
     assert leak["balanced"] > 0.95 and leak["knn"] > 0.95  # what the groups are there for
 
@@ -161,56 +154,25 @@ def test_standard_error_equals_a_straight_jackknife_and_the_binomial_without_gro
     assert eval_slides.standard_error(*copies, torch.arange(1200)) == pytest.approx(alone / 2, rel=0.01)
 
 
-# 16-shot
-
-def straight_shot(x, support, query):
-    """One support set, one query at a time."""
-    centre = torch.cat([x[s] for s in support]).mean(0)
-    means = [F.normalize(x[s] - centre, dim=1).mean(0) for s in support]
-    return [int(torch.stack([(F.normalize(q - centre, dim=0) - m).norm() for m in means]).argmin()) for q in query]
-
-
-@pytest.mark.parametrize("dtype, offset", [(torch.float64, 0), (torch.float64, 3), (torch.float32, 0)])
-def test_simple_shot_equals_a_straight_loop(dtype, offset):
-    g = torch.Generator().manual_seed(0)
-    x, query = (torch.randn(n, 6, generator=g, dtype=dtype) + offset for n in (30, 25))
-    support = torch.stack([torch.randperm(30, generator=g)[:12].view(3, 4) for _ in range(7)])
-    predicted = eval_slides.simple_shot(x, support, query)
-    assert predicted.tolist() == [straight_shot(x, s, query) for s in support]
-    assert 0.5 < F.one_hot(predicted).double().mean((0, 1)).mul(3).min()  # all classes occur
-
-
-def test_few_shot_survives_a_common_direction_and_repeats_itself():
-    g = torch.Generator().manual_seed(0)
-    labels, folds = torch.arange(90) % 3, torch.arange(90) // 30
-    x = torch.randn(90, 8, generator=g) + torch.eye(3, 8)[labels]
-    state = torch.get_rng_state()
-    near, far = (eval_slides.few_shot(x + shift, labels, folds, 5) for shift in (0, 1e4))
-    assert near.shape == (50,) and near.mean() > 0.5 and near.std() > 0
-    assert (near - far).abs().mean() < 0.002  # 0.02 if the digits are lost
-    assert torch.equal(near, eval_slides.few_shot(x, labels, folds, 5)) and torch.equal(state, torch.get_rng_state())
-
-
 # folders
 
 def test_folder_is_read_in_order_and_scored(tiles, capsys):
     samples = samples_of(keys(tiles))
     names = sorted(str(i) for i in range(12))
-    assert samples.files == [f"{c}/{i}.png" for c in ("green", "red") for i in names]
+    assert samples.names == [f"{c}/{i}.png" for c in ("green", "red") for i in names]
     assert samples.classes == ["green", "red"] and samples.labels.tolist() == [0] * 12 + [1] * 12
     assert samples.groups.tolist() == 2 * [int(i) // 2 for i in names]
     assert samples.folds.tolist() == 2 * [int(i) // 2 % 3 for i in names]
     with Image.open(tiles / "red" / "3.png") as image:
         want = eval_bach.shrink(torch.from_numpy(np.array(image)).permute(2, 0, 1), 16)
-    assert torch.equal(eval_slides.load(keys(tiles))[0][samples.files.index("red/3.png")], want)
+    assert torch.equal(eval_slides.load(keys(tiles))[0][samples.names.index("red/3.png")], want)
     row = row_of(keys(tiles), Colours())
-    out = capsys.readouterr().out
-    assert f"{tiles}: shot16 has 8 shots" in out and "no groups.csv" not in out
+    assert "no groups.csv" not in capsys.readouterr().out
     assert row == json.loads(json.dumps(row)) == row_of(keys(tiles), Colours())
-    assert (row["images"], row["classes"], row["groups"], row["shots"]) == (24, ["green", "red"], 6, 8)
+    assert (row["images"], row["classes"], row["groups"]) == (24, ["green", "red"], 6)
     assert len(row["seeds"]) == 5 and len(row["folds"]) == 3 and len(row["recall"]) == 2
-    assert {"image_dir", "std", "se_groups", "knn", "shot16_std", "effective_rank", "mean_cosine"} < row.keys()
-    assert min(row["balanced"], row["knn"], row["shot16"]) > 0.9 and sum(map(sum, row["confusion"])) == 24 * 5
+    assert {"image_dir", "std", "se_groups", "knn", "effective_rank", "mean_cosine"} < row.keys()
+    assert min(row["balanced"], row["knn"]) > 0.9 and sum(map(sum, row["confusion"])) == 24 * 5
 
 
 def test_a_folder_without_a_table_is_split_by_image_with_a_warning(tiles, capsys):
@@ -236,7 +198,7 @@ def test_bare_names_gaps_in_folds_and_what_spreadsheets_write_are_understood(til
     rows = [row[:-1] + row[-1].replace("3", "5") for row in rows]  # folds numbered with a gap
     (tiles / "groups.csv").write_text("\ufefffile, patient, fold,note\r\n" + "\r\n".join(f"./{r}," for r in rows))
     samples = samples_of(keys(tiles))
-    assert len(samples.files) == 24 and "red/last.TIFF" in samples.files and len(samples.groups.unique()) == 6
+    assert len(samples.names) == 24 and "red/last.TIFF" in samples.names and len(samples.groups.unique()) == 6
     assert torch.equal(samples.folds[:12], want)
 
 
@@ -255,7 +217,7 @@ def test_whatever_changes_the_number_shows_in_the_protocol(tiles, monkeypatch):
         return row_of(keys(tiles, **changes), Colours())["protocol"]
     seen = [protocol(), protocol(input_px=8), protocol(concat=True)]
     for module, changes in (
-            (eval_slides, {"MAX_STEPS": 100, "SEED": 1, "RUNS": 2, "SHOTS": 3, "SUPPORT_SETS": 7}),
+            (eval_slides, {"MAX_STEPS": 100, "SEED": 1, "RUNS": 2}),
             (eval_bach, {"LR": 1e-3, "WEIGHT_DECAY": 0.0, "WARM_EPOCHS": 0, "WARM_FACTOR": 0.5, "BATCH": 8,
                          "PATIENCE": 9, "NEIGHBOURS": 5, "KNN_TEMP": 1.0})):
         for name, value in changes.items():
