@@ -53,6 +53,9 @@ def check(config):
         least = 1 if key in COUNTS else 0  # a negative clip_grad would climb the loss
         if isinstance(value, (int, float)) and value < least:
             raise ValueError(f"{key} = {value}: give {least} or more")
+    for key in ("student_temp", "teacher_temp", "teacher_temp_start", "layer_decay"):
+        if not config[key] > 0:
+            raise ValueError(f"{key} = {config[key]}: give a number above 0")
     for key in (*SHARES, *(key for key in config if key.endswith("_prob"))):
         values = config[key] if isinstance(config[key], tuple) else (config[key],)
         if not all(0 <= value <= 1 for value in values):

@@ -100,15 +100,17 @@ def complete(folder, say=lambda message: None):
         if os.path.lexists(f"{path}/.metadata") or not os.access(path, os.R_OK | os.X_OK):
             found.append(step)
         else:
-            say(f"{path} is no checkpoint: it has no .metadata")
+            say(f"{path} is no checkpoint: it has no .metadata, a hidden file that a copy of {path}/* leaves out")
     return found
 
 
 def check_folder(out_dir, resume):
     """SystemExit if a new run would write among the files of another, or if one that resumes has no checkpoint."""
-    if resume and not complete(f"{out_dir}/ckpt"):
-        raise SystemExit(f"nothing to resume: no complete checkpoint in {out_dir}/ckpt; start anew with --resume=false "
-                         "in another --out_dir")
+    lacking = []
+    if resume and not complete(f"{out_dir}/ckpt", lacking.append):
+        found = "".join(f"; {reason}" for reason in lacking[-1:])
+        raise SystemExit(f"nothing to resume: no complete checkpoint in {out_dir}/ckpt{found}; start anew with "
+                         "--resume=false in another --out_dir")
     if not resume and (os.path.lexists(out_dir) or not out_dir) and set(os.listdir(out_dir)) - {"lock"}:
         raise SystemExit(f"{out_dir} is not empty: continue with --resume=true, delete it, or choose another --out_dir")
 

@@ -29,6 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model import all_reduce, named_tensors
+from rundir import agree
 
 CHECKPOINTING = ("none", "selective", "full")
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -116,6 +117,9 @@ def begin(dev, hybrid=False):
         store.set_timeout(timedelta(minutes=30))
     dist.init_process_group("nccl" if dev == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                             timeout=timedelta(minutes=30))  # NCCL's 10 are short for rank 0 to read 7.4 GB of BACH
+    if hybrid and len(set(agree("", lambda: shape))) > 1:
+        raise SystemExit("LOCAL_WORLD_SIZE differs between nodes: hybrid = True needs the same number of ranks on each; "
+                         "hybrid = False shards over all of them")
     return init_device_mesh(dev, shape, mesh_dim_names=("nodes", "ranks")[-len(shape):])
 
 

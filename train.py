@@ -20,6 +20,7 @@ import importlib
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -224,10 +225,12 @@ refusals = []  # of all that users state and the files that it names, to be said
 
 def attempt(work, path=""):
     """What work() returns; where that is refused, None, and refusals say why, and how to get what is not at `path`."""
+    fixed = re.split(r"[*?[]", path)[0]  # before a wildcard
+    place = fixed if fixed == path else os.path.dirname(fixed)
     try:  # no collective, as it may fail on one rank
         return work()
     except (ValueError, OSError) as e:
-        remedy = "" if os.path.exists(path.split("*")[0] or ".") else f"; {eval_bach.how_to_get(path)}"
+        remedy = "" if os.path.exists(place or ".") else f"; {eval_bach.how_to_get(path)}"
         refusals.append(f"{e}{remedy}")
 
 
@@ -263,7 +266,7 @@ def build():
     return nets
 
 
-source = attempt(lambda: sources.open_source(config), slides or tiles or shards)
+source = attempt(lambda: sources.open_source(config), slides or tiles or shards or parquet or sample_list)
 pixels = score = None  # of the probe
 if (bach_dir or image_dir) and rank == 0:
     pixels, score = attempt(load_probe) or (None, None)

@@ -140,6 +140,8 @@ def test_a_dry_run_states_the_disk_that_checkpoints_and_exports_take():
     found = planned("vitg.py", "--keep_teachers=3", "--keep_every=25_000")
     assert (found["checkpoints"], found["teachers"]) == (2 + 5, 3 + 5), "of 137,500 steps five are multiples"
     assert found["disk_gb"] == pytest.approx(9 * found["teacher_gb"] + 8 * found["checkpoint_gb"])
+    kept = planned("vitg.py", "--keep_checkpoints=1")
+    assert kept["disk_gb"] == pytest.approx(55 * kept["teacher_gb"] + 2 * kept["checkpoint_gb"])
     assert planned("vit7b.py")["teachers"] == 10 and planned("vit7b.py", "--save_interval=0")["teachers"] == 1
 
 

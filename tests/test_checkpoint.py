@@ -246,6 +246,7 @@ def test_a_damaged_file_beside_the_checkpoints_is_named(lost, finished, tmp_path
             (tmp_path / "a/ckpt" / step / ".metadata").unlink()
         message = refused(monkeypatch, argv)
         assert "nothing to resume" in message and "another --out_dir" in message and "delete" not in message
+        assert f"{tmp_path}/a/ckpt/3 is no checkpoint: it has no .metadata, a hidden file" in message
         return
     bit_equal(straight, weights(train(monkeypatch, argv)))
     said = capsys.readouterr().out

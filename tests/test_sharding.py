@@ -332,6 +332,21 @@ def test_hybrid_needs_nodes_of_one_size(stated, monkeypatch):
         sharding.begin("cpu", hybrid=True)
 
 
+def different_nodes():
+    os.environ["LOCAL_WORLD_SIZE"] = "1" if os.environ["RANK"] == "0" else "2"
+    with one_line("LOCAL_WORLD_SIZE differs between nodes"):
+        sharding.begin("cpu", hybrid=True)
+
+
+def test_hybrid_refuses_nodes_that_differ_though_each_number_divides_the_world(on_ranks):
+    on_ranks(2, different_nodes)
+
+
+def test_a_node_s_ranks_are_the_mesh_s_last_dimension(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert sharding.mesh_shape(8, True) == (2, 4) and sharding.mesh_shape(8, False) == (8,)
+
+
 LARGE = model.ViTConfig(14, 512, 8, 8, "mlp", 2048, 4, pos_grid=8)
 
 

@@ -423,6 +423,7 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
                        (dict(mpps="()"), "mpps = (): give um/px"), (dict(mpps="(0,)"), "mpps = (0.0,): give numbers"),
                        (dict(wide_field="('a','b')"), "numbers above 0"), (dict(mpp_range="(None,1)"), "above 0"),
                        (dict(clip_grad=-1), "clip_grad = -1.0: give 0 or more"), (dict(log_interval=0), "1 or more"),
+                       (dict(teacher_temp=0), "teacher_temp = 0.0: give a number above 0"),
                        (dict(momentum=1.5), "from 0 to 1"), (dict(holdout=1.5), "from 0 to 1"),
                        (dict(blur_prob="(0,90,50)"), "from 0 to 1"),
                        (dict(shards="x"), "exactly one of"),
