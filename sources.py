@@ -440,13 +440,11 @@ class Shards:
     ROW = np.dtype([("shard", "<u4"), ("offset", "<i8"), ("size", "<i4"), ("x", "<i4"), ("y", "<i4"), ("mpp", "<f4")])
 
     def __init__(self, pattern, config):
-        def finished(tar):
-            return os.path.isfile(sidecar(tar))
-
-        tars, self.left_out = listing.find(pattern, "shards", (".tar",), finished)
-        self.left_out |= {tar: f"no {sidecar(tar)}: unfinished, or copied without it" for tar in tars
-                          if not finished(tar)}
-        self.config, self.tars = config, list(map(os.path.abspath, filter(finished, tars)))
+        tars, self.left_out = listing.find(pattern, "shards", (".tar",), lambda tar: os.path.isfile(beside(tar)))
+        finished = [tar for tar in tars if os.path.isfile(sidecar(tar))]
+        for tar in sorted(set(tars).difference(finished)):
+            self.left_out[tar] = f"no {beside(tar)}: unfinished, or copied without it"
+        self.config, self.tars = config, list(map(os.path.abspath, finished))
         inputs = [*self.tars, *map(sidecar, self.tars)]
         self.table, self.slides = shared_table("shards", inputs, config, self.ROW, self.index)
         self.size = len(self.table)
@@ -478,12 +476,14 @@ class Shards:
         return decode(blob, place), {"slide": self.slides[i], "x": x, "y": y, "mpp": mpp}
 
 
+def beside(tar):
+    return tar.removesuffix(".tar") + ".json"
+
+
 def sidecar(tar):
     """The file that lists the tiles of a tar: beside it, or beside the file that a link leads to."""
-    beside = tar.removesuffix(".tar") + ".json"
-    if os.path.isfile(beside) or not os.path.islink(tar):
-        return beside
-    return os.path.realpath(tar).removesuffix(".tar") + ".json"
+    linked = os.path.islink(tar) and not os.path.isfile(beside(tar))
+    return beside(os.path.realpath(tar) if linked else tar)
 
 
 def read_sidecar(tar, dtype):
