@@ -5,8 +5,9 @@ Which files a key names: a folder, whose whole tree is meant, or a pattern. And 
     slides/**/*.svs       ** stands for any folders, also none
 
 Links are followed, also in a circle. A file that several names lead to counts once, hard links too. Hidden files and
-folders, such as ._a.svs or .snapshot, count only where the pattern names the dot. What should have been there and
-cannot be used is named with a reason: links that lead nowhere, folders that may not be read, names that are not UTF-8.
+folders, such as ._a.svs or .snapshot, count only where the pattern names the dot. So do folders of a system's own, such
+as @eaDir, where it names them. What should have been there and cannot be used is named with a reason: links that lead
+nowhere, folders that may not be read, names that are not UTF-8.
 """
 import collections
 import csv
@@ -20,6 +21,7 @@ import sys
 from tqdm import tqdm
 
 SHOWN = 20  # of what is left out, in the log
+OF_SYSTEMS = {"@eaDir", "$RECYCLE.BIN", "lost+found", "System Volume Information", "__MACOSX"}  # as good as hidden
 
 
 def bar(*args, **keys):
@@ -107,7 +109,7 @@ def scan(folder, left_out, hidden=False):
     found = []
     try:
         with os.scandir(folder or ".") as entries:
-            entries = [entry for entry in entries if entry.name.startswith(".") == hidden]
+            entries = [entry for entry in entries if is_hidden(entry.name) == hidden]
     except OSError as e:
         left_out[folder] = f"cannot be listed: {e.strerror}"
         entries = []
@@ -121,6 +123,10 @@ def scan(folder, left_out, hidden=False):
             inode = entry.inode() if plain else entry.stat().st_ino
             found.append((path, kind == stat.S_IFDIR, entry.is_symlink(), inode))
     return found
+
+
+def is_hidden(name):
+    return name.startswith(".") or name in OF_SYSTEMS
 
 
 def kind_of(path, left_out):

@@ -33,6 +33,7 @@ import json
 import math
 import os
 import re
+import resource
 import struct
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,7 @@ import wsi
 READ_ERRORS = (wsi.SlideError, OSError)  # an unreadable tile or slide: another one is drawn
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # others may pass
 TISSUE_DRAWS = 20   # places tried in a slide for one tile; inside the mask 9 in 10 pass at 0.5 um/px, fewer at 2
-OPEN_SHARDS = 256   # files per process; the usual limit is 1024
+OPEN_SHARDS = 256   # files per process at most, and half of what the system allows, which is usually 1024
 WINDOW = 16         # parquet row groups among which the order of rows is random; a worker holds twice as many
 GROUP_BYTES = 100e6 # of a row group, uncompressed, beyond which a parquet file is refused
 SCALE_KEYS = "mpp_table slide_mpp mpp_from_objective trust_mpp mpps mpp_range eval_mpp eval_share".split()
@@ -97,10 +98,20 @@ def held_out(path, config):
     return config["holdout"] > 0 and wsi.held_out(wsi.patient_of(path, config["patient"]), config["holdout"])
 
 
+def held_file(path, config):
+    """The same by its name or, where the path is a link, by a patient that the pattern finds in the file's own name."""
+    if held_out(path, config):
+        return True
+    if not (config["holdout"] and os.path.islink(path)):
+        return False
+    real = os.path.realpath(path)
+    return bool(re.search(config["patient"], os.path.basename(real))) and held_out(real, config)
+
+
 def training_files(paths, config, kind, left_out):
     """The paths of which no name is held out; further names of theirs are in left_out. ValueError if there are none."""
-    held = {place_of(path) for path in left_out if held_out(path, config)}
-    kept = [path for path in paths if not held_out(path, config)]
+    held = {place_of(path) for path in left_out if held_file(path, config)}
+    kept = [path for path in paths if not held_file(path, config)]
     if held:
         kept = [path for path in kept if place_of(path) not in held]
     if not kept:
@@ -114,6 +125,16 @@ def place_of(path):
         return path
     state = os.stat(path)
     return state.st_dev, state.st_ino
+
+
+def one_name_each(paths, doubles):
+    """The first path of each file, in a list's order; doubles[path] is that of the others."""
+    first = {}
+    for path in paths:
+        known = first.setdefault(place_of(path), path)
+        if known != path:
+            doubles[path] = known
+    return list(first.values())
 
 
 def listed(paths):
@@ -205,13 +226,14 @@ def usable_slides(key, found, config, open_one, also=()):
 
     def build():
         doubles = {}
-        each = wsi.one_each(found, doubles) if key == "slides" else found
+        each = wsi.one_each(found, doubles) if key == "slides" else one_name_each(found, doubles)
         slides = training_files(each, config, key, [*also, *doubles])
         reasons = dict(zip(slides, reasons_of(slides)))
         refused = {listing.printable(path): text for path, text in reasons.items() if text}
         rows = [i for i, path in enumerate(found) if reasons.get(path) == ""]
         if not rows:
-            text = reasons[slides[0]]
+            unmatched = wsi.rows_without_slide(config["mpp_table"], found)
+            text = "; ".join([reasons[slides[0]], *(f"{file}: {lost}" for file, lost in unmatched.items())])
             raise ValueError(f"{key}: none of {len(slides)} can be used (give --tiles=FOLDER for tiles): {text}")
         return np.array(rows, np.uint32), (doubles, refused)
 
@@ -334,11 +356,19 @@ class SampleList:
     def __init__(self, file, config):
         self.file, self.config = file, config
         self.table, self.found = shared_table("sample_list", [file], config, self.ROW, self.parse)
-        used, _, self.left_out = usable_slides("sample_list", self.found, config, self.open)
-        of_used = np.isin(self.table["slide"], used)
-        if not of_used.all():
+        used, doubles, self.left_out = usable_slides("sample_list", self.found, config, self.open)
+        numbers = {path: i for i, path in enumerate(self.found)}
+        slide = np.array([numbers[doubles.get(path, path)] for path in self.found], np.uint32)  # of each name
+        of_used = np.isin(slide, used)[self.table["slide"]]
+
+        def usable_rows():
+            rows = self.table[of_used]
+            rows["slide"] = slide[rows["slide"]]
+            return rows, None
+
+        if doubles or not of_used.all():
             inputs = [self.table.filename, used.filename]
-            self.table, _ = shared_table("sample_list", inputs, config, self.ROW, lambda: (self.table[of_used], None))
+            self.table, _ = shared_table("sample_list", inputs, config, self.ROW, usable_rows)
         self.size = len(self.table)
         self.about = f"{self.size:,} tiles of a sample list of {len(used):,} slides"
         self.visit = keep_open(self.open, config["open_slides"])
@@ -410,17 +440,19 @@ class Shards:
     ROW = np.dtype([("shard", "<u4"), ("offset", "<i8"), ("size", "<i4"), ("x", "<i4"), ("y", "<i4"), ("mpp", "<f4")])
 
     def __init__(self, pattern, config):
-        def finished(tar):
-            return os.path.isfile(sidecar(tar))
-
-        tars, self.left_out = listing.find(pattern, "shards", (".tar",), finished)
-        self.config, self.tars = config, list(map(os.path.abspath, filter(finished, tars)))
+        tars, self.left_out = listing.find(pattern, "shards", (".tar",), lambda tar: os.path.isfile(beside(tar)))
+        finished = [tar for tar in tars if os.path.isfile(sidecar(tar))]
+        for tar in sorted(set(tars).difference(finished)):
+            self.left_out[tar] = f"no {beside(tar)}: unfinished, or copied without it"
+        self.config, self.tars = config, list(map(os.path.abspath, finished))
         inputs = [*self.tars, *map(sidecar, self.tars)]
         self.table, self.slides = shared_table("shards", inputs, config, self.ROW, self.index)
         self.size = len(self.table)
         self.about = (f"{self.size:,} tiles of {len(self.tars):,} finished of {len(tars):,} shards "
                       f"({listed(self.tars)})")
-        self.open = functools.lru_cache(OPEN_SHARDS)(functools.partial(open, mode="rb", buffering=0))
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        size = OPEN_SHARDS if allowed == resource.RLIM_INFINITY else min(OPEN_SHARDS, allowed // 2)
+        self.open = functools.lru_cache(size)(functools.partial(open, mode="rb", buffering=0))
 
     def index(self):
         rows, slides = [np.zeros(0, self.ROW)], []
@@ -444,9 +476,14 @@ class Shards:
         return decode(blob, place), {"slide": self.slides[i], "x": x, "y": y, "mpp": mpp}
 
 
-def sidecar(tar):
-    """The file that lists the tiles of a tar."""
+def beside(tar):
     return tar.removesuffix(".tar") + ".json"
+
+
+def sidecar(tar):
+    """The file that lists the tiles of a tar: beside it, or beside the file that a link leads to."""
+    linked = os.path.islink(tar) and not os.path.isfile(beside(tar))
+    return beside(os.path.realpath(tar) if linked else tar)
 
 
 def read_sidecar(tar, dtype):

@@ -410,7 +410,7 @@ if resume:
     loaded = state()
     checkpoint.load(f"{out_dir}/ckpt", loaded, say)
     bad_tiles.update(json.loads(loaded["bad_tiles"]))
-    if weights and norm is None:  # the file is not read again, and may have gone
+    if norm is None:  # the weights are not read again, and may have gone or not be named
         config["norm"] = json.loads(loaded["config"])["norm"]
         mean, std = model.norm_values(config["norm"])
     if loaded["data"] != source.about:

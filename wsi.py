@@ -40,7 +40,7 @@ from PIL import Image, ImageFilter
 TOLERANCE = 0.03         # a level this close to the target is used as stored: 0.2425-0.2575 um/px serve 0.25
 MAX_ENLARGE = 1.10       # level-0 mpp / target mpp; above this the slide does not have the detail
 MIN_MPP, MAX_MPP = 0.05, 20.0  # um/px; other values are not believable: 72 dpi would be 353
-MASK_VERSION = 2         # of the code that makes masks: raise it whenever that makes another, so that none is kept
+MASK_VERSION = 3         # of the code that makes masks: raise it whenever that makes another, so that none is kept
 MAX_MASK_CELLS = 1e8     # a 25 x 75 mm slide has 3e7 cells of 8 um, so more means a wrong mpp
 MARGIN = 6               # px read around a region to invert the interpolation: at 2x e <= 1/4, and (1/3)^7 is nothing
 BLOCK = 1200             # px of a level: tiles of a square of this side are read one after the other
@@ -111,7 +111,8 @@ def find_mpp(properties, override=None, from_objective=False, trust=False):
 def level_scale(dimensions, size, tile):
     """(level-0 px per px of a level along x and y, whether the dimensions tell it). All three are (w, h) in px.
     Dimensions hide the scale in two ways. The last pixels may be cut off: then 4.002 is 4. Or the level is padded to
-    whole tiles: then 3.906 is 4. If several whole numbers explain that, it is the power of two."""
+    whole tiles: then 3.906 is 4. So may 15 be 16. If several whole numbers explain
+    that, it is the power of two."""
     factor = np.divide(dimensions, size)
     whole = np.rint(factor)
     cut_off = abs(dimensions / whole - size) < 1
@@ -121,17 +122,20 @@ def level_scale(dimensions, size, tile):
     most = int(factor.max())
     numbers = np.arange(most, 4 * most + 5)[:, None]
     filled = np.ceil(dimensions / numbers / tile) * tile
-    padded = ((filled == size) | (abs(dimensions / numbers - size) < 1)).all(1)
+    exact = abs(dimensions / numbers - size) < 1
+    padded = ((filled == size) | exact).all(1)
     numbers = numbers[padded]
     full = (np.mod(size, tile) == 0) & (tile > 1)
-    if cut_off.all() or not (len(numbers) or full.any()):
+    power_of_two = whole[0] == whole[1] and np.log2(whole[0]) % 1 == 0
+    clear = cut_off.all() and (power_of_two or exact[padded].all())
+    if clear or not (len(numbers) or full.any()):
         return scale, difference <= TOLERANCE + rounding
     if not len(numbers):  # a factor such as 1.5: nothing tells how much of the last tiles is padding
         return scale, difference <= rounding and not full.all()
     if len(numbers) > 1:
         numbers = numbers[np.log2(numbers) % 1 == 0]
     # where both axes have the same factor, the level may as well have been shrunk to whole tiles
-    if len(numbers) != 1 or difference <= rounding:
+    if len(numbers) != 1 or difference <= rounding and not cut_off.all():
         return scale, False
     return np.repeat(numbers.ravel(), 2), True
 
@@ -227,7 +231,10 @@ class Slide:
         openslide = _openslide(self.path)
         try:
             open(self.path, "rb").close()  # the system says why it cannot be opened, OpenSlide does not
-            self._slide = openslide.OpenSlide(self.path)
+            path = self.path
+            if os.path.islink(path) and not openslide.OpenSlide.detect_format(path):
+                path = os.path.realpath(path)  # a .mrxs has its folder beside the file itself
+            self._slide = openslide.OpenSlide(path)
             self._slide.set_cache(_tile_cache(os.getpid()))
         except OSError as error:
             raise Unreachable(f"{self.path}: {error.strerror}") from error
@@ -605,7 +612,8 @@ def _is_tissue_colour(thumbnail, rule):
     """bool (h, w): more saturated than glass, and neither ink nor dark (fluorescence, black ink, the slide's edge)."""
     blurred = Image.fromarray(thumbnail).filter(ImageFilter.BoxBlur(1))
     hue, saturation, value = map(np.asarray, blurred.convert("HSV").split())
-    tissue = (saturation > _threshold(saturation[value < 255], rule)) & (value > rule["value"])  # 255: not scanned
+    scanned = np.asarray(blurred).min(2) < 255  # what was not is white in all channels
+    tissue = (saturation > _threshold(saturation[scanned], rule)) & (value > rule["value"])
     if rule["hue"]:
         tissue &= hue >= 127
     if rule["ink"]:

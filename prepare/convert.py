@@ -300,13 +300,14 @@ def from_timm(path, tensors):
     like = model.infer_arch(path, state)
     if {"register_tokens", "storage_tokens", "blocks.0.mlp.w12.weight"} & tensors.keys():  # Meta's
         return state, {"num_heads": like.num_heads}, False
-    stated = read_json(path, "config.json").get("model_args", {})
+    stated = read_json(path, "config.json").get("model_args") or {}
     heads = stated.get("num_heads") or like.num_heads
     if stated.get("embed_dim", D) != D or D % (heads or 1):
         raise ValueError(f"{path}: the config.json beside it is another model's, as these weights are {D} wide")
     told = {ours: value for ours, value in (("num_heads", heads), ("norm_eps", stated.get("norm_eps"))) if value}
     needed = "silu" if like.ffn == "swiglu" else "gelu"
-    if (stated.get("act_layer") or needed).lower() != needed:
+    act_layer = (stated.get("act_layer") or needed).lower().removeprefix("torch.nn.")
+    if act_layer != needed and (act_layer, needed) != ("swish", "silu"):
         raise ValueError(f"{path}: config.json states act_layer = {stated['act_layer']}, but these weights need "
                          f"{needed}")
     if "pos_embed" in state:

@@ -80,7 +80,11 @@ def slides_of(config, lost, dots=False):
     for path in paths:
         name = Path(path).stem if dots else Path(path).stem.replace(".", "_")
         if name in owners:
-            raise ValueError(f"{owners[name]} and {path} would share the name {name}: give each folder its own --out")
+            first, folder = owners[name], os.path.dirname(path)
+            remedy = "give each folder its own --out"
+            if os.path.dirname(first) == folder:
+                remedy = f"narrow the pattern, such as '{os.path.join(folder, '*.svs')}', or rename one"
+            raise ValueError(f"{first} and {path} would share the name {name}: {remedy}")
         owners[name] = path
     number, _, count = (config["part"] or "1/1").partition("/")
     if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):

@@ -93,6 +93,16 @@ def test_what_a_pattern_names_counts_be_it_hidden_or_of_odd_letters(pattern, nam
         listing.find("{d,e}/*.svs", "slides")
 
 
+def test_folders_of_a_systems_own_count_only_where_they_are_named(tmp_path):
+    """The bug: of a NAS, the previews in @eaDir were tiles, and what had been deleted was too."""
+    for folder in ("@eaDir/b.png", "$RECYCLE.BIN", "lost+found", "System Volume Information", "__MACOSX", "a"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.png").touch()
+    assert listing.find(str(tmp_path), "tiles", (".png",)) == ([f"{tmp_path}/a/x.png"], {})
+    assert listing.find(f"{tmp_path}/*/*.png", "slides")[0] == [f"{tmp_path}/a/x.png"]
+    assert listing.find(f"{tmp_path}/lost+found/*.png", "slides")[0] == [f"{tmp_path}/lost+found/x.png"]
+
+
 def test_brackets_are_of_a_name_where_there_is_such_a_name(tmp_path):
     for name in ("batch[1]", "batch2"):
         (tmp_path / name).mkdir()

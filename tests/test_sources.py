@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import signal
 import struct
 import sys
@@ -426,6 +427,48 @@ def test_a_file_counts_once_and_is_held_out_by_any_of_its_names(kind, link, slid
     assert open_source(**{kind: named}, holdout=0.5).paths == [f"{folder}/{train}_3.{end}"]
 
 
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_slide_of_a_list_counts_once_and_is_held_out_by_any_of_its_names(link, slides):
+    """The bug: the text of a line decided, so a held-out slide was read by the name of a link to it."""
+    (train, other, *_), (held, *_) = patients()
+    for name in (train, other, held):
+        (slides / f"{name}_1.svs").touch()
+    link(slides / f"{train}_1.svs", slides / f"{train}_2.svs")
+    link(slides / f"{held}_1.svs", slides / f"{other}_2.svs")
+    names = [f"{train}_1", f"{train}_2", f"../{slides.name}/{train}_1", f"{other}_1", f"{other}_2", f"{held}_1"]
+    file = write_list(slides, [f"{slides}/{name}.svs {i} 0 0" for i, name in enumerate(names)])
+    source = open_source(sample_list=file, holdout=0.5)
+    assert "4 tiles of a sample list of 2 slides" in source.about and not source.left_out
+    where = [(f"{slides}/{train}_1.svs", x, 0) for x in (0, 1, 2)] + [(f"{slides}/{other}_1.svs", 3, 0)]
+    assert sorted(w[:3] for w in wheres(source, range(4))) == sorted(where)
+    assert "6 tiles of a sample list of 3 slides" in open_source(sample_list=file).about
+
+
+@pytest.mark.parametrize("kind", ["slides", "sample_list"])
+def test_a_link_to_a_held_out_slide_is_held_out_where_only_the_link_is_found(kind, slides, tmp_path):
+    (train, *_), (held, *_) = patients()
+    store = tmp_path / "store"
+    write_folder(store, [f"{held}.svs", "0.svs", "1.svs"])
+    (slides / f"{train}_held.svs").symlink_to(store / f"{held}.svs")
+    for i in range(2):  # names without a patient, as of stores by content, tell nothing
+        (slides / f"{train}_{i}.svs").symlink_to(store / f"{i}.svs")
+    lines = [f"{slides}/{train}_{name}.svs 0 0 0" for name in (0, 1, "held")]
+    world = {"slides": f"{slides}/{train}*.svs", "sample_list": write_list(slides, lines)}
+    source = open_source(**{kind: world[kind]}, holdout=0.5)
+    seen = {where[0] for where in wheres(source, range(40))}
+    assert seen == {f"{slides}/{train}_{i}.svs" for i in range(2)}
+
+
+def test_a_table_that_matches_no_slide_is_said_where_no_slide_has_a_scale(slides, monkeypatch):
+    """The bug: the remedy was the table that was given."""
+    (slides / "mpp.csv").write_text("slide,mpp\nx,0.5\ny,0.5\n")
+    def refuse(slide, path, *keys):
+        raise wsi.SlideError("no usable mpp")
+    monkeypatch.setattr(FakeSlide, "__init__", refuse)
+    with one_line("slides: none of 3 can be used .*no usable mpp; .*mpp.csv: 2 of 2 rows match no slide, such as 'x'"):
+        open_source(slides=f"{slides}/*.svs", mpp_table=f"{slides}/mpp.csv")
+
+
 def test_a_row_for_another_name_of_a_slide_is_said(slides):
     os.link(slides / "a.svs", slides / "d.svs")
     (slides / "mpp.csv").write_text("slide,mpp\nb.svs,0.5\nd.svs,0.5\n")
@@ -776,6 +819,7 @@ def test_unfinished_shards_are_left_out_and_shards_cut_short_are_refused(tmp_pat
     (tmp_path / "s/tiles.json").write_text("{}")
     source = open_source(shards=shards)
     assert len(source.table) == 3 and "3 tiles of 1 finished of 2 shards" in source.about
+    assert source.left_out == {f"{shards}/b.tar": f"no {shards}/b.json: unfinished, or copied without it"}
     with pytest.raises(ValueError, match="shards: no tile to train on: nothing is there or finished"):
         open_source(shards=f"{shards}/b.tar")
     tar = tmp_path / "s/a.tar"
@@ -798,6 +842,22 @@ def test_of_a_shards_names_the_one_with_its_json_counts(link, tmp_path):
     source = open_source(shards=str(tmp_path))
     assert source.tars == [f"{tmp_path}/b/x.tar"] and source.size == 3
     assert source.left_out == {f"{tmp_path}/a/x.tar": f"the same file as {tmp_path}/b/x.tar"}
+
+
+def test_a_linked_shard_has_its_json_beside_the_file_itself(tmp_path):
+    """The bug: it was called unfinished, and not by its name."""
+    write_shard(tmp_path / "store", "x", 3)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/z.tar").symlink_to(tmp_path / "store/x.tar")
+    source = open_source(shards=f"{tmp_path}/mine")
+    assert source.size == 3 and not source.left_out and wheres(source, [0])[0][0] == "/slides/x.svs"
+
+
+@pytest.mark.parametrize("allowed, size", [(60, 30), (1024, 256), (resource.RLIM_INFINITY, 256)])
+def test_no_more_shards_are_open_than_half_of_what_the_system_allows(allowed, size, tmp_path, monkeypatch):
+    """The bug: with more shards than files allowed, their tiles were unreadable."""
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (allowed, allowed))
+    assert open_source(shards=write_shard(tmp_path, "a", 1)).open.cache_info().maxsize == size
 
 
 def test_a_damaged_or_short_member_is_named_with_its_tar_and_place(tmp_path):

@@ -174,6 +174,9 @@ def test_slides_that_would_share_a_name_are_refused():
     assert slides.slides_of(config(tiles, slides="a/*"), {}, dots=True) == {"a/s.1.tif": "s.1"}
     with pytest.raises(ValueError, match="a/s.1.tif and b/s.1.tif would share the name s_1: give each folder its own"):
         cut(slides="[ab]/*")
+    Path("a/s.1.xml").touch()
+    with pytest.raises(ValueError, match=r"share the name s_1: narrow the pattern, such as 'a/\*.svs', or rename"):
+        cut(slides="a/*")
 
 
 def test_a_random_sample_is_of_the_grid_and_a_function_of_the_seed_and_the_slides_name():

@@ -116,6 +116,10 @@ def test_what_a_config_states_of_activation_and_norm_counts(recorded, tmp_path):
     assert vit.arch.norm_eps == 1e-3
     with one_line("config.json states act_layer = relu, but these weights need (gelu|silu)"):
         model.load_backbone(write(tmp_path, tensors, config | {"model_args": args | {"act_layer": "relu"}}))
+    for same in ("torch.nn.SiLU", "swish") if vit.arch.ffn == "swiglu" else ("torch.nn.GELU",):
+        model.load_backbone(write(tmp_path, tensors, config | {"model_args": args | {"act_layer": same}}))
+    with one_line("a config.json without heads beside it"):  # the bug: an AttributeError
+        model.load_backbone(write(tmp_path, tensors, config | {"model_args": None}))
 
 
 def test_a_converted_file_and_the_start_of_training_are_timms(recorded, tmp_path, script):

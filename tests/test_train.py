@@ -763,12 +763,15 @@ def test_a_run_resumes_without_the_file_that_it_began_from(tiles, tmp_path, monk
     torch.save({"teacher": vit.state_dict(), "arch": "tiny", "config": {"norm": "half"}}, tmp_path / "w.pth")
     argv = flags(tiles=tiles, schedule_steps=4, save_interval=1, max_steps=2, weights=tmp_path / "w.pth")
     straight = train(monkeypatch, [*argv, "--max_steps=3", f"--out_dir={tmp_path}/a"])
-    train(monkeypatch, [*argv, f"--out_dir={tmp_path}/b"])
+    for start in "bc":
+        train(monkeypatch, [*argv, f"--out_dir={tmp_path}/{start}"])
     (tmp_path / "w.pth").unlink()
-    resume = [*argv, "--max_steps=3", f"--out_dir={tmp_path}/b", "--resume=true"]
-    resumed = train(monkeypatch, resume)
+    resume = ["--max_steps=3", "--resume=true"]
+    resumed = train(monkeypatch, [*argv, *resume, f"--out_dir={tmp_path}/b"])
+    unnamed = train(monkeypatch, [*argv, *resume, f"--out_dir={tmp_path}/c", "--weights="])
     bit_equal(weights(straight), weights(resumed))
-    assert [run["mean"] for run in (straight, resumed)] == [(0.5,) * 3] * 2
+    bit_equal(weights(straight), weights(unnamed))
+    assert [run["mean"] for run in (straight, resumed, unnamed)] == [(0.5,) * 3] * 3
 
 
 def test_dry_run_prints_the_cost_of_vit_g_without_data_or_gpu(monkeypatch, capsys):

@@ -407,6 +407,15 @@ def test_missing_junk_and_truncated_files_are_refused_by_name(tmp_path, name, co
     assert message in refused(tmp_path / name, mpp=0.25)
 
 
+def test_a_linked_mrxs_has_its_folder_beside_the_file_itself(tmp_path):
+    """The bug: it was called no slide. A folder that is damaged shows that it was found."""
+    (tmp_path / "store/a").mkdir(parents=True)
+    (tmp_path / "store/a.mrxs").write_bytes(b"\xff\xd8")
+    (tmp_path / "store/a/Slidedat.ini").write_text("[GENERAL]\n")
+    (tmp_path / "b.mrxs").symlink_to("store/a.mrxs")
+    assert refused(tmp_path / "b.mrxs").partition("b.mrxs: ")[2].startswith("OpenSlide cannot open it: ")
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ESTALE])
 def test_the_system_says_why_a_file_does_not_open(tmp_path, number, monkeypatch):
     """The bug: an unreadable file, or one too many, was called cut short or striped."""
@@ -551,6 +560,15 @@ def test_pale_tissue_on_glass_is_found(spread, glass, noise):
     rng = np.random.default_rng(0)
     image = rng.normal(glass, noise, (200, 200, 3))
     image[50:150, 50:150] = (238, 218, 230) - rng.uniform(0, spread, (100, 1, 1)) * (0, 1, 0)
+    mask = wsi._mask_of(np.uint8(image), (8, 8), wsi.TISSUE)
+    assert mask[55:145, 55:145].all() and mask.sum() < 1.1 * 100 ** 2
+
+
+@pytest.mark.parametrize("glass", [(255, 246, 252), (250, 255, 252)])
+def test_pale_tissue_on_glass_with_a_saturated_channel_is_found(glass):
+    """The bug: glass with a channel at 255 counted as not scanned, so all that was left was tissue, and alike."""
+    image = np.full((200, 200, 3), glass, float)
+    image[50:150, 50:150] = np.random.default_rng(0).normal((238, 214, 228), 1, (100, 100, 3))
     mask = wsi._mask_of(np.uint8(image), (8, 8), wsi.TISSUE)
     assert mask[55:145, 55:145].all() and mask.sum() < 1.1 * 100 ** 2
 
@@ -702,8 +720,8 @@ def test_a_mask_of_an_older_rule_is_made_again(tmp_path, monkeypatch):
     """The bug: masks that an earlier commit had made stayed in use."""
     slide, _ = toy_slide(tmp_path / "toy.tif")
     mask = Slide(slide.path, mask_dir=str(tmp_path)).tissue_mask()[0]
-    assert (wsi.MASK_VERSION, mask.sum()) == (2, 3071), "the code makes another mask: raise MASK_VERSION"
-    monkeypatch.setattr(wsi, "MASK_VERSION", 3)
+    assert (wsi.MASK_VERSION, mask.sum()) == (3, 3071), "the code makes another mask: raise MASK_VERSION"
+    monkeypatch.setattr(wsi, "MASK_VERSION", 4)
     monkeypatch.setattr(wsi, "_mask_of", lambda thumbnail, *rule: np.ones(thumbnail.shape[:2], bool))
     assert Slide(slide.path, mask_dir=str(tmp_path)).tissue_mask()[0].all()
 
@@ -760,6 +778,16 @@ def test_a_level_without_padding_may_have_whole_tiles_along_one_side(size, facto
     level = tuple(int(side / factor) for side in size)
     scale, told = wsi.level_scale(size, level, np.array((256, 256)))
     assert level[0] % 256 == 0 and told and scale == pytest.approx(factor, rel=3e-3)
+
+
+@pytest.mark.parametrize("size, level, want", [
+    ((15360, 15360), (1024, 1024), 16), ((15360, 15104), (1024, 1024), 16),  # 15x to the pixel, or 960 px padded
+    ((3840, 3840), (256, 256), None), ((7936, 8192), (256, 256), None),      # 16x or 32x in one tile
+    ((3840, 3840), (768, 768), None), ((3000, 3900), (1000, 1300), 3), ((8192, 8192), (512, 512), 16)])
+def test_a_level_that_is_whole_by_its_padding_has_the_power_of_two_or_no_scale(size, level, want):
+    """The bug: 16x padded by chance to 15x to the pixel was taken for 15x."""
+    scale, told = wsi.level_scale(size, level, np.array((256, 256)))
+    assert scale.tolist() == [want, want] if told else want is None
 
 
 @real_slides
