@@ -118,8 +118,8 @@ def begin(dev, hybrid=False):
     dist.init_process_group("nccl" if dev == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                             timeout=timedelta(minutes=30))  # NCCL's 10 are short for rank 0 to read 7.4 GB of BACH
     if hybrid and len(set(agree("", lambda: shape))) > 1:
-        raise SystemExit("LOCAL_WORLD_SIZE differs between nodes: hybrid = True needs the same number of ranks on each; "
-                         "hybrid = False shards over all of them")
+        raise SystemExit("LOCAL_WORLD_SIZE differs between nodes: hybrid = True needs the same number of ranks on "
+                         "each; hybrid = False shards over all of them")
     return init_device_mesh(dev, shape, mesh_dim_names=("nodes", "ranks")[-len(shape):])
 
 

@@ -355,6 +355,8 @@ class SampleList:
 
     def __init__(self, file, config):
         self.file, self.config = file, config
+        if not os.path.isfile(file):
+            raise ValueError(f"sample_list={file}: no such file; a list has lines of path x y level")
         self.table, self.found = shared_table("sample_list", [file], config, self.ROW, self.parse)
         used, doubles, self.left_out = usable_slides("sample_list", self.found, config, self.open)
         numbers = {path: i for i, path in enumerate(self.found)}

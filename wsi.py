@@ -111,8 +111,7 @@ def find_mpp(properties, override=None, from_objective=False, trust=False):
 def level_scale(dimensions, size, tile):
     """(level-0 px per px of a level along x and y, whether the dimensions tell it). All three are (w, h) in px.
     Dimensions hide the scale in two ways. The last pixels may be cut off: then 4.002 is 4. Or the level is padded to
-    whole tiles: then 3.906 is 4. So may 15 be 16. If several whole numbers explain
-    that, it is the power of two."""
+    whole tiles: then 3.906 is 4, and 15 may be 16. If several whole numbers explain that, it is the power of two."""
     factor = np.divide(dimensions, size)
     whole = np.rint(factor)
     cut_off = abs(dimensions / whole - size) < 1

@@ -1005,7 +1005,7 @@ def test_a_mix_that_is_none_is_named(mix):
     ({"slides": "a", "tiles": "b"}, "now: slides, tiles.*--slides= --tiles=DIR"),
     ({"slides": f"{GOLDEN}/*.npz"}, "none of .* can be used .*npz"),
     ({"slides": str(GOLDEN)}, "it is a folder: try"), ({"slides": "/nowhere/*.svs"}, "no file matches /nowhere"),
-    ({"sample_list": "nowhere.txt"}, "No such file or directory: 'nowhere.txt'"),
+    ({"sample_list": "nowhere.txt"}, "sample_list=nowhere.txt: no such file"),
     ({"tiles": "nowhere"}, "no folder nowhere"), ({"shards": str(GOLDEN)}, "shards: no file matches .*golden"),
     ({"shards": "nowhere"}, "shards: no file matches nowhere"),
     ({"mix": (("tiles", "nowhere", 1),)}, "^mix: tiles: no folder nowhere")])
