@@ -556,7 +556,6 @@ def test_labelled_tiles_may_be_the_probe_instead_of_bach(tiles, tmp_path, monkey
         lines.append(f"{file},P{i // 4},{i // 4 % 3}")
     (folder / "groups.csv").write_text("\n".join(lines))
     quick_bach(monkeypatch.setattr, gray=False)
-    monkeypatch.setattr(eval_slides, "SUPPORT_SETS", 20)
     keys = dict(tiles=tiles, max_steps=2, eval_interval=1)
     without = train(monkeypatch, flags(**keys, out_dir=tmp_path / "without"))
     bit_equal(weights(without), weights(train(monkeypatch, flags(**keys, image_dir=folder, out_dir=tmp_path / "a"))))
