@@ -3,7 +3,7 @@ Time and memory of training steps on one GPU, against that GPU's own ceilings an
 
     python bench/step.py --commit=$(git rev-parse --short HEAD)    # all rows, in less than 9 minutes
     python bench/step.py --only=fp8                                # rows with fp8 in their name
-    python bench/step.py --device=cpu --out=/tmp/step.jsonl        # toy sizes: only shows that it runs
+    python bench/step.py --device=cpu --out=out/step_cpu.jsonl     # toy sizes: only shows that it runs
 
 Each row is printed and appended to `out` as soon as it is measured; what fails is a row with its reason. Copy the file
 to docs/step.jsonl: bench/configs.py makes docs/memory.md's table of it. Of rows with one name the last counts.
