@@ -26,7 +26,8 @@ from configurator import configure, train_keys
 # of data are not among them, nor are max_steps and eval_interval (the best of more points is higher)
 REPEAT = """seed out_dir resume dry_run device workers open_slides mask_dir log_interval save_interval keep_checkpoints
     keep_teachers keep_every max_bad_steps max_bad_tiles wandb_project""".split()
-FLOOR = 0.02  # all seeds meet the same 132 images, so a smaller difference is no evidence, whatever the seeds say
+SCORES = "bach", "balanced"  # of a run's probe: BACH, or the labelled images of image_dir; a run has one of them
+FLOOR = 0.02  # all seeds meet the same images, BACH's 132, so a smaller difference is no evidence, whatever seeds say
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom (NIST handbook 1.3.6.7.2). Two groups of three seeds
 # have 4: a factor of 2 in place of t would find a difference between 12 % of equal pairs
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -53,8 +54,8 @@ class Group(NamedTuple):
     name: str
     runs: list
     used: list        # those in the mean
-    x: list           # the steps at which all of these have BACH
-    bach: np.ndarray  # (used, steps)
+    x: list           # the steps at which all of these have a score
+    scores: np.ndarray  # (used, steps)
     protocol: str
 
 
@@ -83,7 +84,8 @@ def load_run(folder):
     """A Run, or None while it has nothing of PANELS. ValueError if a file is damaged, except at its end."""
     bach, rows = read_rows(f"{folder}/bach.jsonl"), read_rows(f"{folder}/metrics.jsonl")
     for step, row in bach.items():
-        rows[step] = rows.get(step, {}) | row
+        score = {"score": row[key] for key in SCORES if key in row}
+        rows[step] = rows.get(step, {}) | row | score
     rows = {step: row for step, row in sorted(rows.items()) if PANELS.keys() & row.keys()}
     if not rows:
         return None
@@ -114,9 +116,9 @@ def group_runs(runs):
     names = [re.sub(r"[-_](s|seed)?\d+$", "", folder) for folder in folders]
     for name, repeats in zip(names, together.values()):
         first, used = repeats[0], mean_of(repeats)
-        x = common(used, "bach")
+        x = common(used, "score")
         name = name if names.count(name) == 1 else first.folder
-        groups.append(Group(name, repeats, used, x, values(used, x, "bach"), first.setting["protocol"]))
+        groups.append(Group(name, repeats, used, x, values(used, x, "score"), first.setting["protocol"]))
     return groups
 
 
@@ -131,12 +133,12 @@ def logged(runs):
 
 
 def mean_of(runs):
-    """The repeats whose mean is shown. Without BACH they may lag a tenth behind the median, as rows are frequent."""
-    ends = [(common([run], "bach") or list(run.rows))[-1] for run in runs]
-    scored = common(runs[:1], "bach")
+    """The repeats whose mean is shown. Without scores they may lag a tenth behind the median, as rows are frequent."""
+    ends = [(common([run], "score") or list(run.rows))[-1] for run in runs]
+    scored = common(runs[:1], "score")
     least = statistics.median_high(ends) * (1 if scored else 0.9)
     used = [run for run, end in zip(runs, ends) if end >= least]
-    if scored and not common(used, "bach"):
+    if scored and not common(used, "score"):
         return used[:1]
     return used
 
@@ -167,8 +169,8 @@ def dip(x, curve):
 
 
 def scores(group, step):
-    """BACH of the group's runs at a step."""
-    return group.bach[:, group.x.index(step)]
+    """The scores of the group's runs at a step."""
+    return group.scores[:, group.x.index(step)]
 
 
 def noise(groups, a, b, at):
@@ -244,10 +246,10 @@ def compare_table(groups, parent):
     """
     rows = [["run", "seeds", "best", "at", "final         ", "against parent", "dip", "length"]]
     for group in groups:
-        best = group.bach.max(1).mean()
-        at = group.x[statistics.median_low(group.bach.argmax(1))]
-        depth, length = dip(group.x, group.bach.mean(0))
-        final, verdict = plus_minus(group.bach[:, -1]), against(group, parent, groups)
+        best = group.scores.max(1).mean()
+        at = group.x[statistics.median_low(group.scores.argmax(1))]
+        depth, length = dip(group.x, group.scores.mean(0))
+        final, verdict = plus_minus(group.scores[:, -1]), against(group, parent, groups)
         numbers = [f"{best:.3f}", str(at), final, verdict, f"{depth:.3f}", str(length)]
         rows.append([group.name, str(len(group.used)), *numbers])
     head, *found = columns(rows)
@@ -255,26 +257,26 @@ def compare_table(groups, parent):
     for line, group in zip(found, groups):
         lines += [line, *remarks(group, parent)]
     _, s, free = noise(groups, parent, parent, parent.x[-1])
-    rule = f"within, beyond: {FLOOR} (132 images), or t s sqrt(1/n + 1/n) at 95 % if larger; sd of seeds s = "
+    rule = f"within, beyond: {FLOOR} (the same few images for all), or t s sqrt(1/n + 1/n) at 95 % if larger; sd of seeds s = "
     return "\n".join([*lines, f"{rule}{s:.3f}, {free} degrees of freedom"])
 
 
 def collapse_table(groups):
     """
-    A line per group, means over its runs +- deviation: BACH at first, the depth of each run's own dip, BACH at the end;
-    then effective rank and mean cosine of BACH's images in the teacher, at first, at the worst point and at the end.
+    A line per group, means over its runs +- deviation: the score at first, the depth of each run's own dip, the score at
+    the end; then effective rank and mean cosine of the probe's images in the teacher, at first, at the worst point and at the end.
     """
     rows = [["run", "start         ", "own dip       ", "end           ", "rank 0", "least", "end         ", "cosine 0",
              "most", "end           "]]
     for group in groups:
-        depths = [dip(group.x, curve)[0] for curve in group.bach]
-        row = [group.name, plus_minus(group.bach[:, 0]), plus_minus(depths), plus_minus(group.bach[:, -1])]
+        depths = [dip(group.x, curve)[0] for curve in group.scores]
+        row = [group.name, plus_minus(group.scores[:, 0]), plus_minus(depths), plus_minus(group.scores[:, -1])]
         for key, worst, digits in (("effective_rank", np.min, 1), ("mean_cosine", np.max, 3)):
             found = values(group.used, group.x, key)
             start, least = found[:, 0].mean(), worst(found, 1).mean()
             row += [f"{start:.{digits}f}", f"{least:.{digits}f}", plus_minus(found[:, -1], digits)]
         rows.append(row)
-    return "\n".join([*columns(rows), "rank, cosine: effective rank and mean cosine of BACH's images in the teacher"])
+    return "\n".join([*columns(rows), "rank, cosine: effective rank and mean cosine of the probe's images in the teacher"])
 
 
 def rows_table(name, rows, keys, form):
@@ -287,10 +289,11 @@ def rows_table(name, rows, keys, form):
 
 
 def curve_table(run):
-    """A line per point of the BACH curve; without one, about twenty rows of metrics.jsonl."""
-    points = {step: run.rows[step] for step in common([run], "bach")}
+    """A line per point of the curve of scores; without one, about twenty rows of metrics.jsonl."""
+    points = {step: run.rows[step] for step in common([run], "score")}
     if points:
-        keys = ("bach", "std", "plateau", "effective_rank", "mean_cosine", "clean", "clean_std", "knn")
+        score = next(key for key in SCORES if common([run], key))
+        keys = (score, "std", "plateau", "effective_rank", "mean_cosine", "clean", "clean_std", "knn")
         return rows_table("step", points, keys, ".4f")
     at = np.linspace(0, len(run.rows) - 1, min(len(run.rows), 20)).astype(int)
     steps = np.array(list(run.rows))[at]
@@ -360,7 +363,7 @@ def show(runs, parent="", out="", tensorboard=""):
         names = ", ".join(group.name for group in scored)
         raise ValueError(f"parent={parent}: no such run with a curve; there are {names}")
     scored.sort(key=lambda group: group not in named)
-    others = [run for run in found if "bach" not in logged([run])]
+    others = [run for run in found if not common([run], "score")]
     if len(found) == 1:
         print(curve_table(found[0]))
     else:
@@ -368,7 +371,7 @@ def show(runs, parent="", out="", tensorboard=""):
             print(compare_table(scored, scored[0]), collapse_table(scored), sep="\n\n")
         if others:
             rows = {run.folder: run.rows[max(run.rows)] for run in others}
-            print(rows_table("no BACH, last row", rows, ["step", *logged(others)], ".4g"))
+            print(rows_table("no score, last row", rows, ["step", *logged(others)], ".4g"))
     top = os.path.commonpath([run.folder for run in found])
     path = out or os.path.join(top, "curves.png")
     try:

@@ -145,7 +145,21 @@ def test_runs_with_and_without_bach_stand_together(tmp_path, tableonly, capsys):
         [f"{tmp_path}/ctx", "20", "0.89"], [f"{tmp_path}/short_0", "20", "nan"], [f"{tmp_path}/short_1", "20", "nan"]]
     run(tmp_path / "z", [0.3, 0.4, 0.5, 0.6])
     rows, text = shown(capsys, tmp_path / "*", parent="z")
-    assert rows["z"][1:4] == ["1", "0.600", "300"] and "no BACH, last row" in text and rows.keys() & {"ctx"} == set()
+    assert rows["z"][1:4] == ["1", "0.600", "300"] and "no score, last row" in text and rows.keys() & {"ctx"} == set()
+
+
+def test_a_curve_of_image_dir_is_compared_like_bach_s(tmp_path, tableonly, capsys):
+    tables = {}
+    for key in ("bach", "balanced"):
+        for name, last in (("recipe_0", 0.6), ("recipe_1", 0.64), ("clip30_0", 0.9)):
+            place = tmp_path / key / name
+            run(place, [0.4, last], rank=[9, 8], cosine=[0.2, 0.3], seed=name[-1], kde=name[0], max_steps=100)
+            text = (place / "bach.jsonl").read_text()
+            (place / "bach.jsonl").write_text(text.replace('"bach"', f'"{key}"'))
+        tables[key] = shown(capsys, tmp_path / key / "*", parent="recipe")[1].rpartition(str(tmp_path))[0]
+    assert tables["bach"] == tables["balanced"] and "+0.280 within 0.440" in tables["bach"]
+    one = shown(capsys, tmp_path / "balanced/clip30_0")[1].splitlines()
+    assert one[0].split()[:3] == ["step", "balanced", "std"] and one[2].split()[:2] == ["100", "0.9000"]
 
 
 @pytest.fixture
