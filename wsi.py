@@ -20,8 +20,9 @@ level that does not show what level 0 shows is left out, with a warning.
 Exact reads. OpenSlide reads a level > 0 at location / downsample, which is fractional, and interpolates between the
 stored pixels. This blurs each place by another amount: a difference between random and grid reads, and a periodic
 shortcut for context models. We start reads as close to a whole level pixel as level-0 pixels allow. The fraction e that
-remains is known, and _sharpen inverts its kernel [1 - e, e]. exact_reads=False leaves OpenSlide's own result;
-docs/data.md has both measured. What was not scanned, or lies outside, is white; OpenSlide leaves it black.
+remains is known, and _sharpen inverts its kernel [1 - e, e]; tests/test_wsi.py fails with an OpenSlide that does not
+interpolate. exact_reads=False leaves OpenSlide's own result; docs/data.md has both measured. What was not scanned, or
+lies outside, is white; OpenSlide leaves it black.
 """
 import csv
 import functools
@@ -68,7 +69,6 @@ POWER_KEYS = ("openslide.objective-power", "aperio.AppMag")
 SCALE_KEYS = {*sum(MPP_KEYS, POWER_KEYS), "tiff.ResolutionUnit"}
 REMEDY = "state it with mpp=... in Slide(), or for a run with --mpp_table=FILE or, for all slides, --slide_mpp=..."
 OPENERS = 16             # slides opened at a time when many are looked at: most of the time is the disk's
-OPENSLIDE = {"interpolates": None}  # a property of the library, found out once per process; None = not yet known
 
 
 class SlideError(ValueError):
@@ -359,7 +359,7 @@ class Slide:
         start = at - before
         start0 = np.rint(start * downsample)        # the nearest place in level-0 px
         shift = start0 / downsample - start         # and by how much it misses, in the level's px
-        if level == 0 or abs(shift).max() < 0.002 or not self._interpolates(at, size, level):
+        if level == 0 or abs(shift).max() < 0.002:
             return self._read_rgb(at * downsample, size, level)
         blurred = self._read_rgb(start0, before + size + MARGIN, level)
         (w, h), (left, top), (shift_x, shift_y) = size, before, shift.tolist()
@@ -371,22 +371,6 @@ class Slide:
             strip = _sharpen(strip.swapaxes(0, 1), shift_x, left, w).swapaxes(0, 1)
             pixels[y:y + rows] = strip.clip(0, 255) + 0.5
         return pixels
-
-    def _interpolates(self, at, size, level):
-        """Whether this OpenSlide blends pixels at fractional places: then it reads other values half a pixel beside.
-        A read decides for the whole process, so one that cannot tell leaves it open."""
-        if OPENSLIDE["interpolates"] is None:
-            downsample = self._handle().level_downsamples[level]
-            here, beside = np.rint(at * downsample), np.rint((at + (0.5, 0)) * downsample)
-            moved = (beside - here)[0] / downsample
-            if min(size) < 16 or abs(moved - 0.5) > 0.25:
-                return True  # too small, or no level-0 pixel lies half a pixel beside, as at 1.001x
-            a, b = self._read_rgb(here, size, level), self._read_rgb(beside, size, level)
-            contrast = abs(np.diff(a.astype(int), axis=1)) > 4
-            if contrast.mean() < 0.1:
-                return True  # too flat: glass looks like its own shifted copy
-            OPENSLIDE["interpolates"] = not (np.array_equal(a, b) or np.array_equal(a[:, 1:], b[:, :-1]))
-        return OPENSLIDE["interpolates"]
 
     def _read_rgb(self, at, size, level, retry=True):
         """One OpenSlide read at the whole level-0 place nearest to `at`: uint8 (h, w, 3), white where transparent."""
