@@ -631,10 +631,7 @@ def open_source(config):
         given = ", ".join(named) or "none"
         raise ValueError(f"set exactly one of {', '.join(SOURCES)} (now: {given}); unset the others as in --slides= "
                          "--tiles=DIR; prepare/toy.py makes slides to try")
-    try:
-        re.compile(config["patient"])
-    except re.error as e:
-        raise ValueError(f"patient = {config['patient']!r} is no regular expression: {e}") from None
+    wsi.check_pattern(config["patient"])
     source = SOURCES[named[0]](config[named[0]], config)
     left_out, found = {}, []
     for part in getattr(source, "sources", [source]):

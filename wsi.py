@@ -747,6 +747,13 @@ def specimen(path):
         return path, ()
 
 
+def check_pattern(patient):
+    try:
+        re.compile(patient)
+    except re.error as e:
+        raise ValueError(f"patient = {patient!r} is no regular expression: {e}") from None
+
+
 def patient_of(path, pattern=r"TCGA-\w\w-\w{4}"):
     """The patient that a slide belongs to: what the regular expression finds in the file's name, else its stem."""
     found = re.search(pattern, os.path.basename(path))

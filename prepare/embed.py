@@ -25,7 +25,7 @@ import eval_bach
 import eval_slides
 import listing
 import model
-from configurator import configure
+from configurator import configure, run
 
 image_dir = ""    # folder of tiles
 weights = ""      # file or folder, any that docs/weights.md lists
@@ -115,8 +115,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    config = configure(globals())
-    try:
-        main(config)
-    except (ValueError, OSError, RuntimeError) as e:
-        raise SystemExit(f"prepare/embed.py: {' '.join(str(e).split())}") from None
+    run("prepare/embed.py", main, configure(globals()))

@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import wsi
-from configurator import configure
+from configurator import configure, run
 from places import open_features
 from prepare.report import scale_bar
 
@@ -151,9 +151,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    try:
-        main(configure(globals()))
-    except ImportError:
-        raise SystemExit("heatmap: pip install matplotlib") from None
-    except (ValueError, OSError, wsi.SlideError) as e:
-        raise SystemExit(f"heatmap: {e}") from None
+    run("heatmap", main, configure(globals()))

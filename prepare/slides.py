@@ -12,7 +12,6 @@ on. Start each part once.
 import csv
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -21,9 +20,9 @@ from multiprocessing import connection, get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import configurator
 import listing
 import wsi
-from configurator import configure
 
 # keys of these four scripts, beside their own
 slides = ""         # glob of whole-slide images
@@ -45,19 +44,16 @@ SECONDS = 10        # between lines of progress
 
 
 def run(script, function, namespace):
-    """A script: set its keys and those of this file, and call function(config). Errors of the user's are one line."""
-    config = configure({**globals(), **namespace}, shared=__file__)
-    try:
+    """A script: set its keys and those of this file, and call function(config)."""
+    config = configurator.configure({**globals(), **namespace}, shared=__file__)
+
+    def checked():
         if config["workers"] < 0:
             raise ValueError(f"workers={config['workers']}: give 0 or more")
-        re.compile(config.get("patient", ""))
+        wsi.check_pattern(config.get("patient", ""))
         function(config)
-    except re.error as error:
-        raise SystemExit(f"{script}: patient={config['patient']} is no regular expression: {error}") from None
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{script}: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(f"{script}: interrupted") from None
+
+    configurator.run(script, checked)
 
 
 def open_slide(path, config):

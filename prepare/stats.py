@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import listing
 import sources
 import wsi
-from configurator import configure, train_keys
+from configurator import configure, run, train_keys
 from prepare.report import patient_told, patients_text, scale_bar, sharpness
 
 # keys beside train.py's
@@ -167,10 +167,7 @@ def show(result):
 
 def draw(sides, file):
     """Write the figure: a histogram per measure, and a row of tiles per side."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("picture: pip install matplotlib") from None
+    from matplotlib.figure import Figure
     heights = [6.5] + [2.8] * len(sides)
     figure = Figure((13, sum(heights)), layout="constrained")
     upper, *lower = figure.subfigures(len(heights), height_ratios=heights)
@@ -241,7 +238,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"stats: {e}") from None
+    run("stats", main, sys.argv[1:])

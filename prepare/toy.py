@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import configure
+from configurator import configure, run
 
 out = "data/toy"  # folder to write
 seed = 0          # another seed is another world
@@ -475,11 +475,11 @@ def build(out, seed=0, workers=2, slides=SLIDES, images=range(400), size=(512, 3
     return True
 
 
+def main():
+    state = "written" if build(out, seed, workers) else "are there already"
+    print(f"{out}: {len(SLIDES)} slides and 400 images {state}; next: python train.py config/toy.py")
+
+
 if __name__ == "__main__":
     configure(globals())
-    try:
-        new = build(out, seed, workers)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"toy: {e}")
-    print(f"{out}: {len(SLIDES)} slides and 400 images {'written' if new else 'are there already'}; "
-          "next: python train.py config/toy.py")
+    run("toy", main)
