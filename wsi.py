@@ -198,19 +198,18 @@ class Slide:
             raise SlideError(f"{self.path}: {error}") from None
         self.mpp_xy = mpp_x, mpp_y
         self.mpp = (mpp_x + mpp_y) / 2
-        scales = []
+        self.left_out, scales = {}, []  # {level: why it is not read}
         for level, size in enumerate(self.level_dimensions):
             keys = (f"openslide.level[{level}].tile-{side}" for side in ("width", "height"))
             tile = np.array([int(self.properties.get(key, 1)) for key in keys])
-            scales.append(level_scale(self.dimensions, size, tile))
-        self.level_scale = np.array([scale for scale, _ in scales], float)  # (levels, 2): level-0 px per px, x and y
+            scale, told = level_scale(self.dimensions, size, tile)
+            scales.append(scale)
+            if not told:
+                self._leave_out(level, "has another aspect than level 0, so it shows another picture or is padded")
+        self.level_scale = np.array(scales, float)  # (levels, 2): level-0 px per px, x and y
         self.level_mpp = (self.level_scale * self.mpp_xy).mean(1).tolist()
         inside = np.ceil(self.dimensions / self.level_scale).astype(int)
         self._inside = np.minimum(inside, self.level_dimensions)  # (levels, 2): px of a level that are no padding
-        self.left_out = {}  # {level: why it is not read}
-        for level, (_, told) in enumerate(scales):
-            if not told:
-                self._leave_out(level, "has another aspect than level 0, so it shows another picture or is padded")
 
     def _leave_out(self, level, reason):
         self.left_out[level] = reason
@@ -719,7 +718,8 @@ def rows_without_slide(file, paths):
 
 
 def one_each(paths, left_out):
-    """The paths, one for each slide: that with the finest level. left_out[path] says so of the others."""
+    """The paths that listing.find gave, one for each slide: that with the finest level. left_out[path] says so of the
+    others."""
     with ThreadPoolExecutor(OPENERS) as pool:
         files = list(zip(paths, pool.map(specimen, paths)))
     first = {}
@@ -733,18 +733,17 @@ def one_each(paths, left_out):
 
 
 def specimen(path):
-    """(what two files of one slide share, else the path; for DICOM the levels' dimensions). Hard links share a place on
-    the disk. A DICOM series has a file for each level, label and overview, any of which opens all in its folder, and
-    OpenSlide's hash is that of the series."""
+    """(what two files of one slide share, else the path; for DICOM the levels' dimensions). A DICOM series has a file
+    for each level, label and overview, any of which opens all in its folder, and OpenSlide's hash is the series'."""
     try:
         with open(path, "rb") as f:
-            state, head = os.fstat(f.fileno()), f.read(132)
+            head = f.read(132)
         if head[128:] == b"DICM":
             with _openslide(path).OpenSlide(path) as slide:
                 return slide.properties.get("openslide.quickhash-1", path), slide.level_dimensions
-        return (state.st_dev, state.st_ino) if state.st_nlink > 1 else path, ()
     except Exception:  # of any kind: the slide will be named when it is opened
-        return path, ()
+        pass
+    return path, ()
 
 
 def check_pattern(patient):
