@@ -60,11 +60,8 @@ GATED = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"}
 
 
 def read_stored(path):
-    """The dictionary in a weight file, or the tensors of a folder or of all shards. ValueError names the file."""
-    files = weight_files(Path(path))
-    if len(files) == 1:
-        return read_file(files[0])
-    return {name: t for file in files for name, t in read_file(file).items()}
+    """The dictionary in a weight file, in that of a folder, or in all shards. ValueError names the file."""
+    return {name: t for file in weight_files(Path(path)) for name, t in read_file(file).items()}
 
 
 def weight_files(path):

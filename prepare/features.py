@@ -39,7 +39,7 @@ device = ""         # "cuda" or "cpu"; "" = cuda if there is one
 workers = 2         # processes that read ahead of the GPU; slides come one after the other
 
 
-def read_region(slide, xy, size, mpp, rows):
+def read_some(slide, xy, size, mpp, rows):
     """(rows, tiles) of the sound ones and {row: message} of the damaged ones; each worker has its own handle."""
     tiles, errors = slide.read_tiles(xy[rows], size, mpp)
     good = [i for i in range(len(rows)) if i not in errors]
@@ -49,33 +49,26 @@ def read_region(slide, xy, size, mpp, rows):
 def encode(slide, xy, size, mpp, px, encoder, config):
     """
     (class tokens fp16 (N, D), {damaged row: message}) of tiles of `size`, which enter the encoder at px x px. Workers
-    read ahead, and a batch spans regions.
+    read ahead, a batch of neighbours each.
     """
     vit, mean, std, device = encoder
     features = torch.zeros(len(xy), vit.arch.embed_dim, dtype=torch.float16, device=device)
-    rows, tiles, bad, n = [], [], {}, config["batch_size"]
-
-    def forward(rows, tiles):
-        x = torch.stack(tiles).to(device).permute(0, 3, 1, 2).float() / 255
-        try:
-            if px != size:
-                x = torch.nn.functional.interpolate(x, (px, px), mode="bilinear", antialias=True)
-            features[rows] = vit((x - mean) / std)["cls"].half()
-        except RuntimeError as error:  # such as a full GPU: the next slide would fare no better, so stop
-            raise OSError(f"the encoder failed: {' '.join(str(error).split())[:300]}") from error
-
-    regions = slide.regions(xy, size, mpp)
-    collate = functools.partial(read_region, slide, xy, size, mpp)
-    loader = torch.utils.data.DataLoader(regions, batch_size=None, num_workers=config["workers"], collate_fn=collate)
+    order, n, bad = np.concatenate(slide.regions(xy, size, mpp)), config["batch_size"], {}
+    batches = [order[at : at + n] for at in range(0, len(order), n)]
+    collate = functools.partial(read_some, slide, xy, size, mpp)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=config["workers"], collate_fn=collate)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
-        for more_rows, more_tiles, errors in loader:
-            rows, tiles = rows + more_rows, [*tiles, *more_tiles]
+        for rows, tiles, errors in loader:
             bad.update(errors)
-            while len(rows) >= n:
-                forward(rows[:n], tiles[:n])
-                rows, tiles = rows[n:], tiles[n:]
-        if rows:
-            forward(rows, tiles)
+            if not rows:
+                continue
+            x = tiles.to(device).permute(0, 3, 1, 2).float() / 255
+            try:
+                if px != size:
+                    x = torch.nn.functional.interpolate(x, (px, px), mode="bilinear", antialias=True)
+                features[rows] = vit((x - mean) / std)["cls"].half()
+            except RuntimeError as error:  # such as a full GPU: the next slide would fare no better, so stop
+                raise OSError(f"the encoder failed: {' '.join(str(error).split())[:300]}") from error
     return features.cpu().numpy(), bad
 
 
