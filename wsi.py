@@ -5,8 +5,8 @@ Whole-slide images: open one, learn its scale, find its tissue, read tiles from 
     x, y = slide.random_tissue(rng, size=224, mpp=0.5)
     tile = slide.read(x, y, size=224, mpp=0.5)         # uint8 (224, 224, 3)
     xy, share = slide.grid(size=224, mpp=0.5)          # places of all tiles with tissue
-    for rows in slide.regions(xy, 224, 0.5):           # groups of neighbours
-        tiles, errors = slide.read_tiles(xy[rows], 224, 0.5)
+    rows = slide.order(xy, 224, 0.5)                   # so that neighbours are read one after the other
+    tiles, errors = slide.read_tiles(xy[rows], 224, 0.5)
 
 Scale. A tile has size x size pixels of mpp micrometres; (x, y) is its top-left in level-0 pixels. We do not say "20x",
 which is anything from 0.44 to 0.55 um/px. A slide without a believable mpp is refused: a guess would mix scales.
@@ -44,7 +44,7 @@ MIN_MPP, MAX_MPP = 0.05, 20.0  # um/px; other values are not believable: 72 dpi 
 MASK_VERSION = 3         # of the code that makes masks: raise it whenever that makes another, so that none is kept
 MAX_MASK_CELLS = 1e8     # a 25 x 75 mm slide has 3e7 cells of 8 um, so more means a wrong mpp
 MARGIN = 6               # px read around a region to invert the interpolation: at 2x e <= 1/4, and (1/3)^7 is nothing
-BLOCK = 1200             # px of a level: tiles of a square of this side are read one after the other
+BLOCK = 1200             # px of a level: the side of a block of tiles that are read one after the other
 CACHE = 32 << 20         # bytes of decoded tiles per process; a tile needs 2 MB
 DAMAGED = -2             # in place of a correlation
 STRIP = 32               # rows sharpened at a time, so that their float copies stay in the cache
@@ -289,16 +289,12 @@ class Slide:
         xy = np.stack([starts[0][column], starts[1][row]], 1)
         return xy, share[row, column].astype(np.float32)
 
-    def regions(self, xy, size, mpp):
-        """Indices into xy (N, 2), grouped into blocks of neighbours: what OpenSlide decodes for an unaligned tile
-        belongs half to its neighbours, and is still in the cache when a block is read, unlike after a wide slide's
-        row."""
+    def order(self, xy, size, mpp):
+        """Indices (N,) of xy (N, 2), block by block: what OpenSlide decodes for an unaligned tile belongs half to its
+        neighbours, and is still in the cache when a block is read, unlike after a wide slide's row."""
         level, _ = self._plan(size, mpp)
-        blocks = np.reshape(xy, (-1, 2)) // (BLOCK * self.level_scale[level])
-        groups = {}
-        for index, (column, row) in enumerate(blocks.tolist()):
-            groups.setdefault((row, column), []).append(index)
-        return [np.array(groups[place]) for place in sorted(groups)]
+        column, row = np.transpose(xy // (BLOCK * self.level_scale[level]))
+        return np.lexsort([column, row])
 
     def read_tiles(self, xy, size, mpp):
         """(tiles, errors) at xy (N, 2): uint8 (N, size, size, 3), and {index: message} of tiles that are damaged."""

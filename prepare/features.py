@@ -53,7 +53,7 @@ def encode(slide, xy, size, mpp, px, encoder, config):
     """
     vit, mean, std, device = encoder
     features = torch.zeros(len(xy), vit.arch.embed_dim, dtype=torch.float16, device=device)
-    order, n, bad = np.concatenate(slide.regions(xy, size, mpp)), config["batch_size"], {}
+    order, n, bad = slide.order(xy, size, mpp), config["batch_size"], {}
     batches = [order[at : at + n] for at in range(0, len(order), n)]
     collate = functools.partial(read_some, slide, xy, size, mpp)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=config["workers"], collate_fn=collate)

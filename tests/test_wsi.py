@@ -278,7 +278,7 @@ def test_reads_are_the_stored_pixels_at_every_level_place_edge_and_corner(tmp_pa
         assert level == 0 or np.mean(ratios) < 0.8, "the bug that this is about has gone: drop the correction"
 
 
-def test_the_grid_covers_the_tissue_without_gap_or_drift_and_regions_hold_each_tile_once(tmp_path, monkeypatch):
+def test_the_grid_covers_the_tissue_without_gap_or_drift_and_is_read_block_by_block(tmp_path, monkeypatch):
     slide, disc = toy_slide(tmp_path / "toy.tif")
     for size, mpp, least in ((64, 0.5, 0.25), (50, 0.77, 0.5), (32, 4.0, 0.1)):
         xy, share = slide.grid(size, mpp, least)
@@ -291,9 +291,10 @@ def test_the_grid_covers_the_tissue_without_gap_or_drift_and_regions_hold_each_t
         missed = disc.sum() - (truth * w * h).sum()
         assert missed / disc.sum() < 2.5 * least * 4 * w / 1000
         monkeypatch.setattr(wsi, "BLOCK", 100)
-        rows = slide.regions(xy, size, mpp)
-        assert sorted(np.concatenate(rows)) == list(range(len(xy)))
-        assert max(np.ptp(xy[some], axis=0).max() for some in rows) < 100 * max(mpp / 0.5, 1)
+        rows, (level, _) = slide.order(xy, size, mpp), slide._plan(size, mpp)
+        assert sorted(rows) == list(range(len(xy)))
+        blocks = (xy[rows] // (100 * slide.level_scale[level])).tolist()
+        assert blocks == sorted(blocks, key=lambda block: block[::-1]), "row by row of blocks"
     xy, _ = slide.grid(64, 0.5, overlap=16)
     assert np.diff(np.unique(xy[:, 0])).tolist() == [48] * (len(np.unique(xy[:, 0])) - 1)
 
