@@ -610,13 +610,10 @@ class Mix:
         self.shares = np.array(weights) / sum(weights)
         self.about = "; ".join(f"{share:.1%} {s.about}" for share, s in zip(self.shares, self.sources))
 
-    def source_of(self, n):
+    def read(self, n, attempt=0):
         visit = n // self.config["tiles_per_visit"]
         rng = np.random.default_rng((self.config["seed"], visit, 0, 2))  # no other stream ends in 2
-        return self.sources[rng.choice(len(self.sources), p=self.shares)]
-
-    def read(self, n, attempt=0):
-        return self.source_of(n).read(n, attempt)
+        return self.sources[rng.choice(len(self.sources), p=self.shares)].read(n, attempt)
 
 
 SOURCES = {"slides": Slides, "sample_list": SampleList, "tiles": Tiles, "shards": Shards, "parquet": Parquet,

@@ -8,8 +8,6 @@ The tile encoder over whole slides: one file of embeddings per slide, in TRIDENT
 
 Places of --coords may have tiles that do not divide into the encoder's patches, such as TRIDENT's of 256 px for patches
 of 14 px. Those are resized to the side of the encoder's own input, and the attribute input_px says so.
-
-A rerun skips the slides whose file is there. Several GPUs take parts of the list: --part=3/8 (prepare/slides.py).
 """
 import functools
 import os

@@ -3,8 +3,8 @@ Many slides, one output folder: what report.py, tiles.py, coords.py and features
 
 Each slide has a process of its own, except in features.py. If a slide kills it (out of memory, a fault in a codec),
 that slide is named and the others get done. A result is written under another name and renamed, and a rerun skips what
-is there. Several nodes share a folder by parts: --part=3/16 takes every 16th slide of the sorted list, from the third
-on. Start each part once.
+is there. Several nodes or GPUs share a folder by parts: --part=3/16 takes every 16th slide of the sorted list, from the
+third on. Start each part once.
 
     keys.json     the keys that the folder was begun with: a rerun with others is refused
     failed.csv    the slides that failed or could not be found, and why; failed.3of16.csv for a part

@@ -7,8 +7,6 @@ JPEG tiles of slides for training, one tar per slide, which train.py reads as --
 
     data/tiles/A.tar     A_500nm_10240_8192.jpg, A_500nm_10240_8192.json, ...: WebDataset's convention
     data/tiles/A.json    where each tile lies in A.tar and what was left out; written last, so A.tar is complete
-
-A rerun skips the slides whose .json is there. Several nodes take parts of the list: --part=3/16 (prepare/slides.py).
 """
 import io
 import json
