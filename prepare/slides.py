@@ -149,10 +149,10 @@ def one_line(error, path):
     return text if isinstance(error, wsi.SlideError) else f"{type(error).__name__}: {text}"
 
 
-def write_csv(file, rows):
+def write_csv(file, rows, delimiter=","):
     """Write dicts that have the same keys, in one step."""
     with open(f"{file}.part", "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(f, rows[0], delimiter=delimiter, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(f"{file}.part", file)
