@@ -68,14 +68,12 @@ def tiles_of(source, samples):
     count, reason = 0, ""
     for n in listing.bar(range(samples), "stats", unit="tile"):
         try:
-            tile, where = source.read(n)
+            yield source.read(n)
+            count += 1
         except sources.READ_ERRORS as e:
             reason = e
             if not isinstance(e, sources.Unsuitable):
                 tqdm.write(f"unreadable: {e}")
-            continue
-        count += 1
-        yield tile, where
     if not count:
         raise ValueError(f"none of {samples} tiles could be read: {reason}")
 
