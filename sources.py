@@ -204,9 +204,8 @@ def usable_slides(key, found, config, open_one, also=()):
     (numbers of the files that are slides to train on, {path: the one whose slide it is}, {path: why it is refused}).
     `also` holds further names of these files.
 
-    All are opened, so the run knows what it can use, and its list is the same on all ranks. One whose disk is away for
-    a moment is tried again when it is drawn. The refused ones are opened again at each start: their remedy may be a
-    file beside them, which the table does not know.
+    All are opened, so that a run knows what it can use. One whose disk is away for a moment is tried again when it is
+    drawn. Refused ones are opened at each start: their remedy may be a file beside them that the table does not know.
     """
     def reason(path):
         if listing.printable(path) != path:
@@ -232,8 +231,8 @@ def usable_slides(key, found, config, open_one, also=()):
         if not rows:
             unmatched = wsi.rows_without_slide(config["mpp_table"], found)
             lost = "".join(f"; {file}: {text}" for file, text in unmatched.items())
-            raise ValueError(f"{key}: none of {len(slides)} can be used (give --tiles=FOLDER for tiles): "
-                             f"{reasons[slides[0]]}{lost}")
+            stated = f"{key}: none of {len(slides)} can be used (give --tiles=FOLDER for tiles)"
+            raise ValueError(f"{stated}: {reasons[slides[0]]}{lost}")
         return np.array(rows, np.uint32), (doubles, refused)
 
     inputs = [wsi.__file__, *filter(None, [config["mpp_table"]]), *found, *also]
