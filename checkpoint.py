@@ -106,8 +106,7 @@ class Exactly(dcp.DefaultLoadPlanner):
         saved = {name: tuple(getattr(m, "size", ())) for name, m in self.metadata.state_dict_metadata.items()}
         mine = {name: tuple(getattr(t, "shape", ())) for name, t in self.state_dict.items()}
         for name in sorted(saved | mine):
-            former = name.startswith("optimizer.param_groups.")  # earlier commits saved them
-            if saved.get(name) != mine.get(name) and not former:
+            if saved.get(name) != mine.get(name):
                 raise SystemExit(f"{name} is {saved.get(name, 'missing')}, this run needs {mine.get(name, 'none')}; go "
                                  "back to its keys of the network (config.json), or start anew in another --out_dir")
         return super().create_local_plan()

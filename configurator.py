@@ -72,6 +72,18 @@ def configure(namespace, argv=None, shared=""):
     return final
 
 
+def run(script, main, *given):
+    """main(*given), the work of a script. What its user can mend ends it with one line."""
+    try:
+        main(*given)
+    except ModuleNotFoundError as e:
+        raise SystemExit(f"{script}: {e.name} is missing: pip install {e.name}") from None
+    except (ValueError, OSError, RuntimeError) as e:
+        raise SystemExit(f"{script}: {' '.join(str(e).split())}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"{script}: interrupted") from None
+
+
 def help_text(namespace, keys, shared):
     """Each key with its default and what its file says beside it, under that file's ruled headings."""
     about = textwrap.fill(namespace["__doc__"].strip().partition("\n\n")[0], 79)

@@ -109,7 +109,7 @@ def scan(folder, left_out, hidden=False):
     found = []
     try:
         with os.scandir(folder or ".") as entries:
-            entries = [entry for entry in entries if is_hidden(entry.name) == hidden]
+            entries = [entry for entry in entries if hidden == (entry.name[0] == "." or entry.name in OF_SYSTEMS)]
     except OSError as e:
         left_out[folder] = f"cannot be listed: {e.strerror}"
         entries = []
@@ -125,8 +125,6 @@ def scan(folder, left_out, hidden=False):
     return found
 
 
-def is_hidden(name):
-    return name.startswith(".") or name in OF_SYSTEMS
 
 
 def kind_of(path, left_out):

@@ -9,11 +9,9 @@ Where tiles come from. A run has exactly one source, named by a key of train.py:
     parquet = "data/parquet"        folder or glob of .parquet with medarc/TCGA-12K-parquet's columns; needs pyarrow
     mix = (("slides", "data/TCGA/**/*.svs", 0.8), ("shards", "data/cptac", 0.2))    several, by weight
 
-Your own source: write a class, name it in SOURCES, and add a key of the same name to train.py, "" = off. It is called
-with the key's value and train.py's keys. It has `about`, a line for the log, and may have `left_out`, {path: reason},
-and `size`, its number of tiles, unless they are drawn at random.
-Its read(n, attempt) returns (uint8 (H, W, 3), {"slide", "x", "y" in level-0 px, "mpp" or nan}) or raises OSError or
-wsi.SlideError. With wide_field, slides also give "wide", a tile as large in px around the same centre.
+Your own source: README, "Change something". Its read(n, attempt) returns (uint8 (H, W, 3), {"slide", "x", "y" in
+level-0 px, "mpp" or nan}) or raises OSError or wsi.SlideError. With wide_field, slides also give "wide", a tile as
+large in px around the same centre.
 
 n counts the samples of the run without end, and sample n depends only on n and the seed; attempt counts its
 replacements. Every index appears exactly once per pass, except for slides and mixes, which are sampled at random.
@@ -206,9 +204,8 @@ def usable_slides(key, found, config, open_one, also=()):
     (numbers of the files that are slides to train on, {path: the one whose slide it is}, {path: why it is refused}).
     `also` holds further names of these files.
 
-    All are opened, 16 at a time; that takes 4 to 9 ms per slide from a local disk. So the run knows what it can use,
-    and its list is the same on all ranks. One whose disk is away for a moment is tried again when it is drawn. The
-    refused ones are opened again at each start: their remedy may be a file beside them, which the table does not know.
+    All are opened, so that a run knows what it can use. One whose disk is away for a moment is tried again when it is
+    drawn. Refused ones are opened at each start: their remedy may be a file beside them that the table does not know.
     """
     def reason(path):
         if listing.printable(path) != path:
@@ -216,8 +213,8 @@ def usable_slides(key, found, config, open_one, also=()):
         try:
             open_one(path).close()
         except wsi.SlideError as e:
-            away = isinstance(e, wsi.Unreachable) and not isinstance(e.__cause__, LASTING)
-            return "" if away else str(e)
+            if not isinstance(e, wsi.Unreachable) or isinstance(e.__cause__, LASTING):
+                return str(e)
         return ""
 
     def reasons_of(paths):
@@ -233,8 +230,9 @@ def usable_slides(key, found, config, open_one, also=()):
         rows = [i for i, path in enumerate(found) if reasons.get(path) == ""]
         if not rows:
             unmatched = wsi.rows_without_slide(config["mpp_table"], found)
-            text = "; ".join([reasons[slides[0]], *(f"{file}: {lost}" for file, lost in unmatched.items())])
-            raise ValueError(f"{key}: none of {len(slides)} can be used (give --tiles=FOLDER for tiles): {text}")
+            lost = "".join(f"; {file}: {text}" for file, text in unmatched.items())
+            stated = f"{key}: none of {len(slides)} can be used (give --tiles=FOLDER for tiles)"
+            raise ValueError(f"{stated}: {reasons[slides[0]]}{lost}")
         return np.array(rows, np.uint32), (doubles, refused)
 
     inputs = [wsi.__file__, *filter(None, [config["mpp_table"]]), *found, *also]
@@ -611,13 +609,10 @@ class Mix:
         self.shares = np.array(weights) / sum(weights)
         self.about = "; ".join(f"{share:.1%} {s.about}" for share, s in zip(self.shares, self.sources))
 
-    def source_of(self, n):
+    def read(self, n, attempt=0):
         visit = n // self.config["tiles_per_visit"]
         rng = np.random.default_rng((self.config["seed"], visit, 0, 2))  # no other stream ends in 2
-        return self.sources[rng.choice(len(self.sources), p=self.shares)]
-
-    def read(self, n, attempt=0):
-        return self.source_of(n).read(n, attempt)
+        return self.sources[rng.choice(len(self.sources), p=self.shares)].read(n, attempt)
 
 
 SOURCES = {"slides": Slides, "sample_list": SampleList, "tiles": Tiles, "shards": Shards, "parquet": Parquet,
@@ -631,10 +626,7 @@ def open_source(config):
         given = ", ".join(named) or "none"
         raise ValueError(f"set exactly one of {', '.join(SOURCES)} (now: {given}); unset the others as in --slides= "
                          "--tiles=DIR; prepare/toy.py makes slides to try")
-    try:
-        re.compile(config["patient"])
-    except re.error as e:
-        raise ValueError(f"patient = {config['patient']!r} is no regular expression: {e}") from None
+    wsi.check_pattern(config["patient"])
     source = SOURCES[named[0]](config[named[0]], config)
     left_out, found = {}, []
     for part in getattr(source, "sources", [source]):

@@ -84,7 +84,7 @@ exact_reads = True       # undo OpenSlide's interpolation (wsi.py); False is the
 mask_dir = ""            # folder that keeps tissue masks, filled at each slide's first visit; "" = keep none
 tiles_per_visit = 4      # consecutive samples from one slide, because opening and masking it takes up to a second
 tissue_share = 0.6       # smallest share of a tile's pixels in Midnight's H&E range of HSV; 0 = no test (other stains)
-open_slides = 16         # slides kept open per worker; OpenSlide caches up to 32 MiB for each
+open_slides = 16         # slides kept open per worker, which share 32 MiB of decoded tiles
 workers = 4              # data processes per rank
 # ---- augmentation ---------------------------------------------------------------------------------------------------
 global_px = 224

@@ -5,8 +5,8 @@ Whole-slide images: open one, learn its scale, find its tissue, read tiles from 
     x, y = slide.random_tissue(rng, size=224, mpp=0.5)
     tile = slide.read(x, y, size=224, mpp=0.5)         # uint8 (224, 224, 3)
     xy, share = slide.grid(size=224, mpp=0.5)          # places of all tiles with tissue
-    for rows in slide.regions(xy, 224, 0.5):           # groups of neighbours
-        tiles, errors = slide.read_tiles(xy[rows], 224, 0.5)
+    rows = slide.order(xy, 224, 0.5)                   # so that neighbours are read one after the other
+    tiles, errors = slide.read_tiles(xy[rows], 224, 0.5)
 
 Scale. A tile has size x size pixels of mpp micrometres; (x, y) is its top-left in level-0 pixels. We do not say "20x",
 which is anything from 0.44 to 0.55 um/px. A slide without a believable mpp is refused: a guess would mix scales.
@@ -20,8 +20,9 @@ level that does not show what level 0 shows is left out, with a warning.
 Exact reads. OpenSlide reads a level > 0 at location / downsample, which is fractional, and interpolates between the
 stored pixels. This blurs each place by another amount: a difference between random and grid reads, and a periodic
 shortcut for context models. We start reads as close to a whole level pixel as level-0 pixels allow. The fraction e that
-remains is known, and _sharpen inverts its kernel [1 - e, e]. exact_reads=False leaves OpenSlide's own result;
-docs/data.md has both measured. What was not scanned, or lies outside, is white; OpenSlide leaves it black.
+remains is known, and _sharpen inverts its kernel [1 - e, e]; tests/test_wsi.py fails with an OpenSlide that does not
+interpolate. exact_reads=False leaves OpenSlide's own result; docs/data.md has both measured. What was not scanned, or
+lies outside, is white; OpenSlide leaves it black.
 """
 import csv
 import functools
@@ -43,7 +44,7 @@ MIN_MPP, MAX_MPP = 0.05, 20.0  # um/px; other values are not believable: 72 dpi 
 MASK_VERSION = 3         # of the code that makes masks: raise it whenever that makes another, so that none is kept
 MAX_MASK_CELLS = 1e8     # a 25 x 75 mm slide has 3e7 cells of 8 um, so more means a wrong mpp
 MARGIN = 6               # px read around a region to invert the interpolation: at 2x e <= 1/4, and (1/3)^7 is nothing
-BLOCK = 1200             # px of a level: tiles of a square of this side are read one after the other
+BLOCK = 1200             # px of a level: the side of a block of tiles that are read one after the other
 CACHE = 32 << 20         # bytes of decoded tiles per process; a tile needs 2 MB
 DAMAGED = -2             # in place of a correlation
 STRIP = 32               # rows sharpened at a time, so that their float copies stay in the cache
@@ -68,7 +69,6 @@ POWER_KEYS = ("openslide.objective-power", "aperio.AppMag")
 SCALE_KEYS = {*sum(MPP_KEYS, POWER_KEYS), "tiff.ResolutionUnit"}
 REMEDY = "state it with mpp=... in Slide(), or for a run with --mpp_table=FILE or, for all slides, --slide_mpp=..."
 OPENERS = 16             # slides opened at a time when many are looked at: most of the time is the disk's
-OPENSLIDE = {"interpolates": None}  # a property of the library, found out once per process; None = not yet known
 
 
 class SlideError(ValueError):
@@ -198,19 +198,18 @@ class Slide:
             raise SlideError(f"{self.path}: {error}") from None
         self.mpp_xy = mpp_x, mpp_y
         self.mpp = (mpp_x + mpp_y) / 2
-        scales = []
+        self.left_out, scales = {}, []  # {level: why it is not read}
         for level, size in enumerate(self.level_dimensions):
             keys = (f"openslide.level[{level}].tile-{side}" for side in ("width", "height"))
             tile = np.array([int(self.properties.get(key, 1)) for key in keys])
-            scales.append(level_scale(self.dimensions, size, tile))
-        self.level_scale = np.array([scale for scale, _ in scales], float)  # (levels, 2): level-0 px per px, x and y
+            scale, told = level_scale(self.dimensions, size, tile)
+            scales.append(scale)
+            if not told:
+                self._leave_out(level, "has another aspect than level 0, so it shows another picture or is padded")
+        self.level_scale = np.array(scales, float)  # (levels, 2): level-0 px per px, x and y
         self.level_mpp = (self.level_scale * self.mpp_xy).mean(1).tolist()
         inside = np.ceil(self.dimensions / self.level_scale).astype(int)
         self._inside = np.minimum(inside, self.level_dimensions)  # (levels, 2): px of a level that are no padding
-        self.left_out = {}  # {level: why it is not read}
-        for level, (_, told) in enumerate(scales):
-            if not told:
-                self._leave_out(level, "has another aspect than level 0, so it shows another picture or is padded")
 
     def _leave_out(self, level, reason):
         self.left_out[level] = reason
@@ -290,16 +289,12 @@ class Slide:
         xy = np.stack([starts[0][column], starts[1][row]], 1)
         return xy, share[row, column].astype(np.float32)
 
-    def regions(self, xy, size, mpp):
-        """Indices into xy (N, 2), grouped into blocks of neighbours: what OpenSlide decodes for an unaligned tile
-        belongs half to its neighbours, and is still in the cache when a block is read, unlike after a wide slide's
-        row."""
+    def order(self, xy, size, mpp):
+        """Indices (N,) of xy (N, 2), block by block: what OpenSlide decodes for an unaligned tile belongs half to its
+        neighbours, and is still in the cache when a block is read, unlike after a wide slide's row."""
         level, _ = self._plan(size, mpp)
-        blocks = np.reshape(xy, (-1, 2)) // (BLOCK * self.level_scale[level])
-        groups = {}
-        for index, (column, row) in enumerate(blocks.tolist()):
-            groups.setdefault((row, column), []).append(index)
-        return [np.array(groups[place]) for place in sorted(groups)]
+        column, row = np.transpose(xy // (BLOCK * self.level_scale[level]))
+        return np.lexsort([column, row])
 
     def read_tiles(self, xy, size, mpp):
         """(tiles, errors) at xy (N, 2): uint8 (N, size, size, 3), and {index: message} of tiles that are damaged."""
@@ -359,7 +354,7 @@ class Slide:
         start = at - before
         start0 = np.rint(start * downsample)        # the nearest place in level-0 px
         shift = start0 / downsample - start         # and by how much it misses, in the level's px
-        if level == 0 or abs(shift).max() < 0.002 or not self._interpolates(at, size, level):
+        if level == 0 or abs(shift).max() < 0.002:
             return self._read_rgb(at * downsample, size, level)
         blurred = self._read_rgb(start0, before + size + MARGIN, level)
         (w, h), (left, top), (shift_x, shift_y) = size, before, shift.tolist()
@@ -371,22 +366,6 @@ class Slide:
             strip = _sharpen(strip.swapaxes(0, 1), shift_x, left, w).swapaxes(0, 1)
             pixels[y:y + rows] = strip.clip(0, 255) + 0.5
         return pixels
-
-    def _interpolates(self, at, size, level):
-        """Whether this OpenSlide blends pixels at fractional places: then it reads other values half a pixel beside.
-        A read decides for the whole process, so one that cannot tell leaves it open."""
-        if OPENSLIDE["interpolates"] is None:
-            downsample = self._handle().level_downsamples[level]
-            here, beside = np.rint(at * downsample), np.rint((at + (0.5, 0)) * downsample)
-            moved = (beside - here)[0] / downsample
-            if min(size) < 16 or abs(moved - 0.5) > 0.25:
-                return True  # too small, or no level-0 pixel lies half a pixel beside, as at 1.001x
-            a, b = self._read_rgb(here, size, level), self._read_rgb(beside, size, level)
-            contrast = abs(np.diff(a.astype(int), axis=1)) > 4
-            if contrast.mean() < 0.1:
-                return True  # too flat: glass looks like its own shifted copy
-            OPENSLIDE["interpolates"] = not (np.array_equal(a, b) or np.array_equal(a[:, 1:], b[:, :-1]))
-        return OPENSLIDE["interpolates"]
 
     def _read_rgb(self, at, size, level, retry=True):
         """One OpenSlide read at the whole level-0 place nearest to `at`: uint8 (h, w, 3), white where transparent."""
@@ -735,7 +714,8 @@ def rows_without_slide(file, paths):
 
 
 def one_each(paths, left_out):
-    """The paths, one for each slide: that with the finest level. left_out[path] says so of the others."""
+    """The paths that listing.find gave, one for each slide: that with the finest level. left_out[path] says so of the
+    others."""
     with ThreadPoolExecutor(OPENERS) as pool:
         files = list(zip(paths, pool.map(specimen, paths)))
     first = {}
@@ -749,18 +729,24 @@ def one_each(paths, left_out):
 
 
 def specimen(path):
-    """(what two files of one slide share, else the path; for DICOM the levels' dimensions). Hard links share a place on
-    the disk. A DICOM series has a file for each level, label and overview, any of which opens all in its folder, and
-    OpenSlide's hash is that of the series."""
+    """(what two files of one slide share, else the path; for DICOM the levels' dimensions). A DICOM series has a file
+    for each level, label and overview, any of which opens all in its folder, and OpenSlide's hash is the series'."""
     try:
         with open(path, "rb") as f:
-            state, head = os.fstat(f.fileno()), f.read(132)
+            head = f.read(132)
         if head[128:] == b"DICM":
             with _openslide(path).OpenSlide(path) as slide:
                 return slide.properties.get("openslide.quickhash-1", path), slide.level_dimensions
-        return (state.st_dev, state.st_ino) if state.st_nlink > 1 else path, ()
     except Exception:  # of any kind: the slide will be named when it is opened
-        return path, ()
+        pass
+    return path, ()
+
+
+def check_pattern(patient):
+    try:
+        re.compile(patient)
+    except re.error as e:
+        raise ValueError(f"patient = {patient!r} is no regular expression: {e}") from None
 
 
 def patient_of(path, pattern=r"TCGA-\w\w-\w{4}"):

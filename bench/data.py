@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import model
 import sources
-from configurator import configure
+from configurator import configure, run
 from prepare.stats import train_keys
 
 repeats = 5  # rounds, beside train.py's keys
@@ -61,7 +61,4 @@ def main(config):
 
 if __name__ == "__main__":
     config = configure({**train_keys(), **globals()}, shared="train.py")
-    try:
-        main(config)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"bench/data.py: {e}") from None
+    run("bench/data.py", main, config)

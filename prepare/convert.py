@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
-from configurator import configure
+from configurator import configure, run
 
 weights = ""  # folder or file
 out = ""      # .pth to write; any script takes it as its weights
@@ -60,11 +60,8 @@ GATED = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"}
 
 
 def read_stored(path):
-    """The dictionary in a weight file, or the tensors of a folder or of all shards. ValueError names the file."""
-    files = weight_files(Path(path))
-    if len(files) == 1:
-        return read_file(files[0])
-    return {name: t for file in files for name, t in read_file(file).items()}
+    """The dictionary in a weight file, in that of a folder, or in all shards. ValueError names the file."""
+    return {name: t for file in weight_files(Path(path)) for name, t in read_file(file).items()}
 
 
 def weight_files(path):
@@ -418,13 +415,14 @@ def stored_norm(path):
                      "--norm=hibou or --norm=imagenet (Meta, UNI, Virchow, GigaPath, Phikon)")
 
 
+def main():
+    state, fitting = model.open_weights(weights, arch or None)
+    stated = model.stored_norm(weights) if norm is None else model.norm_values(norm)
+    told = {field: getattr(fitting, field) for field in UNTOLD}
+    torch.save({"teacher": state, "arch": told, "config": {"norm": stated}}, out)
+    print(f"{out}: {model.load_backbone(out).arch}")
+
+
 if __name__ == "__main__":
     configure(globals())
-    try:
-        state, fitting = model.open_weights(weights, arch or None)
-        stated = model.stored_norm(weights) if norm is None else model.norm_values(norm)
-        told = {field: getattr(fitting, field) for field in UNTOLD}
-        torch.save({"teacher": state, "arch": told, "config": {"norm": stated}}, out)
-        print(f"{out}: {model.load_backbone(out).arch}")
-    except (ValueError, OSError, RuntimeError) as e:
-        raise SystemExit(f"prepare/convert.py: {e}") from None
+    run("prepare/convert.py", main)

@@ -3,8 +3,6 @@ Places of tiles: the grid over the tissue in TRIDENT's files; tiles.py and featu
 
     python prepare/coords.py --slides='slides/*.svs' --out=data/coords      # A_patches.h5, as TRIDENT's
     python prepare/tiles.py ... --coords=data/coords                        # tiles at these places
-
-A rerun skips the slides whose file is there; prepare/slides.py says more.
 """
 import functools
 import io

@@ -25,7 +25,7 @@ import eval_bach
 import eval_slides
 import listing
 import model
-from configurator import configure
+from configurator import configure, run
 
 image_dir = ""    # folder of tiles
 weights = ""      # file or folder, any that docs/weights.md lists
@@ -41,16 +41,15 @@ CHUNK = 1024      # tiles in memory at a time, 150 KB each at 224 px
 
 
 def read_some(paths, view, left_out):
-    """([path], [pixels]) of those that can be read; the reasons of the others go into left_out."""
+    """{path: pixels} of those that can be read; the reasons of the others go into left_out."""
     def read(path):
         try:
             return eval_bach.read_image(path, view)[0]
         except ValueError as e:
             left_out[path] = str(e)
     with ThreadPoolExecutor(8) as pool:
-        found = list(zip(paths, pool.map(read, paths)))
-    sound = [pair for pair in found if pair[1] is not None]
-    return [path for path, _ in sound], [image for _, image in sound]
+        images = dict(zip(paths, pool.map(read, paths)))
+    return {path: image for path, image in images.items() if path not in left_out}
 
 
 def embed_files(paths, backbone, mean_std, config, left_out):
@@ -59,12 +58,12 @@ def embed_files(paths, backbone, mean_std, config, left_out):
     done, features = [], []
     bar = listing.bar(paths, "embed", unit="tile")
     for at in range(0, len(paths), CHUNK):
-        some, pixels = read_some(paths[at : at + CHUNK], view, left_out)
-        if some:
-            done += some
-            features.append(eval_bach.embed(backbone, pixels, *mean_std, config["device"], view,
+        some = paths[at : at + CHUNK]
+        if pixels := read_some(some, view, left_out):
+            done += list(pixels)
+            features.append(eval_bach.embed(backbone, list(pixels.values()), *mean_std, config["device"], view,
                                             batch_size=config["batch_size"]))
-        bar.update(len(paths[at : at + CHUNK]))
+        bar.update(len(some))
     bar.close()
     if not done:
         raise ValueError(f"image_dir={config['image_dir']}: none of {len(paths)} images can be read, such as "
@@ -115,8 +114,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    config = configure(globals())
-    try:
-        main(config)
-    except (ValueError, OSError, RuntimeError) as e:
-        raise SystemExit(f"prepare/embed.py: {' '.join(str(e).split())}") from None
+    run("prepare/embed.py", main, configure(globals()))

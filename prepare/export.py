@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import curves
 import model
-from configurator import configure
+from configurator import configure, run
 from prepare import convert
 
 weights = ""  # file or folder
@@ -239,10 +239,7 @@ def main(config):
         raise ValueError("give --weights=FILE and --out=FOLDER")
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise ValueError(f"out={out}: not an empty folder; delete it, or choose another --out")
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise ValueError("to write weights for other code, pip install safetensors") from None
+    from safetensors.torch import save_file
     vit, header = model.load_backbone(weights, config["arch"] or None), model.read_header(weights)
     norm, arch = model.stored_norm(weights) if norm is None else model.norm_values(norm), vit.arch
     px = header.get("config", {}).get("global_px") or arch.patch_size * round(SIZE / arch.patch_size)
@@ -266,8 +263,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    config = configure(globals())
-    try:
-        main(config)
-    except (ValueError, OSError, RuntimeError) as e:
-        raise SystemExit(f"prepare/export.py: {e}") from None
+    run("prepare/export.py", main, configure(globals()))

@@ -8,8 +8,6 @@ The tile encoder over whole slides: one file of embeddings per slide, in TRIDENT
 
 Places of --coords may have tiles that do not divide into the encoder's patches, such as TRIDENT's of 256 px for patches
 of 14 px. Those are resized to the side of the encoder's own input, and the attribute input_px says so.
-
-A rerun skips the slides whose file is there. Several GPUs take parts of the list: --part=3/8 (prepare/slides.py).
 """
 import functools
 import os
@@ -39,7 +37,7 @@ device = ""         # "cuda" or "cpu"; "" = cuda if there is one
 workers = 2         # processes that read ahead of the GPU; slides come one after the other
 
 
-def read_region(slide, xy, size, mpp, rows):
+def read_some(slide, xy, size, mpp, rows):
     """(rows, tiles) of the sound ones and {row: message} of the damaged ones; each worker has its own handle."""
     tiles, errors = slide.read_tiles(xy[rows], size, mpp)
     good = [i for i in range(len(rows)) if i not in errors]
@@ -49,33 +47,26 @@ def read_region(slide, xy, size, mpp, rows):
 def encode(slide, xy, size, mpp, px, encoder, config):
     """
     (class tokens fp16 (N, D), {damaged row: message}) of tiles of `size`, which enter the encoder at px x px. Workers
-    read ahead, and a batch spans regions.
+    read ahead, a batch of neighbours each.
     """
     vit, mean, std, device = encoder
     features = torch.zeros(len(xy), vit.arch.embed_dim, dtype=torch.float16, device=device)
-    rows, tiles, bad, n = [], [], {}, config["batch_size"]
-
-    def forward(rows, tiles):
-        x = torch.stack(tiles).to(device).permute(0, 3, 1, 2).float() / 255
-        try:
-            if px != size:
-                x = torch.nn.functional.interpolate(x, (px, px), mode="bilinear", antialias=True)
-            features[rows] = vit((x - mean) / std)["cls"].half()
-        except RuntimeError as error:  # such as a full GPU: the next slide would fare no better, so stop
-            raise OSError(f"the encoder failed: {' '.join(str(error).split())[:300]}") from error
-
-    regions = slide.regions(xy, size, mpp)
-    collate = functools.partial(read_region, slide, xy, size, mpp)
-    loader = torch.utils.data.DataLoader(regions, batch_size=None, num_workers=config["workers"], collate_fn=collate)
+    order, n, bad = slide.order(xy, size, mpp), config["batch_size"], {}
+    batches = [order[at : at + n] for at in range(0, len(order), n)]
+    collate = functools.partial(read_some, slide, xy, size, mpp)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=config["workers"], collate_fn=collate)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
-        for more_rows, more_tiles, errors in loader:
-            rows, tiles = rows + more_rows, [*tiles, *more_tiles]
+        for rows, tiles, errors in loader:
             bad.update(errors)
-            while len(rows) >= n:
-                forward(rows[:n], tiles[:n])
-                rows, tiles = rows[n:], tiles[n:]
-        if rows:
-            forward(rows, tiles)
+            if not rows:
+                continue
+            x = tiles.to(device).permute(0, 3, 1, 2).float() / 255
+            try:
+                if px != size:
+                    x = torch.nn.functional.interpolate(x, (px, px), mode="bilinear", antialias=True)
+                features[rows] = vit((x - mean) / std)["cls"].half()
+            except RuntimeError as error:  # such as a full GPU: the next slide would fare no better, so stop
+                raise OSError(f"the encoder failed: {' '.join(str(error).split())[:300]}") from error
     return features.cpu().numpy(), bad
 
 

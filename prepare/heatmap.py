@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import wsi
-from configurator import configure
+from configurator import configure, run
 from places import open_features
 from prepare.report import scale_bar
 
@@ -114,7 +114,9 @@ def draw(thumbnail, extent, panels, chosen, label, side, out, title):
         if chosen is not None:
             corner = chosen - side / 2
             axis.add_patch(Rectangle(corner, side, side, fill=False, edgecolor="black", linewidth=2))
-        draw_scale_bar(axis, width, height)
+        um, text = scale_bar(width / 4)
+        axis.plot([0, um], [1.03 * height] * 2, color="black", linewidth=3, clip_on=False)  # below the slide
+        axis.text(um * 1.1, 1.03 * height, text, va="center")
         axis.set_title(name)
         axis.set_axis_off()
     figure.suptitle(title)
@@ -123,11 +125,6 @@ def draw(thumbnail, extent, panels, chosen, label, side, out, title):
     plt.close(figure)
 
 
-def draw_scale_bar(axis, width, height):
-    """A bar of a round length, at most a quarter of the width, below the slide."""
-    um, text = scale_bar(width / 4)
-    axis.plot([0, um], [1.03 * height] * 2, color="black", linewidth=3, clip_on=False)
-    axis.text(um * 1.1, 1.03 * height, text, va="center")
 
 
 def main(config):
@@ -151,9 +148,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    try:
-        main(configure(globals()))
-    except ImportError:
-        raise SystemExit("heatmap: pip install matplotlib") from None
-    except (ValueError, OSError, wsi.SlideError) as e:
-        raise SystemExit(f"heatmap: {e}") from None
+    run("heatmap", main, configure(globals()))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import listing
 import wsi
-from configurator import configure
+from configurator import configure, run
 
 slides = ""         # glob of whole-slide images
 out = ""            # the list; must not exist
@@ -67,7 +67,4 @@ def main():
 
 if __name__ == "__main__":
     configure(globals())
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"levels: {e}")
+    run("levels", main)

@@ -8,6 +8,7 @@ A picture shows the slide once per um/px: tiles shaded in orange, tissue's edge 
 black areas and damage are hatched, so that no colour of a pen can be taken for ours. A slide that cannot be read, or
 whose process dies, has a row as well, with the reason and whatever could be learnt.
 """
+import contextlib
 import math
 import os
 import re
@@ -43,11 +44,8 @@ tissue_share tissue_mm2""".split()  # then tiles_0.5 and so on, sharpness, defec
 def sharpness(tile):
     """Variance of a 3 x 3 Laplacian in grey levels; it depends on um/px and on the tissue: compare like with like."""
     gray = np.asarray(Image.fromarray(tile).convert("L"), np.float32)
-    middle_rows, middle_columns = gray[1:-1], gray[:, 1:-1]
-    beside = middle_rows[:, :-2] + middle_rows[:, 2:]
-    above_below = middle_columns[:-2] + middle_columns[2:]
-    laplacian = beside + above_below - 4 * middle_rows[:, 1:-1]
-    return float(laplacian.var())
+    second_y, second_x = np.diff(gray, 2, axis=0), np.diff(gray, 2, axis=1)
+    return float((second_y[:, 1:-1] + second_x[1:-1]).var())
 
 
 # ---- a slide's row --------------------------------------------------------------------------------------------------
@@ -63,18 +61,11 @@ def slide_row(path, name, config):
     """A slide's row. Whatever goes wrong ends up in "error", and what was learnt until then stays."""
     row = new_row(path, name, config)
     try:
-        try:
-            slide = open_slide(path, config)
-        except wsi.SlideError as e:
-            row["error"] = one_line(e, path)
-            describe(row, wsi.Slide(path, mpp=1.0))  # opens if only the scale is in doubt
-            return row
-        describe(row, slide)
-        row["mpp_x"], row["mpp_y"] = (round(mpp, 5) for mpp in slide.mpp_xy)
-        row["mpp_source"] = slide.mpp_source
-        measure(row, slide, config)
+        measure(row, open_slide(path, config), config)
     except Exception as e:  # of any kind: a report that stops at slide 9,000 of 12,000 is worse than an odd row
-        row["error"] = row["error"] or one_line(e, path)
+        row["error"] = one_line(e, path)
+        with contextlib.suppress(Exception):
+            describe(row, wsi.Slide(path, mpp=1.0))  # opens if only the scale is in doubt
     return row
 
 
@@ -82,8 +73,7 @@ def describe(row, slide):
     """What the file says of itself, except for its scale."""
     row["vendor"] = slide.vendor
     row["width"], row["height"] = slide.dimensions
-    named = [slide.properties[key] for key in SCANNER_KEYS if slide.properties.get(key)]
-    row["scanner"] = named[0] if named else ""
+    row["scanner"] = next(filter(None, map(slide.properties.get, SCANNER_KEYS)), "")
     factors = [np.divide(slide.dimensions, size).mean() for size in slide.level_dimensions]
     row["level_factors"] = " ".join(f"{factor:.4g}" for factor in factors)
     if slide.power > 0:
@@ -91,8 +81,12 @@ def describe(row, slide):
 
 
 def measure(row, slide, config):
-    """Defects, such as a level that is left out, tissue, tiles, sharpness."""
-    found, found_cell = survey(slide)
+    """Scale, defects, such as a level that is left out, tissue, tiles, sharpness."""
+    describe(row, slide)
+    row["mpp_x"], row["mpp_y"] = (round(mpp, 5) for mpp in slide.mpp_xy)
+    row["mpp_source"] = slide.mpp_source
+    thumbnail, damaged, found_cell = slide.thumbnail(SURVEY_UM)
+    found = {"damaged": damaged, **scan_defects(thumbnail)}
     defects = [f"{name} {100 * mask.mean():.1f} %" for name, mask in found.items() if mask.mean() >= 0.001]
     row["defects"] = "; ".join(defects)
     mask, cell = slide.tissue_mask()
@@ -133,10 +127,6 @@ def focus(slide, defects):
     return median
 
 
-def survey(slide):
-    """({scan defect: bool (h, w)}, (x, y) size of a cell in level-0 px) by a thumbnail."""
-    thumbnail, damaged, cell = slide.thumbnail(SURVEY_UM)
-    return {"damaged": damaged, **scan_defects(thumbnail)}, cell
 
 
 def scan_defects(rgb):
@@ -162,14 +152,14 @@ def draw(slide, grids, found, found_cell, text, config):
     width, height = pixels.shape[1], round(len(pixels) * cell[1] * um_xy[1] / um)
     plain = Image.fromarray(pixels).resize((width, height), Image.BILINEAR)
     bar, bar_text = scale_bar(width * um / 3)
-    swatches = [Image.new("RGB", (56, 28), "white") for _ in range(1 + len(found))]
-    shade(swatches[0], 0, 0, 55, 27)
+    swatch = Image.new("RGB", (56, 28), "white")
     legend = {bar_text: Image.new("RGB", (round(bar / um), 8)), "edge of the tissue mask": Image.new("RGB", (56, 4)),
-              f"would be cut: {config['min_tissue']:.0%} or more is tissue, and half lies inside": swatches[0]}
-    for (name, mask), swatch in zip(found.items(), swatches[1:]):
+              f"would be cut: {config['min_tissue']:.0%} or more is tissue, and half lies inside": swatch}
+    for name, mask in found.items():
         hatch(plain, enlarged(mask, found_cell * um_xy / um, plain.size), *HATCHES[name])
-        hatch(swatch, Image.new("L", swatch.size, 255), *HATCHES[name])
-        legend[f"{name}, {100 * mask.mean():.1f} % of the slide"] = swatch
+        legend[f"{name}, {100 * mask.mean():.1f} % of the slide"] = hatched = swatch.copy()
+        hatch(hatched, Image.new("L", swatch.size, 255), *HATCHES[name])
+    shade(swatch, 0, 0, 55, 27)
     mask, mask_cell = slide.tissue_mask()
     edge = enlarged(mask, mask_cell * um_xy / um, plain.size).filter(ImageFilter.FIND_EDGES)
     panels = {}
@@ -243,15 +233,12 @@ def summary(rows, config):
     tiles = [f"tiles_{mpp:g}" for mpp in config["mpps"]]
     totals, usable = {}, 0
     for row in rows:
-        mpp = "?"
-        if row["mpp_x"]:
-            mpp = f"{(row['mpp_x'] + row['mpp_y']) / 2:.3f}"
-        scanner = row["scanner"] or row["vendor"] or "?"
-        power = row["objective_power"] or "?"
+        mpp = f"{(row['mpp_x'] + row['mpp_y']) / 2:.3f}" if row["mpp_x"] else "?"
+        group = row["scanner"] or row["vendor"] or "?", mpp, row["objective_power"] or "?"
         counts = [row[column] or 0 for column in ("tissue_mm2", *tiles)]
         error = bool(row["error"])
         usable += not error and any(counts[1:])
-        totals[scanner, mpp, power] = np.add(totals.get((scanner, mpp, power), 0), [1, error, *counts])
+        totals[group] = np.add(totals.get(group, 0), [1, error, *counts])
     heads = "um/px", "power", "slides", "errors", "tissue_mm2", *tiles
     print("scanner".ljust(24), *(f"{head:>10}" for head in heads))
     for (scanner, mpp, power), total in sorted(totals.items()):

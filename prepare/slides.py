@@ -3,8 +3,8 @@ Many slides, one output folder: what report.py, tiles.py, coords.py and features
 
 Each slide has a process of its own, except in features.py. If a slide kills it (out of memory, a fault in a codec),
 that slide is named and the others get done. A result is written under another name and renamed, and a rerun skips what
-is there. Several nodes share a folder by parts: --part=3/16 takes every 16th slide of the sorted list, from the third
-on. Start each part once.
+is there. Several nodes or GPUs share a folder by parts: --part=3/16 takes every 16th slide of the sorted list, from the
+third on. Start each part once.
 
     keys.json     the keys that the folder was begun with: a rerun with others is refused
     failed.csv    the slides that failed or could not be found, and why; failed.3of16.csv for a part
@@ -12,7 +12,6 @@ on. Start each part once.
 import csv
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -21,9 +20,9 @@ from multiprocessing import connection, get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import configurator
 import listing
 import wsi
-from configurator import configure
 
 # keys of these four scripts, beside their own
 slides = ""         # glob of whole-slide images
@@ -45,19 +44,16 @@ SECONDS = 10        # between lines of progress
 
 
 def run(script, function, namespace):
-    """A script: set its keys and those of this file, and call function(config). Errors of the user's are one line."""
-    config = configure({**globals(), **namespace}, shared=__file__)
-    try:
+    """A script: set its keys and those of this file, and call function(config)."""
+    config = configurator.configure({**globals(), **namespace}, shared=__file__)
+
+    def checked():
         if config["workers"] < 0:
             raise ValueError(f"workers={config['workers']}: give 0 or more")
-        re.compile(config.get("patient", ""))
+        wsi.check_pattern(config.get("patient", ""))
         function(config)
-    except re.error as error:
-        raise SystemExit(f"{script}: patient={config['patient']} is no regular expression: {error}") from None
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{script}: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(f"{script}: interrupted") from None
+
+    configurator.run(script, checked)
 
 
 def open_slide(path, config):
@@ -153,10 +149,10 @@ def one_line(error, path):
     return text if isinstance(error, wsi.SlideError) else f"{type(error).__name__}: {text}"
 
 
-def write_csv(file, rows):
+def write_csv(file, rows, delimiter=","):
     """Write dicts that have the same keys, in one step."""
     with open(f"{file}.part", "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(f, rows[0], delimiter=delimiter, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(f"{file}.part", file)

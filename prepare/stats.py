@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import listing
 import sources
 import wsi
-from configurator import configure, train_keys
+from configurator import configure, run, train_keys
 from prepare.report import patient_told, patients_text, scale_bar, sharpness
 
 # keys beside train.py's
@@ -68,14 +68,12 @@ def tiles_of(source, samples):
     count, reason = 0, ""
     for n in listing.bar(range(samples), "stats", unit="tile"):
         try:
-            tile, where = source.read(n)
+            yield source.read(n)
+            count += 1
         except sources.READ_ERRORS as e:
             reason = e
             if not isinstance(e, sources.Unsuitable):
                 tqdm.write(f"unreadable: {e}")
-            continue
-        count += 1
-        yield tile, where
     if not count:
         raise ValueError(f"none of {samples} tiles could be read: {reason}")
 
@@ -167,10 +165,7 @@ def show(result):
 
 def draw(sides, file):
     """Write the figure: a histogram per measure, and a row of tiles per side."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("picture: pip install matplotlib") from None
+    from matplotlib.figure import Figure
     heights = [6.5] + [2.8] * len(sides)
     figure = Figure((13, sum(heights)), layout="constrained")
     upper, *lower = figure.subfigures(len(heights), height_ratios=heights)
@@ -241,7 +236,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"stats: {e}") from None
+    run("stats", main, sys.argv[1:])

@@ -19,6 +19,7 @@ from urllib.request import Request, urlopen
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import configure
+from prepare.slides import write_csv
 
 manifest = ""      # GDC manifest: tab-separated id, filename, md5, size; "" = out/gdc_manifest.<project>.txt
 project = ""       # that file is written if it is not there: TCGA-BRCA, or several: TCGA-LUAD,TCGA-LUSC
@@ -46,11 +47,6 @@ def list_project():
     return [{column: hit[field] for field, column in FIELDS.items()} for hit in hits]
 
 
-def write_manifest(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def complete(row):
@@ -65,7 +61,7 @@ if __name__ == "__main__":
     try:
         os.makedirs(out, exist_ok=True)
         if project and not listed.exists():
-            write_manifest(listed, list_project())
+            write_csv(listed, list_project(), "\t")
         with open(listed, newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
         if not rows:
@@ -75,7 +71,7 @@ if __name__ == "__main__":
         raise SystemExit(f"tcga: {listed}: no usable manifest ({type(e).__name__}: {e}){MANUAL}")
     if missing:
         rest, size = f"{out}/gdc_manifest.missing.txt", sum(int(row["size"]) for row in missing) / 1e9
-        write_manifest(rest, missing)
+        write_csv(rest, missing, "\t")
         raise SystemExit(f"tcga: {len(missing)} of {len(rows)} files are missing or cut short ({size:.2f} GB); run\n"
                          f"    gdc-client download -m {rest} -d {out}")
     print(f"{out}: all {len(rows)} files are there; next: python prepare/report.py --slides='{out}/**/*.svs'")

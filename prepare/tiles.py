@@ -7,8 +7,6 @@ JPEG tiles of slides for training, one tar per slide, which train.py reads as --
 
     data/tiles/A.tar     A_500nm_10240_8192.jpg, A_500nm_10240_8192.json, ...: WebDataset's convention
     data/tiles/A.json    where each tile lies in A.tar and what was left out; written last, so A.tar is complete
-
-A rerun skips the slides whose .json is there. Several nodes take parts of the list: --part=3/16 (prepare/slides.py).
 """
 import io
 import json
@@ -56,29 +54,25 @@ def places(slide, name, config, skipped):
     return found
 
 
-def regions(slide, name, size, mpp, xy, kept, config):
+def order(slide, name, size, mpp, xy, kept, config):
     """
-    Rows of xy that are read together: of all places, or of random ones until kept[mpp] is tiles_per_slide.
-
-    The order of the places is a function of the seed, the slide's name and the mpp.
+    Yields rows of xy, neighbours one after the other: of all places, or of random ones until kept[mpp] is
+    tiles_per_slide. Which ones is a function of the seed, the slide's name and the mpp.
     """
     wanted, rest = config["tiles_per_slide"], np.arange(len(xy))
     if wanted:
         np.random.default_rng([config["seed"], zlib.crc32(name.encode()), round(1000 * mpp)]).shuffle(rest)
     while len(rest) and (not wanted or kept[mpp] < wanted):
-        count = wanted - kept[mpp] if wanted else len(rest)
-        for rows in slide.regions(xy[rest[:count]], size, mpp):
-            yield rest[rows]
-        rest = rest[count:]
+        some, rest = np.split(rest, [wanted - kept[mpp] if wanted else len(rest)])
+        yield from some[slide.order(xy[some], size, mpp)]
 
 
 def read(slide, name, config, kept, skipped):
-    """Yields (mpp, x, y, tissue share, tile, error), region by region; only a damaged tile has an error."""
+    """Yields (mpp, x, y, tissue share, tile, error); only a damaged tile has an error."""
     for size, mpp, xy, tissue in places(slide, name, config, skipped):
-        for rows in regions(slide, name, size, mpp, xy, kept, config):
-            tiles, errors = slide.read_tiles(xy[rows], size, mpp)
-            for i, row in enumerate(rows):
-                yield mpp, *xy[row].tolist(), tissue[row], tiles[i], errors.get(i)
+        for row in order(slide, name, size, mpp, xy, kept, config):
+            (tile,), errors = slide.read_tiles(xy[[row]], size, mpp)
+            yield mpp, *xy[row].tolist(), tissue[row], tile, errors.get(0)
 
 
 def check_damage(bad, count):

@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import configure
+from configurator import configure, run
 
 out = "data/toy"  # folder to write
 seed = 0          # another seed is another world
@@ -320,12 +320,8 @@ def patchwork(rng, size):
     """
     shape = shape_of(size, COARSE_UM)
     pieces = int(rng.integers(1, 3))
-    centres, outlines = [], []
-    for i in range(pieces):
-        centre = (i + 0.5) / pieces * size[0], size[1] / 2
-        circle = blob(rng, 0, 1, 0.12)
-        outlines.append(circle * size * (0.43 / pieces, 0.43) + centre)
-        centres.append(centre)
+    centres = [((i + 0.5) / pieces * size[0], size[1] / 2) for i in range(pieces)]
+    outlines = [blob(rng, 0, 1, 0.12) * size * (0.43 / pieces, 0.43) + centre for centre in centres]
     inside = paint(outlines, shape, COARSE_UM)
     grid = [max(1, round(side / 550)) for side in size]  # regions of about 550 um with uneven borders
     corners = np.argwhere(np.ones(grid))
@@ -427,7 +423,7 @@ def jpegs(image):
     for top in range(0, image.height, TILE):
         for left in range(0, image.width, TILE):
             tile, buffer = Image.new("RGB", (TILE, TILE), "white"), io.BytesIO()
-            tile.paste(image.crop((left, top, min(left + TILE, image.width), min(top + TILE, image.height))))
+            tile.paste(image, (-left, -top))
             tile.save(buffer, "JPEG", quality=80)
             yield buffer.getvalue()
 
@@ -475,11 +471,11 @@ def build(out, seed=0, workers=2, slides=SLIDES, images=range(400), size=(512, 3
     return True
 
 
+def main():
+    state = "written" if build(out, seed, workers) else "are there already"
+    print(f"{out}: {len(SLIDES)} slides and 400 images {state}; next: python train.py config/toy.py")
+
+
 if __name__ == "__main__":
     configure(globals())
-    try:
-        new = build(out, seed, workers)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"toy: {e}")
-    print(f"{out}: {len(SLIDES)} slides and 400 images {'written' if new else 'are there already'}; "
-          "next: python train.py config/toy.py")
+    run("toy", main)

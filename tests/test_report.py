@@ -99,7 +99,7 @@ def test_what_goes_wrong_is_an_error_with_the_rest_of_the_row(tmp_path, monkeypa
     lie = write_slide(tmp_path / "lie.tif", [image, np.ascontiguousarray(image[:512, :512][::-1])], (0.5, 0.5))
     row = row_of(lie)
     assert "level 1 does not show" in row["defects"] and row["level_factors"] == "1 4" and row["error"] == ""
-    monkeypatch.setattr(report, "survey", lambda slide: 1 / 0)  # what nobody has foreseen
+    monkeypatch.setattr(report, "scan_defects", lambda rgb: 1 / 0)  # what nobody has foreseen
     row = row_of(lie)
     assert row["error"] == "ZeroDivisionError: division by zero" and row["width"] == 2048 and row["mpp_x"] == 0.5
 

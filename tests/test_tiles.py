@@ -527,7 +527,7 @@ def test_tiles_that_do_not_divide_into_patches_are_resized_to_the_encoders_input
 
 def test_a_killed_reader_costs_its_own_slide(encoder, monkeypatch):
     write(size=(512, 384))
-    monkeypatch.setattr(features, "read_region", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(features, "read_some", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
     text = fails(features, **encoder, workers=1)
     assert "a.tif: RuntimeError: DataLoader worker" in text and not hidden()
 

@@ -278,58 +278,7 @@ def test_reads_are_the_stored_pixels_at_every_level_place_edge_and_corner(tmp_pa
         assert level == 0 or np.mean(ratios) < 0.8, "the bug that this is about has gone: drop the correction"
 
 
-def test_the_correction_is_left_out_where_openslide_does_not_interpolate(tmp_path, monkeypatch):
-    slide, levels = open_texture(tmp_path, 2.003, size=(1027, 901))
-    downsample = slide._handle().level_downsamples[1]
-
-    def nearest(self, at, level, size):  # a future OpenSlide
-        x, y = (round(v / downsample) if level else v for v in at)
-        rgba = np.zeros((size[1], size[0], 4), np.uint8)
-        part = levels[level][y:y + size[1], x:x + size[0]]
-        rgba[:part.shape[0], :part.shape[1]] = np.dstack([part, np.full(part.shape[:2], 255, np.uint8)])
-        return Image.fromarray(rgba)
-    monkeypatch.setattr(wsi, "OPENSLIDE", {"interpolates": None})
-    monkeypatch.setattr(openslide.OpenSlide, "read_region", nearest)
-    sx = slide.level_scale[1][0]
-    for lx in (3, 100, 257, 300):
-        tile = slide.read_level(round(lx * sx), round(lx * sx), 64, 1)
-        assert np.array_equal(tile, levels[1][lx:lx + 64, lx:lx + 64])
-    assert wsi.OPENSLIDE["interpolates"] is False
-
-
-def test_a_flat_place_does_not_decide_whether_openslide_interpolates(tmp_path, monkeypatch):
-    monkeypatch.setattr(wsi, "OPENSLIDE", {"interpolates": None})
-    image = flat(GLASS, 1027)[:901].copy()
-    image[:, 500:] = PINK  # one straight edge: it looks like its own shifted copy
-    slide = Slide(write_slide(tmp_path / "edge.tif", pyramid(image, 2.003), (0.25, 0.25)))
-    for x in range(430, 460):
-        slide.read_level(x, 301, 64, 1)
-    assert wsi.OPENSLIDE["interpolates"] is None
-    image = texture(1027, 901).copy()
-    image[:300] = 90 + np.arange(1027)[:, None] // 4 % 2  # differences of one grey level vanish in the rounding
-    slide = Slide(write_slide(tmp_path / "flat.tif", pyramid(image, 2.003), (0.25, 0.25)))
-    assert abs(slide.read_level(333, 33, 64, 1) - 90.5).max() <= 1 and wsi.OPENSLIDE["interpolates"] is None
-    slide.read_level(333, 733, 64, 1)
-    assert wsi.OPENSLIDE["interpolates"] is True
-
-
-@pytest.mark.parametrize("factor, size, left, px", [
-    (2.003, (1027, 901), 511, 64),     # one pixel wide inside the level
-    (2.003, (1027, 901), 300, 1), (2.003, (1027, 901), 300, 3),
-    (200.3, (1027, 901), 2, 64),       # a level of 5 px
-    (1.0003, (1027, 901), 760, 64)])   # half a pixel beside is a whole one
-def test_a_read_or_a_level_too_small_to_tell_does_not_decide_it_either(tmp_path, monkeypatch, factor, size, left, px):
-    """The bug: two empty slices were equal, and all later reads of the process stayed blurred."""
-    monkeypatch.setattr(wsi, "OPENSLIDE", {"interpolates": None})
-    levels = [np.random.default_rng(k).integers(0, 256, level.shape, np.uint8)
-              for k, level in enumerate(pyramid(np.zeros((*size[::-1], 3), np.uint8), factor))]
-    slide = Slide(write_slide(tmp_path / "noise.tif", levels, (0.25, 0.25)))
-    for top in range(0, 200, 9):
-        slide.read_level(round(left * factor), round(top * factor), px, 1)
-    assert wsi.OPENSLIDE["interpolates"] is not False
-
-
-def test_the_grid_covers_the_tissue_without_gap_or_drift_and_regions_hold_each_tile_once(tmp_path, monkeypatch):
+def test_the_grid_covers_the_tissue_without_gap_or_drift_and_is_read_block_by_block(tmp_path, monkeypatch):
     slide, disc = toy_slide(tmp_path / "toy.tif")
     for size, mpp, least in ((64, 0.5, 0.25), (50, 0.77, 0.5), (32, 4.0, 0.1)):
         xy, share = slide.grid(size, mpp, least)
@@ -342,9 +291,10 @@ def test_the_grid_covers_the_tissue_without_gap_or_drift_and_regions_hold_each_t
         missed = disc.sum() - (truth * w * h).sum()
         assert missed / disc.sum() < 2.5 * least * 4 * w / 1000
         monkeypatch.setattr(wsi, "BLOCK", 100)
-        rows = slide.regions(xy, size, mpp)
-        assert sorted(np.concatenate(rows)) == list(range(len(xy)))
-        assert max(np.ptp(xy[some], axis=0).max() for some in rows) < 100 * max(mpp / 0.5, 1)
+        rows, (level, _) = slide.order(xy, size, mpp), slide._plan(size, mpp)
+        assert sorted(rows) == list(range(len(xy)))
+        blocks = (xy[rows] // (100 * slide.level_scale[level])).tolist()
+        assert blocks == sorted(blocks, key=lambda block: block[::-1]), "row by row of blocks"
     xy, _ = slide.grid(64, 0.5, overlap=16)
     assert np.diff(np.unique(xy[:, 0])).tolist() == [48] * (len(np.unique(xy[:, 0])) - 1)
 
