@@ -56,7 +56,8 @@ RUNS = {"defaults": {}, "others": dict(centering="softmax", kde="koleo", hed="op
                                        batch_size=2, global_px=28, local_px=14,
                                        clip_grad=0, activation_checkpointing="selective", drop_path=0.0),
         "dinov3": dict(arch="dinov3_vits16", depth=2, global_px=64, local_px=32, rope_rescale=2.0, kde="none",
-                       head_weight_norm="False", activation_checkpointing="full")}
+                       head_weight_norm="False", activation_checkpointing="full"),
+        "released": dict(kde="openmidnight", local_crops=0)}
 ON_THE_HOST = {"data.py:change"}  # indices from the colour parameters, constants: never on a GPU
 
 
