@@ -8,12 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +24,6 @@ import sharding
 from configurator import configure
 from prepare import coords
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(window=36, mask_block=(4, 9), width=32, depth=2, heads=2, registers=2, periods=(4.0, 32.0), batch_size=8,
             base_lr=1e-1, warmup_steps=10, max_steps=6, log_interval=1, workers=0, device="cpu")
 ABOUT = dict(weights_sha256="a" * 64, norm=((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)), tile_px=224, level0_mpp=0.5)
@@ -371,19 +370,16 @@ def test_ranks_that_see_different_slides_are_refused(folder, tmp_path, monkeypat
         run(monkeypatch, features=folder, out_dir=tmp_path, max_steps=1)
 
 
-@pytest.mark.parametrize("key, value", [
-    ("heads", 4), ("periods", (2.0, 32.0)), ("scale_embedding", False), ("centre", True), ("subtract_mean", True),
-    ("shuffle", True), ("features", None)])
-def test_a_run_does_not_resume_as_another_network(key, value, folder, tmp_path, monkeypatch):
+def test_a_run_does_not_resume_as_another_network(folder, tmp_path, monkeypatch):
     keys = dict(features=folder, out_dir=tmp_path / "run")
     run(monkeypatch, **keys, max_steps=1)
-    if key == "features":  # the same slides by another tile encoder
-        value = tmp_path / "other"
-        value.mkdir()
-        for i in range(6):
-            write(value / f"S{i}.npz", waves(i, grid(16, 16)), grid(16, 16), weights_sha256="b" * 64)
-    with pytest.raises(SystemExit, match=f"resume: the run was trained on other {key} than now"):
-        run(monkeypatch, **keys | {key: value}, max_steps=2, resume=True)
+    (tmp_path / "other").mkdir()  # the same slides by another tile encoder
+    for i in range(6):
+        write(tmp_path / f"other/S{i}.npz", waves(i, grid(16, 16)), grid(16, 16), weights_sha256="b" * 64)
+    for key, value in dict(heads=4, periods=(2.0, 32.0), scale_embedding=False, centre=True, subtract_mean=True,
+                           shuffle=True, features=tmp_path / "other").items():
+        with pytest.raises(SystemExit, match=f"resume: the run was trained on other {key} than now"):
+            run(monkeypatch, **keys | {key: value}, max_steps=2, resume=True)
 
 
 def test_files_of_h5py_say_that_it_is_not_there(tmp_path, monkeypatch):

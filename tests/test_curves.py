@@ -309,14 +309,6 @@ def test_threshold_is_student_s_test_with_a_pooled_deviation():
         assert curves.noise([a, b, c, other], b, a, 300) == (limit, s, free)
 
 
-def test_equal_experiments_are_beyond_noise_in_one_of_twenty_comparisons():
-    rng, beyond, n = np.random.default_rng(0), 0, 4000
-    for ends in rng.normal(0.7, 0.05, (n, 2, 3)):
-        a, b = (group(*e) for e in ends)
-        beyond += "beyond" in curves.against(a, b, [a, b])
-    assert 0.04 < beyond / n < 0.06  # with a factor of 2 instead of Student's t it is 0.116
-
-
 def test_quantiles_of_student_s_t():
     scipy = pytest.importorskip("scipy.stats")
     for free in range(1, 40):

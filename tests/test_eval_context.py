@@ -247,13 +247,12 @@ def test_the_headline_is_balanced_logistic_regression_with_a_c_of_a_half(world):
     assert rows["mean"]["auroc"] == pytest.approx(np.mean(areas))
 
 
-@pytest.mark.parametrize("C", [0.5, 0.01])
-def test_regression_is_scikit_learns(C):
+def test_regression_is_scikit_learns():
     rng = np.random.default_rng(0)
     x, labels = rng.normal(size=(40, 3)) * 5, torch.arange(40) % 4 // 3
     found = found_of(labels.tolist(), (np.arange(40) // 20).tolist())
-    predicted = eval_slides.linear_probe(found, x, -x, C)  # what is tested may be other features
-    fit = LogisticRegression(C=C, class_weight="balanced", max_iter=10_000).fit(x[20:], labels[20:])
+    predicted = eval_slides.linear_probe(found, x, -x, 0.01)  # what is tested may be other features
+    fit = LogisticRegression(C=0.01, class_weight="balanced", max_iter=10_000).fit(x[20:], labels[20:])
     assert np.allclose(predicted[0, :20], fit.predict_proba(-x[:20]), atol=1e-5)
 
 

@@ -156,23 +156,17 @@ def test_position_table_resampling():
     assert model.resample_pos_embed(z["pos_embed_37"], (5, 9)).shape == (1, 46, 8)
 
 
-@pytest.mark.parametrize("arch, keys, params", [  # H+'s (zero) qkv bias is a parameter in the released count too
-    ("dinov2_vitg14_reg", 568, 1_136_486_912), ("dinov3_vith16plus", 552, 840_633_600),
-    ("dinov3_vit7b16", 610, 6_716_043_264), ("dinov3_vitl16", 368, None), ("dinov3_vits16", 188, None)])
-def test_counts_of_keys_and_parameters_are_those_of_the_released_files(arch, keys, params):
-    with torch.device("meta"):
-        vit = ViT(ARCHS[arch])
-    assert len(vit.state_dict()) == keys and params in (None, sum(p.numel() for p in vit.parameters()))
-
-
-@pytest.mark.parametrize("arch, keys, params", [
+@pytest.mark.parametrize("arch, px, keys, params", [  # H+'s (zero) qkv bias is a parameter in the released count too
+    ("dinov2_vitg14_reg", 518, 568, 1_136_486_912), ("dinov3_vith16plus", 224, 552, 840_633_600),
+    ("dinov3_vit7b16", 224, 610, 6_716_043_264), ("dinov3_vitl16", 224, 368, None), ("dinov3_vits16", 224, 188, None),
     # as timm 1.0.31 builds them, and a mask token each, UNI2-h's class position, and not Virchow2's of registers
-    ("uni", 343, 303_350_784 + 1024), ("uni2_h", 344, 681_394_176 + 2 * 1536), ("virchow", 455, 631_229_184 + 1280),
-    ("virchow2", 456, 631_239_424 + 1280 - 4 * 1280), ("gigapath", 567, 1_134_953_984 + 1536)])
-def test_counts_of_tile_encoders_of_pathology_are_those_of_timm_at_224_px(arch, keys, params):
+    ("uni", 224, 343, 303_350_784 + 1024), ("uni2_h", 224, 344, 681_394_176 + 2 * 1536),
+    ("virchow", 224, 455, 631_229_184 + 1280), ("virchow2", 224, 456, 631_239_424 + 1280 - 4 * 1280),
+    ("gigapath", 224, 567, 1_134_953_984 + 1536)])
+def test_counts_of_keys_and_parameters_are_those_of_the_released_files(arch, px, keys, params):
     with torch.device("meta"):
-        vit = ViT(replace(ARCHS[arch], pos_grid=224 // ARCHS[arch].patch_size))
-    assert len(vit.state_dict()) == keys and sum(p.numel() for p in vit.parameters()) == params
+        vit = ViT(replace(ARCHS[arch], pos_grid=px // ARCHS[arch].patch_size))
+    assert len(vit.state_dict()) == keys and params in (None, sum(p.numel() for p in vit.parameters()))
 
 
 def test_rotary_keys_are_refused_for_learned_positions_and_the_other_way_round():
@@ -381,54 +375,12 @@ def test_schedule_end_points_and_monotonicity():
 
 # ---- weight files ---------------------------------------------------------------------------------------------------
 
-def save(tmp_path, data, name="w.pth"):
-    torch.save(data, tmp_path / name)
-    return str(tmp_path / name)
-
-
-def test_weight_files_that_do_not_fit_are_refused_by_name(tmp_path):
-    good = ViT(ARCHS["toy"]).state_dict()
-    cases = [({k: v for k, v in good.items() if k != "norm.bias"}, "norm.bias"),
-             ({**good, "extra": good["norm.bias"]}, "extra"), ({**good, "norm.bias": torch.zeros(3)}, "norm.bias"),
-             ({"a": torch.zeros(1)}, "no DINOv2"), ([1, 2], "holds a list and no dictionary"),
-             ({1: good["norm.bias"]}, "no DINOv2"), ({"teacher": 3}, "no DINOv2"),
-             ({k: v for k, v in good.items() if k[:6] != "blocks"}, "no DINOv2"),
-             ({k: v for k, v in good.items() if ".mlp." not in k}, "no DINOv2"),
-             ({"teacher": good, "arch": "nonsense"}, "nonsense")]
-    for data, part in cases:
-        path = save(tmp_path, data)
-        with pytest.raises(ValueError, match=part):
-            model.load_backbone(path)
-    with pytest.raises(ValueError, match=r"another architecture: .* is \(128,\), not \(1536,\)"):
-        model.load_backbone(save(tmp_path, good), "dinov2_vitg14_reg")
-    (tmp_path / "junk.pth").write_bytes(b"not weights")
-    for path in (tmp_path / "junk.pth", tmp_path / "missing.pth", tmp_path):
-        with pytest.raises(ValueError, match=path.name):
-            model.load_backbone(path)
-
-    class Evil:
-        def __reduce__(self):
-            return (print, ("ran",))
-    with pytest.raises(ValueError, match="plain tensors"):
-        model.load_backbone(save(tmp_path, {"teacher": Evil()}))
-
-
-def start(vit, path, pos_embed_init="resample"):
-    """What training starts from, without ranks; what is not given stays as drawn."""
-    given = model.first_weights(path, vit.arch, pos_embed_init)
-    vit.load_state_dict(vit.state_dict() | given)
-
-
 def test_a_518_px_table_gives_the_reference_features_at_224_px(tmp_path):
     """The bug to catch: positions assigned to the wrong object, so that training starts from random ones."""
     vit, _ = build("vit_dinov2_reg4_swiglu")
-    path, x = save(tmp_path, vit.state_dict()), torch.randn(2, 3, 224, 224)
-    at_16 = ViT(replace(vit.arch, pos_grid=16))
-    start(at_16, path)
+    torch.save(vit.state_dict(), tmp_path / "w.pth")
+    at_16, x = ViT(replace(vit.arch, pos_grid=16)), torch.randn(2, 3, 224, 224)
+    at_16.load_state_dict(at_16.state_dict() | model.first_weights(tmp_path / "w.pth", at_16.arch))
     assert at_16.pos_embed.shape == (1, 257, 64)
     close(at_16.eval()(x)["cls"], vit(x)["cls"])
-    random = ViT(replace(vit.arch, pos_grid=16))
-    before = random.pos_embed.detach().clone()
-    start(random, path, "random")
-    close(random.pos_embed.detach(), before, atol=0, rtol=0)
-    assert (random.eval()(x)["cls"] - vit(x)["cls"]).abs().max() > 1e-2
+    assert "pos_embed" not in model.first_weights(tmp_path / "w.pth", at_16.arch, "random"), "it stays as drawn"

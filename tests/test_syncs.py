@@ -4,12 +4,10 @@ from collections import Counter
 
 import pytest
 import torch
-from test_train import ROOT, flags, train
+from test_train import ROOT, flags, rows, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-import model
-import sharding
 
 # of which the first is item, bool(), int(), float(); the rest make shapes that depend on values, or compare
 WAITS = set("_local_scalar_dense nonzero masked_select equal _unique2 unique_dim unique_consecutive bincount".split())
@@ -58,7 +56,8 @@ RUNS = {"defaults": {}, "others": dict(centering="softmax", kde="koleo", hed="op
                                        batch_size=2, global_px=28, local_px=14,
                                        clip_grad=0, activation_checkpointing="selective", drop_path=0.0),
         "dinov3": dict(arch="dinov3_vits16", depth=2, global_px=64, local_px=32, rope_rescale=2.0, kde="none",
-                       head_weight_norm="False", activation_checkpointing="full")}
+                       head_weight_norm="False", activation_checkpointing="full"),
+        "released": dict(kde="openmidnight", local_crops=0)}
 ON_THE_HOST = {"data.py:change"}  # indices from the colour parameters, constants: never on a GPU
 
 
@@ -66,21 +65,7 @@ ON_THE_HOST = {"data.py:change"}  # indices from the colour parameters, constant
 def test_a_step_waits_for_no_result(keys, tiles, tmp_path, monkeypatch):
     seen = waits(monkeypatch, flags(tiles=tiles, out_dir=tmp_path / "a", max_steps=5, log_interval=100, **keys))
     assert seen and {at for at, _ in seen} <= ON_THE_HOST, seen
-
-
-@pytest.mark.parametrize("name", ["clip_gradients", "sinkhorn", "update_ema"])
-def test_one_look_at_a_result_is_found(name, tiles, tmp_path, monkeypatch):
-    module = model if name == "sinkhorn" else sharding
-    function = getattr(module, name)
-
-    def looks(*args):
-        out = function(*args)
-        first = out if out is not None else next(args[0].parameters()).to_local()
-        assert first.sum() != 12345  # bool()
-        return out
-    monkeypatch.setattr(module, name, looks)
-    seen = waits(monkeypatch, flags(tiles=tiles, out_dir=tmp_path / "a", max_steps=5, log_interval=100))
-    assert {at for at, _ in seen} - ON_THE_HOST, seen
+    assert rows(tmp_path / "a")[-1]["loss"] > 0, "these keys train"
 
 
 def test_and_at_log_points_they_are(tiles, tmp_path, monkeypatch):

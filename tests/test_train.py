@@ -389,17 +389,6 @@ def test_the_teacher_is_the_average_of_the_student(tiles, tmp_path, monkeypatch)
             assert not torch.equal(saved[k], vit.state_dict()[k]) or k == "mask_token", k
 
 
-DINOV3 = dict(arch="dinov3_vits16", depth=2, global_px=64, local_px=32, rope_rescale=2.0, layer_decay=0.9,
-              head_weight_norm="false", batch_size=2)
-
-
-@pytest.mark.parametrize("keys", [dict(kde="openmidnight"), dict(kde="none", local_crops=0), dict(hed="openmidnight"),
-                                  DINOV3])
-def test_the_ablations_that_are_keys_run(keys, tiles, tmp_path, monkeypatch):
-    train(monkeypatch, flags(**{"tiles": tiles, "max_steps": 2, "out_dir": tmp_path / "a", **keys}))
-    assert all(np.isfinite(r["loss"]) for r in rows(tmp_path / "a")[1:])
-
-
 def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
@@ -407,7 +396,7 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     out = tmp_path / "new"
     for keys, part in [(dict(out_dir=tmp_path / "full"), "is not empty: continue with --resume=true"),
-                       (dict(tiles=""), "exactly one of slides"), (dict(tiles=tmp_path / "none"), "no folder"),
+                       (dict(tiles=tmp_path / "none"), "no folder"),
                        (dict(weights="none.pth"), "no file or folder none.pth"), (dict(bach_dir=tmp_path), "Photos"),
                        (dict(arch="vit"), "unknown arch 'vit'; known: 'dinov2_vits14'"),
                        (dict(kde="on"), "unknown kde 'on'; known"),
@@ -427,7 +416,6 @@ def test_bad_input_is_named_before_anything_is_built(tiles, tmp_path, monkeypatc
                        (dict(momentum=1.5), "from 0 to 1"), (dict(holdout=1.5), "from 0 to 1"),
                        (dict(blur_prob="(0,90,50)"), "from 0 to 1"),
                        (dict(shards="x"), "exactly one of"),
-                       (dict(tiles="", mix="(('tiles','x',0),)"), "weight above 0"),
                        (dict(wandb_project="x"), "pip install wandb"),
                        (dict(patient="["), "no regular expression"), (dict(holdout=0.5), "holdout needs patients")]:
         message = refused(monkeypatch, flags(**{"tiles": tiles, "out_dir": out, **keys}))
@@ -517,8 +505,6 @@ def test_too_many_unreadable_tiles_stop_the_run_with_their_list(tiles, tmp_path,
     assert f"{tmp_path}/tiles/gone.png,a link to /nowhere.png: " in (tmp_path / "a/left_out.csv").read_text()
     message = refused(monkeypatch, flags(**keys, out_dir=tmp_path / "b", max_bad_tiles=2))
     assert "3 unreadable" in message and all(f"{i}.png" in message for i in range(3))
-    train(monkeypatch, flags(**{**keys, "max_steps": 7}, out_dir=tmp_path / "a", resume="true"))
-    assert rows(tmp_path / "a")[-1]["bad_tiles"] == 3, "a resumed run remembers them"
 
 
 def test_when_every_draw_fails_each_file_is_named_once(tiles, tmp_path, monkeypatch):
@@ -529,9 +515,10 @@ def test_when_every_draw_fails_each_file_is_named_once(tiles, tmp_path, monkeypa
     assert "every draw failed:\na.tar: " in message and message.count("damaged") == 1
 
 
-def test_the_bach_curve_starts_at_step_0(tiles, bach_template, tmp_path, monkeypatch):
+def test_the_bach_curve_starts_at_step_0_and_is_what_the_teachers_export_scores(tiles, bach_template, tmp_path,
+                                                                               monkeypatch):
     quick_bach(monkeypatch.setattr, gray=False)
-    keys = dict(tiles=tiles, max_steps=3, eval_interval=2, bach_dir=bach_template)
+    keys = dict(tiles=tiles, max_steps=3, eval_interval=2, bach_dir=bach_template, norm="half")
     train(monkeypatch, flags(**keys, out_dir=tmp_path / "a"))
     curve, metrics = rows(tmp_path / "a", "bach.jsonl"), rows(tmp_path / "a")
     assert [r["step"] for r in curve] == [0, 2, 3] and [r["step"] for r in metrics] == [0, 1, 2, 3]
@@ -545,6 +532,9 @@ def test_the_bach_curve_starts_at_step_0(tiles, bach_template, tmp_path, monkeyp
         for k in ("std", "seeds", "protocol", "embed_seconds", "seconds"):
             assert metrics[i][f"bach_{k}"] == r[k]
     assert not any("bach" in k for k in metrics[1])
+    keys = dict(arch="", device="cpu", image_dir="", views="resize", input_px=56, mpp=0.5, concat=False)
+    row = eval_bach.score_file(f"{tmp_path}/a/teacher/3.pth", None, keys, eval_bach.load_pixels(bach_template))
+    assert {k: row[k] for k in ("seeds", "mean_cosine")} == {k: curve[-1][k] for k in ("seeds", "mean_cosine")}
 
 
 def test_labelled_tiles_may_be_the_probe_instead_of_bach(tiles, tmp_path, monkeypatch):
@@ -647,15 +637,6 @@ def test_a_point_whose_forward_ended_the_run_is_passed_over_by_the_resumed_one(t
     assert [r["step"] for r in rows(tmp_path / "a", "bach.jsonl")] == [0, 3]
 
 
-def test_the_curve_is_the_teachers_and_what_its_export_scores(tiles, tmp_path, monkeypatch):
-    quick_bach(monkeypatch.setattr)
-    train(monkeypatch, flags(tiles=tiles, max_steps=3, bach_dir="x", norm="half", out_dir=tmp_path / "a"))
-    keys = dict(arch="", device="cpu", image_dir="", views="resize", input_px=56, mpp=0.5, concat=False)
-    row = eval_bach.score_file(str(tmp_path / "a/teacher/3.pth"), None, keys, eval_bach.load_pixels("x"))
-    assert {k: row[k] for k in ("seeds", "mean_cosine")} == {
-        k: rows(tmp_path / "a", "bach.jsonl")[-1][k] for k in ("seeds", "mean_cosine")}
-
-
 @pytest.mark.parametrize("stated, want", [("half", [[0.5] * 3] * 2), (None, None), ("imagenet", None)])
 def test_pixels_are_normalised_as_the_weights_state(stated, want, tiles, tmp_path, monkeypatch):
     """The bug: weights trained at 0.5 that go on at ImageNet's, in silence."""
@@ -745,15 +726,19 @@ def test_wandb_gets_the_rows_of_metrics_and_a_resumed_run_goes_on_in_its_own(til
     assert [r["step"] for r in logged[4:]] == [3, 4] and rows(out) == logged[:3] + logged[4:]
 
 
+class Foreign(Exception):
+    """As wandb's own errors, neither an OSError nor a RuntimeError."""
+
+
 def test_a_row_that_wandb_refuses_ends_all_ranks(tiles, tmp_path, monkeypatch):
-    """The bug: rank 0 failed alone, and the others waited for it."""
+    """The bug: rank 0 failed alone, and the others waited for it. What agree raises, it raises on each rank."""
     def refuse(row):
-        raise ConnectionError("no network")
+        raise Foreign("no network")
 
     fake = SimpleNamespace(init=lambda **k: SimpleNamespace(id="1"), log=refuse, define_metric=lambda *a, **k: 0)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     argv = flags(tiles=tiles, max_steps=0, out_dir=tmp_path / "a", wandb_project="p")
-    assert refused(monkeypatch, argv).startswith("wandb took no row (ConnectionError: no network): mend that")
+    assert refused(monkeypatch, argv).startswith("wandb took no row (Foreign: no network): mend that")
 
 
 def test_a_run_resumes_without_the_file_that_it_began_from(tiles, tmp_path, monkeypatch):
