@@ -260,6 +260,13 @@ def test_early_stopping_counts_from_the_best_epoch(monkeypatch):
     assert len(list(script)) == 40 - 25  # training ended with the last run
 
 
+def test_probe_on_separable_features(monkeypatch):
+    monkeypatch.setattr(eval_bach, "PATIENCE", 400)
+    result = eval_bach.probe(blobs(16, 20), *SPLIT)
+    assert result["bach"] == 1 and result["std"] == 0 and result["seeds"] == [1] * 5 and result["accuracy"] == 1
+    assert result["plateau"] == 1 and all(401 <= n < 6250 for n in result["epochs"])
+
+
 @pytest.mark.slow
 def test_scores_over_seeds_are_distributed_as_those_of_a_straight_loop():
     """The loop draws its weights and batches from torch's own generators, as eva does: only distributions can agree."""
