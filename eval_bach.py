@@ -497,6 +497,16 @@ def one_line(error):
 
 # ---- the command line, shared with eval_slides.py -------------------------------------------------------------------
 
+weights = ""      # files or folders, with commas between: of this project, or any that docs/weights.md lists
+views = "resize"  # to input_px; "tiles" = a grid of tiles at mpp, averaged, and "context" (BACH): other protocols
+mpp = 0.5         # um/px of the tiles
+image_mpp = 0.0   # um/px of the images, which views = "tiles" needs; 0 = BACH's own
+input_px = SIZE   # side of the network's input; another size is another protocol
+concat = False    # class token and mean patch: another protocol
+arch = ""         # name in model.ARCHS; "" = as the file tells
+norm = None       # "imagenet", "half" (Midnight, Kaiko), (mean, std); None = the model's own; one each: half,,half
+dry_run = False   # say what would be scored, and stop
+device = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS = ("bach", "balanced", "std", "se_groups", "plateau", "clean", "accuracy", "knn")  # of the table
 
 
@@ -592,17 +602,7 @@ def score_files(name, config, load):
 
 
 if __name__ == "__main__":
-    weights = ""      # files or folders, with commas between: of this project, or any that docs/weights.md lists
     bach_dir = ""     # folder that holds ICIAR2018_BACH_Challenge/
-    views = "resize"  # to input_px, eva's; "tiles" = a grid of tiles at mpp, averaged: another protocol; "context"
     context = ""      # of views = "context", the same tiles read by this slide encoder (context.py)
-    mpp = 0.5         # um/px of the tiles
-    image_mpp = 0.0   # um/px of the images, for tiles; 0 = BACH's own
-    input_px = SIZE   # side of the network's input; another size is another protocol
-    concat = False    # class token and mean patch: another protocol
-    arch = ""         # name in model.ARCHS; "" = as the file tells
-    norm = None       # "imagenet", "half" (Midnight, Kaiko), (mean, std); None = the model's own; one each: half,,half
-    dry_run = False   # say what would be scored, and stop
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     config = configure(globals())
     score_files("eval_bach", config, lambda: (load_pixels(bach_dir, view_of(config), image_mpp), bach_row))

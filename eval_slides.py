@@ -878,18 +878,9 @@ def main(config):
 
 
 if __name__ == "__main__":
-    # ---- labelled tiles
-    weights = ""      # files or folders, with commas between: of this project, or any that docs/weights.md lists
+    # ---- labelled tiles, with the keys of eval_bach.py
     image_dir = ""    # folder of labelled tiles, with a subfolder for each class
     groups = ""       # csv of file, patient and perhaps fold; "" = groups.csv in image_dir, if there is one
-    views = "resize"  # to input_px; "tiles" = a grid of tiles at mpp, averaged: another protocol
-    mpp = 0.5         # um/px of the tiles
-    image_mpp = 0.0   # um/px of the images, which views=tiles needs
-    input_px = eval_bach.SIZE  # side of the network's input; another size is another protocol
-    concat = False    # class token and mean patch: another protocol
-    arch = ""         # name in model.ARCHS; "" = as the file tells
-    norm = None       # "imagenet", "half" (Midnight, Kaiko), (mean, std); None = the model's own; one each: half,,half
-    dry_run = False   # say what would be scored, and stop
     # ---- labelled slides or places
     features = ""     # folder of prepare/features.py; of two scales FOLDER,FOLDER, and rows of raw are the first's
     context = ""      # folder of context.py --task=embed; "" = no rows of context
@@ -902,7 +893,6 @@ if __name__ == "__main__":
     write = ""        # csv of each sample's out-of-fold probabilities, with context if there is any; "" = none
     repeats = 5       # times that folds are drawn, where the csv gives none
     patient = r"TCGA-\w\w-\w{4}"  # pattern of the patient in the names of the slides that an encoder was trained on
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = configure(globals())
+    config = configure({**vars(eval_bach), **globals()}, shared="eval_bach.py")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     main(config)
