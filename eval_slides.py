@@ -43,6 +43,7 @@ import torch.nn.functional as F
 import eval_bach
 import listing
 import model
+import rundir
 import wsi
 from configurator import configure
 from context import load_encoder, random_encoder
@@ -232,12 +233,11 @@ def numbered(names):
 
 
 def find_images(image_dir):
-    """Files as class/name, their labels, and the classes. Hidden names and what macOS leaves in zips do not count."""
+    """Files as class/name, their labels, and the classes. Hidden names do not count, as in listing.py."""
     if not os.path.isdir(image_dir):
         raise ValueError(f"image_dir={image_dir}: no such folder")
     unread = {}
-    folders = [os.path.basename(path) for path, is_folder, *_ in listing.scan(image_dir, unread) if is_folder]
-    classes = sorted(name for name in folders if name != "__MACOSX")
+    classes = sorted(os.path.basename(path) for path, is_folder, *_ in listing.scan(image_dir, unread) if is_folder)
     if len(classes) < 2:
         raise ValueError(f"image_dir={image_dir}: {' '.join(classes) or 'nothing'} as class folders; put the images of "
                          "each of two or more classes in a subfolder of its own")
@@ -480,13 +480,11 @@ def readouts(raw, contexts, centres, kind):
 def context_keys(folder):
     """(sha256 of the encoder, slides that it was trained on) of a folder of context.py --task=embed. ValueError."""
     path = os.path.join(folder, "keys.json")
-    try:
-        with open(path) as f:
-            keys = json.load(f)
-        return keys["encoder"], keys["trained_on"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: does not say which slides the encoder was trained on ({type(e).__name__}); make "
-                         "the folder with context.py --task=embed") from None
+    keys = rundir.parse(rundir.read_text(path))
+    if not {"encoder", "trained_on"} <= keys.keys():
+        raise ValueError(f"{path}: does not say which slides the encoder was trained on; make the folder with "
+                         "context.py --task=embed")
+    return keys["encoder"], keys["trained_on"]
 
 
 def open_contexts(config):
