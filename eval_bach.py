@@ -238,16 +238,12 @@ def context_pool(view, weights, norm):
     return pool
 
 
-def mean_tile(of_tiles, image):
-    return of_tiles.mean(0)
-
-
 @torch.no_grad()
-def embed(backbone, pixels, mean, std, device, view=View(), pool=mean_tile, batch_size=0):
+def embed(backbone, pixels, mean, std, device, view=View(), pool=None, batch_size=0):
     """
     Features of n uint8 images, a tensor (n, 3, h, w) or a list, as float32 (n, D) on the CPU; (n, 2D) with the mean
-    patch. An image larger than the view's px gets pool(features of its tiles, image), their mean. mean and std (3
-    numbers each) are those by which the model was trained.
+    patch. An image larger than the view's px gets the mean over its tiles, or pool(features of its tiles, image). mean
+    and std (3 numbers each) are those by which the model was trained.
 
     This is a collective when torch.distributed runs: rank r embeds images r, r + world, ... and every rank returns all
     features. Repeats fill up the last round, because a sharded backbone needs equally many forward calls on all ranks.
@@ -258,7 +254,7 @@ def embed(backbone, pixels, mean, std, device, view=View(), pool=mean_tile, batc
     mean, std = (torch.tensor(own, dtype=torch.float32, device=device).view(3, 1, 1) for own in (mean, std))
     batch_size = batch_size or (64 if "cuda" in str(device) else 16)  # 16 fit a core's cache: the toy is 1.3 x as fast
     training = [m for m in backbone.modules() if m.training]
-    most = max(len(tiles(image, view.px)) for image in pixels)  # per image
+    most = max(len(corners(image.shape[1:], view.px)) for image in pixels)  # tiles per image
 
     def forward(x):
         x = x.to(device).float() * (1 / 255)
@@ -273,7 +269,7 @@ def embed(backbone, pixels, mean, std, device, view=View(), pool=mean_tile, batc
             cut = [tiles(pixels[i], view.px) for i in batch]
             of_tiles = torch.cat([forward(part) for part in torch.cat(cut).split(batch_size)])
             by_image = of_tiles.split([len(c) for c in cut])
-            features += [pool(own, pixels[i]) for own, i in zip(by_image, batch)]
+            features += [pool(own, pixels[i]) if pool else own.mean(0) for own, i in zip(by_image, batch)]
     finally:
         for m in training:
             m.training = True
@@ -552,7 +548,7 @@ def score_file(file, norm, config, pixels, score=bach_row):
     if view.px % backbone.arch.patch_size:
         raise ValueError(f"{file}: input_px = {view.px} is no multiple of its patch, {backbone.arch.patch_size} px")
     mean, std = model.stored_norm(file) if norm is None else model.norm_values(norm)
-    pool = context_pool(view, file, (mean, std)) if view.context else mean_tile
+    pool = context_pool(view, file, (mean, std)) if view.context else None
     row = score(embed(backbone, pixels, mean, std, config["device"], view, pool), view)
     stored = model.read_header(file)
     return {**row, "norm": (mean, std), "weights": file, "arch": config["arch"] or stored.get("arch"),
