@@ -12,7 +12,6 @@ of 14 px. Those are resized to the side of the encoder's own input, and the attr
 A rerun skips the slides whose file is there. Several GPUs take parts of the list: --part=3/8 (prepare/slides.py).
 """
 import functools
-import os
 import sys
 from contextlib import closing
 from pathlib import Path
