@@ -97,9 +97,8 @@ def how_to_get(path):
     if name == "BACH":
         return (f"mkdir -p {path} && wget -c -O bach.zip {BACH_ZIP} && unzip -q bach.zip "
                 f"'ICIAR2018_BACH_Challenge/Photos/*' -x '*/._*' -d {path}")
-    if re.fullmatch(r"dinov2_vit[sblg]14(_reg4)?_pretrain\.pth", name):
-        folder_of_meta = "_".join(name.split("_")[:2])
-        return f"wget -P {folder or '.'} https://dl.fbaipublicfiles.com/dinov2/{folder_of_meta}/{name}"
+    if found := re.fullmatch(r"(dinov2_vit[sblg]14)(_reg4)?_pretrain\.pth", name):
+        return f"wget -P {folder or '.'} https://dl.fbaipublicfiles.com/dinov2/{found[1]}/{name}"
     if name.startswith("dinov3_vit"):
         return ("accept the licence at ai.meta.com/resources/models-and-libraries/dinov3-downloads, then "
                 f"wget -O {path} 'LINK' with the link of the e-mail")
@@ -173,9 +172,9 @@ def read_image(path, view=View(), mpp=BACH_MPP):
     return resize(image, h, w), size
 
 
-def load_images(paths, view=View(), mpp=BACH_MPP, threads=8):
+def load_images(paths, view=View(), mpp=BACH_MPP):
     """read_image of all paths: their tensors and their sizes, in order."""
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda path: read_image(path, view, mpp), paths))
     return [image for image, _ in found], [size for _, size in found]
 
@@ -408,30 +407,30 @@ def heads_protocol(runs, seed, max_steps):
             f"batch {BATCH}, {max_steps} steps, patience {PATIENCE}")
 
 
-def probe(features, labels, train_index, val_index, runs=RUNS, seed=SEED, max_steps=MAX_STEPS, view=View()):
+def probe(features, runs=RUNS, seed=SEED, max_steps=MAX_STEPS, view=View()):
     """
-    eva's linear probe of features (n, D) with labels (n,), on the CPU. The global random state stays as it is.
+    eva's linear probe of BACH's features (400, D), on the CPU. The global random state stays as it is.
 
-    bach: mean over heads of the best balanced accuracy on val_index; std: its sample deviation; seeds: the values;
+    bach: mean over heads of the best balanced accuracy on VAL_INDEX; std: its sample deviation; seeds: the values;
     accuracy (plain), recall (per class) and confusion (rows are true classes): at the same epochs, mean or sum over
     heads; plateau: mean balanced accuracy over the last fifth of each head's epochs; epochs: the number of these;
     protocol: rows that differ in it cannot be compared. It takes at most 10 s at D = 128 and 20 s at 1536 on one core.
     """
-    balanced, best, predicted = fit_heads(features, labels, train_index, val_index, runs, seed, max_steps)
-    predicted, truth = predicted[:, val_index], labels[val_index]
+    balanced, best, predicted = fit_heads(features, LABELS, TRAIN_INDEX, VAL_INDEX, runs, seed, max_steps)
+    predicted, truth = predicted[:, VAL_INDEX], LABELS[VAL_INDEX]
     epochs = [min(epoch + PATIENCE + 1, len(balanced)) for epoch in best]
     seeds = [balanced[epoch, r].item() for r, epoch in enumerate(best)]
     plateaus = [balanced[int(0.8 * end) : end, r].mean().item() for r, end in enumerate(epochs)]
     return {
         "bach": statistics.mean(seeds),
-        "std": statistics.stdev(seeds) if runs > 1 else 0.0,
+        "std": statistics.stdev(seeds),
         "seeds": seeds,
         "accuracy": (predicted == truth).double().mean().item(),
         "recall": recalls(predicted, truth).mean(0).tolist(),
         "confusion": confusion(predicted, truth),
         "plateau": statistics.mean(plateaus),
         "epochs": epochs,
-        "protocol": f"eva-bach: {view}, {len(train_index)}/{len(val_index)}, {heads_protocol(runs, seed, max_steps)}",
+        "protocol": f"eva-bach: {view}, {len(TRAIN_INDEX)}/{len(VAL_INDEX)}, {heads_protocol(runs, seed, max_steps)}",
     }
 
 
@@ -454,7 +453,7 @@ def second_opinions(features):
 def bach_row(features, view=View()):
     """A row of bach.jsonl except its step, from BACH's features (400, D). ValueError if they are not finite."""
     collapse = collapse_metrics(features)
-    return probe(features, LABELS, TRAIN_INDEX, VAL_INDEX, view=view) | second_opinions(features) | collapse
+    return probe(features, view=view) | second_opinions(features) | collapse
 
 
 def curve_point(backbone, pixels, norm, dev, note, before_exit, score=bach_row):
