@@ -17,14 +17,9 @@ Fold f tests, fold f + 1 stops and selects the heads, and the others train. Read
 standard error over patients, a rough guess below ten of them; std is over the seeds of the heads only.
 
 Slides and places: labels.csv has slide,patient,label, places.csv also x,y, a tile's centre in level-0 px; time,event
-instead of label ask for survival; fold is optional. Where no patient has two labels, a patient's slides are one case as
-in Patho-Bench: the mean of their vectors, one bag of all their places. Else each slide is a sample.
-
-A vector is the mean of places, or in rows with `stats` their mean, deviation and maximum. Each row is compared with the
-mean of raw features (places: with the raw feature) by a bootstrap over patients; "none" marks a difference whose 95 %
-interval holds 0. With --encoder=FILE the table has two controls: the same encoder untrained, and trained but shown
-shuffled coordinates when it is tested. --retrained=FOLDER is a third, the context of an encoder that was trained with
---shuffle=true. A gain that they have too is not learnt context.
+instead of label ask for survival; fold is optional. Where no patient has two labels, a patient's slides are one case.
+Each row is compared with the mean of raw features (places: with the raw feature) by a bootstrap over patients; "none"
+marks a difference whose 95 % interval holds 0. docs/context.md has the rows and their controls.
 """
 import csv
 import hashlib
@@ -47,11 +42,11 @@ import rundir
 import wsi
 from configurator import configure
 from context import load_encoder, random_encoder
+from eval_bach import MAX_STEPS, RUNS, SEED
 from places import agreeing, check, embed_slide, files_of, map_of, open_features
 
 # ---- the protocol, with that of the heads in eval_bach.py: changing any of these invalidates earlier rows ------------
 FOLDS = 5    # fewer where a class has fewer groups, at least 3 for tiles
-RUNS, SEED, MAX_STEPS = eval_bach.RUNS, eval_bach.SEED, eval_bach.MAX_STEPS
 DRAWS = 1000 # of patients, in the bootstrap
 CS = tuple(10.0**e for e in range(-3, 3))  # that the regression may choose from
 # attention MIL (Ilse et al. 2018) close to how three groups train it; which one is chosen inside each fold. eva's MLP
@@ -844,7 +839,6 @@ def write_scores(path, found, predicted):
 
 
 def show(row, is_mean, note=""):
-    """Print a row of the table."""
     text = f"{row['row']:29}"
     for key in ("balanced", "auroc", "tuned"):
         text += " " * 9 if row.get(key) is None else f"{row[key]:9.3f}"
