@@ -145,9 +145,7 @@ def tflop_of_a_window(net, n):
 
 def load_encoder(path):
     """(SlideEncoder on the CPU, header) of an export of training. Raises ValueError if it is another file."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such slide encoder; context.py writes them to out_dir/<step>.pth")
-    header = convert.read_stored(path)
+    header = convert.read_stored(path) if os.path.isfile(path) else {}
     if "slides" not in header:
         raise ValueError(f"{path}: no slide encoder; context.py writes them to out_dir/<step>.pth")
     net = SlideEncoder(header["config"], header["about"])

@@ -77,7 +77,7 @@ def read_rows(path):
             points[step] = {k: v for k, v in row.items() if v is not None}
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: each line must be a JSON object with a step ({e!r})") from e
-    return dict(sorted(points.items()))
+    return points
 
 
 def load_run(folder):

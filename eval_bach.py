@@ -97,9 +97,8 @@ def how_to_get(path):
     if name == "BACH":
         return (f"mkdir -p {path} && wget -c -O bach.zip {BACH_ZIP} && unzip -q bach.zip "
                 f"'ICIAR2018_BACH_Challenge/Photos/*' -x '*/._*' -d {path}")
-    if re.fullmatch(r"dinov2_vit[sblg]14(_reg4)?_pretrain\.pth", name):
-        folder_of_meta = "_".join(name.split("_")[:2])
-        return f"wget -P {folder or '.'} https://dl.fbaipublicfiles.com/dinov2/{folder_of_meta}/{name}"
+    if found := re.fullmatch(r"(dinov2_vit[sblg]14)(_reg4)?_pretrain\.pth", name):
+        return f"wget -P {folder or '.'} https://dl.fbaipublicfiles.com/dinov2/{found[1]}/{name}"
     if name.startswith("dinov3_vit"):
         return ("accept the licence at ai.meta.com/resources/models-and-libraries/dinov3-downloads, then "
                 f"wget -O {path} 'LINK' with the link of the e-mail")
@@ -173,9 +172,9 @@ def read_image(path, view=View(), mpp=BACH_MPP):
     return resize(image, h, w), size
 
 
-def load_images(paths, view=View(), mpp=BACH_MPP, threads=8):
+def load_images(paths, view=View(), mpp=BACH_MPP):
     """read_image of all paths: their tensors and their sizes, in order."""
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda path: read_image(path, view, mpp), paths))
     return [image for image, _ in found], [size for _, size in found]
 
@@ -238,16 +237,12 @@ def context_pool(view, weights, norm):
     return pool
 
 
-def mean_tile(of_tiles, image):
-    return of_tiles.mean(0)
-
-
 @torch.no_grad()
-def embed(backbone, pixels, mean, std, device, view=View(), pool=mean_tile, batch_size=0):
+def embed(backbone, pixels, mean, std, device, view=View(), pool=None, batch_size=0):
     """
     Features of n uint8 images, a tensor (n, 3, h, w) or a list, as float32 (n, D) on the CPU; (n, 2D) with the mean
-    patch. An image larger than the view's px gets pool(features of its tiles, image), their mean. mean and std (3
-    numbers each) are those by which the model was trained.
+    patch. An image larger than the view's px gets the mean over its tiles, or pool(features of its tiles, image). mean
+    and std (3 numbers each) are those by which the model was trained.
 
     This is a collective when torch.distributed runs: rank r embeds images r, r + world, ... and every rank returns all
     features. Repeats fill up the last round, because a sharded backbone needs equally many forward calls on all ranks.
@@ -258,7 +253,7 @@ def embed(backbone, pixels, mean, std, device, view=View(), pool=mean_tile, batc
     mean, std = (torch.tensor(own, dtype=torch.float32, device=device).view(3, 1, 1) for own in (mean, std))
     batch_size = batch_size or (64 if "cuda" in str(device) else 16)  # 16 fit a core's cache: the toy is 1.3 x as fast
     training = [m for m in backbone.modules() if m.training]
-    most = max(len(tiles(image, view.px)) for image in pixels)  # per image
+    most = max(len(corners(image.shape[1:], view.px)) for image in pixels)  # tiles per image
 
     def forward(x):
         x = x.to(device).float() * (1 / 255)
@@ -273,7 +268,7 @@ def embed(backbone, pixels, mean, std, device, view=View(), pool=mean_tile, batc
             cut = [tiles(pixels[i], view.px) for i in batch]
             of_tiles = torch.cat([forward(part) for part in torch.cat(cut).split(batch_size)])
             by_image = of_tiles.split([len(c) for c in cut])
-            features += [pool(own, pixels[i]) for own, i in zip(by_image, batch)]
+            features += [pool(own, pixels[i]) if pool else own.mean(0) for own, i in zip(by_image, batch)]
     finally:
         for m in training:
             m.training = True
@@ -412,30 +407,30 @@ def heads_protocol(runs, seed, max_steps):
             f"batch {BATCH}, {max_steps} steps, patience {PATIENCE}")
 
 
-def probe(features, labels, train_index, val_index, runs=RUNS, seed=SEED, max_steps=MAX_STEPS, view=View()):
+def probe(features, runs=RUNS, seed=SEED, max_steps=MAX_STEPS, view=View()):
     """
-    eva's linear probe of features (n, D) with labels (n,), on the CPU. The global random state stays as it is.
+    eva's linear probe of BACH's features (400, D), on the CPU. The global random state stays as it is.
 
-    bach: mean over heads of the best balanced accuracy on val_index; std: its sample deviation; seeds: the values;
+    bach: mean over heads of the best balanced accuracy on VAL_INDEX; std: its sample deviation; seeds: the values;
     accuracy (plain), recall (per class) and confusion (rows are true classes): at the same epochs, mean or sum over
     heads; plateau: mean balanced accuracy over the last fifth of each head's epochs; epochs: the number of these;
     protocol: rows that differ in it cannot be compared. It takes at most 10 s at D = 128 and 20 s at 1536 on one core.
     """
-    balanced, best, predicted = fit_heads(features, labels, train_index, val_index, runs, seed, max_steps)
-    predicted, truth = predicted[:, val_index], labels[val_index]
+    balanced, best, predicted = fit_heads(features, LABELS, TRAIN_INDEX, VAL_INDEX, runs, seed, max_steps)
+    predicted, truth = predicted[:, VAL_INDEX], LABELS[VAL_INDEX]
     epochs = [min(epoch + PATIENCE + 1, len(balanced)) for epoch in best]
     seeds = [balanced[epoch, r].item() for r, epoch in enumerate(best)]
     plateaus = [balanced[int(0.8 * end) : end, r].mean().item() for r, end in enumerate(epochs)]
     return {
         "bach": statistics.mean(seeds),
-        "std": statistics.stdev(seeds) if runs > 1 else 0.0,
+        "std": statistics.stdev(seeds),
         "seeds": seeds,
         "accuracy": (predicted == truth).double().mean().item(),
         "recall": recalls(predicted, truth).mean(0).tolist(),
         "confusion": confusion(predicted, truth),
         "plateau": statistics.mean(plateaus),
         "epochs": epochs,
-        "protocol": f"eva-bach: {view}, {len(train_index)}/{len(val_index)}, {heads_protocol(runs, seed, max_steps)}",
+        "protocol": f"eva-bach: {view}, {len(TRAIN_INDEX)}/{len(VAL_INDEX)}, {heads_protocol(runs, seed, max_steps)}",
     }
 
 
@@ -458,7 +453,7 @@ def second_opinions(features):
 def bach_row(features, view=View()):
     """A row of bach.jsonl except its step, from BACH's features (400, D). ValueError if they are not finite."""
     collapse = collapse_metrics(features)
-    return probe(features, LABELS, TRAIN_INDEX, VAL_INDEX, view=view) | second_opinions(features) | collapse
+    return probe(features, view=view) | second_opinions(features) | collapse
 
 
 def curve_point(backbone, pixels, norm, dev, note, before_exit, score=bach_row):
@@ -497,6 +492,16 @@ def one_line(error):
 
 # ---- the command line, shared with eval_slides.py -------------------------------------------------------------------
 
+weights = ""      # files or folders, with commas between: of this project, or any that docs/weights.md lists
+views = "resize"  # to input_px; "tiles" = a grid of tiles at mpp, averaged, and "context" (BACH): other protocols
+mpp = 0.5         # um/px of the tiles
+image_mpp = 0.0   # um/px of the images, which views = "tiles" needs; 0 = BACH's own
+input_px = SIZE   # side of the network's input; another size is another protocol
+concat = False    # class token and mean patch: another protocol
+arch = ""         # name in model.ARCHS; "" = as the file tells
+norm = None       # "imagenet", "half" (Midnight, Kaiko), (mean, std); None = the model's own; one each: half,,half
+dry_run = False   # say what would be scored, and stop
+device = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS = ("bach", "balanced", "std", "se_groups", "plateau", "clean", "accuracy", "knn")  # of the table
 
 
@@ -542,7 +547,7 @@ def score_file(file, norm, config, pixels, score=bach_row):
     if view.px % backbone.arch.patch_size:
         raise ValueError(f"{file}: input_px = {view.px} is no multiple of its patch, {backbone.arch.patch_size} px")
     mean, std = model.stored_norm(file) if norm is None else model.norm_values(norm)
-    pool = context_pool(view, file, (mean, std)) if view.context else mean_tile
+    pool = context_pool(view, file, (mean, std)) if view.context else None
     row = score(embed(backbone, pixels, mean, std, config["device"], view, pool), view)
     stored = model.read_header(file)
     return {**row, "norm": (mean, std), "weights": file, "arch": config["arch"] or stored.get("arch"),
@@ -592,17 +597,7 @@ def score_files(name, config, load):
 
 
 if __name__ == "__main__":
-    weights = ""      # files or folders, with commas between: of this project, or any that docs/weights.md lists
     bach_dir = ""     # folder that holds ICIAR2018_BACH_Challenge/
-    views = "resize"  # to input_px, eva's; "tiles" = a grid of tiles at mpp, averaged: another protocol; "context"
     context = ""      # of views = "context", the same tiles read by this slide encoder (context.py)
-    mpp = 0.5         # um/px of the tiles
-    image_mpp = 0.0   # um/px of the images, for tiles; 0 = BACH's own
-    input_px = SIZE   # side of the network's input; another size is another protocol
-    concat = False    # class token and mean patch: another protocol
-    arch = ""         # name in model.ARCHS; "" = as the file tells
-    norm = None       # "imagenet", "half" (Midnight, Kaiko), (mean, std); None = the model's own; one each: half,,half
-    dry_run = False   # say what would be scored, and stop
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     config = configure(globals())
     score_files("eval_bach", config, lambda: (load_pixels(bach_dir, view_of(config), image_mpp), bach_row))

@@ -17,14 +17,9 @@ Fold f tests, fold f + 1 stops and selects the heads, and the others train. Read
 standard error over patients, a rough guess below ten of them; std is over the seeds of the heads only.
 
 Slides and places: labels.csv has slide,patient,label, places.csv also x,y, a tile's centre in level-0 px; time,event
-instead of label ask for survival; fold is optional. Where no patient has two labels, a patient's slides are one case as
-in Patho-Bench: the mean of their vectors, one bag of all their places. Else each slide is a sample.
-
-A vector is the mean of places, or in rows with `stats` their mean, deviation and maximum. Each row is compared with the
-mean of raw features (places: with the raw feature) by a bootstrap over patients; "none" marks a difference whose 95 %
-interval holds 0. With --encoder=FILE the table has two controls: the same encoder untrained, and trained but shown
-shuffled coordinates when it is tested. --retrained=FOLDER is a third, the context of an encoder that was trained with
---shuffle=true. A gain that they have too is not learnt context.
+instead of label ask for survival; fold is optional. Where no patient has two labels, a patient's slides are one case.
+Each row is compared with the mean of raw features (places: with the raw feature) by a bootstrap over patients; "none"
+marks a difference whose 95 % interval holds 0. docs/context.md has the rows and their controls.
 """
 import csv
 import hashlib
@@ -43,14 +38,15 @@ import torch.nn.functional as F
 import eval_bach
 import listing
 import model
+import rundir
 import wsi
 from configurator import configure
 from context import load_encoder, random_encoder
+from eval_bach import MAX_STEPS, RUNS, SEED
 from places import agreeing, check, embed_slide, files_of, map_of, open_features
 
 # ---- the protocol, with that of the heads in eval_bach.py: changing any of these invalidates earlier rows ------------
 FOLDS = 5    # fewer where a class has fewer groups, at least 3 for tiles
-RUNS, SEED, MAX_STEPS = eval_bach.RUNS, eval_bach.SEED, eval_bach.MAX_STEPS
 DRAWS = 1000 # of patients, in the bootstrap
 CS = tuple(10.0**e for e in range(-3, 3))  # that the regression may choose from
 # attention MIL (Ilse et al. 2018) close to how three groups train it; which one is chosen inside each fold. eva's MLP
@@ -232,12 +228,11 @@ def numbered(names):
 
 
 def find_images(image_dir):
-    """Files as class/name, their labels, and the classes. Hidden names and what macOS leaves in zips do not count."""
+    """Files as class/name, their labels, and the classes. Hidden names do not count, as in listing.py."""
     if not os.path.isdir(image_dir):
         raise ValueError(f"image_dir={image_dir}: no such folder")
     unread = {}
-    folders = [os.path.basename(path) for path, is_folder, *_ in listing.scan(image_dir, unread) if is_folder]
-    classes = sorted(name for name in folders if name != "__MACOSX")
+    classes = sorted(os.path.basename(path) for path, is_folder, *_ in listing.scan(image_dir, unread) if is_folder)
     if len(classes) < 2:
         raise ValueError(f"image_dir={image_dir}: {' '.join(classes) or 'nothing'} as class folders; put the images of "
                          "each of two or more classes in a subfolder of its own")
@@ -480,13 +475,11 @@ def readouts(raw, contexts, centres, kind):
 def context_keys(folder):
     """(sha256 of the encoder, slides that it was trained on) of a folder of context.py --task=embed. ValueError."""
     path = os.path.join(folder, "keys.json")
-    try:
-        with open(path) as f:
-            keys = json.load(f)
-        return keys["encoder"], keys["trained_on"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: does not say which slides the encoder was trained on ({type(e).__name__}); make "
-                         "the folder with context.py --task=embed") from None
+    keys = rundir.parse(rundir.read_text(path))
+    if not {"encoder", "trained_on"} <= keys.keys():
+        raise ValueError(f"{path}: does not say which slides the encoder was trained on; make the folder with "
+                         "context.py --task=embed")
+    return keys["encoder"], keys["trained_on"]
 
 
 def open_contexts(config):
@@ -846,7 +839,6 @@ def write_scores(path, found, predicted):
 
 
 def show(row, is_mean, note=""):
-    """Print a row of the table."""
     text = f"{row['row']:29}"
     for key in ("balanced", "auroc", "tuned"):
         text += " " * 9 if row.get(key) is None else f"{row[key]:9.3f}"
@@ -878,18 +870,9 @@ def main(config):
 
 
 if __name__ == "__main__":
-    # ---- labelled tiles
-    weights = ""      # files or folders, with commas between: of this project, or any that docs/weights.md lists
+    # ---- labelled tiles, with the keys of eval_bach.py
     image_dir = ""    # folder of labelled tiles, with a subfolder for each class
     groups = ""       # csv of file, patient and perhaps fold; "" = groups.csv in image_dir, if there is one
-    views = "resize"  # to input_px; "tiles" = a grid of tiles at mpp, averaged: another protocol
-    mpp = 0.5         # um/px of the tiles
-    image_mpp = 0.0   # um/px of the images, which views=tiles needs
-    input_px = eval_bach.SIZE  # side of the network's input; another size is another protocol
-    concat = False    # class token and mean patch: another protocol
-    arch = ""         # name in model.ARCHS; "" = as the file tells
-    norm = None       # "imagenet", "half" (Midnight, Kaiko), (mean, std); None = the model's own; one each: half,,half
-    dry_run = False   # say what would be scored, and stop
     # ---- labelled slides or places
     features = ""     # folder of prepare/features.py; of two scales FOLDER,FOLDER, and rows of raw are the first's
     context = ""      # folder of context.py --task=embed; "" = no rows of context
@@ -902,7 +885,6 @@ if __name__ == "__main__":
     write = ""        # csv of each sample's out-of-fold probabilities, with context if there is any; "" = none
     repeats = 5       # times that folds are drawn, where the csv gives none
     patient = r"TCGA-\w\w-\w{4}"  # pattern of the patient in the names of the slides that an encoder was trained on
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = configure(globals())
+    config = configure({**vars(eval_bach), **globals()}, shared="eval_bach.py")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     main(config)

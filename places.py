@@ -153,18 +153,11 @@ def embed_files(config, net, header, dev):
         means = [own.mean(0, np.float32) for own in features]
         if not (np.isfinite(context).all() and np.isfinite(means).all()):
             raise ValueError("features that are not finite")
-        arrays = {"features": features[0], "coords": stored(path, "features")[1]}
-        arrays |= {"context": context.astype(np.float16), "mean_context": context.mean(0)}
-        arrays["mean_raw"] = means[0]
-        about = about[0] | {"hide": config["hide"]}
+        arrays = {"features": features[0], "mean_raw": means[0], "coords": stored(path, "features")[1],
+                  "context": context.astype(np.float16), "mean_context": context.mean(0)}
         if len(context) < coords.FEW:
             coords.say_few()
-        if file.endswith(".h5"):
-            coords.write_h5(part, arrays, dict.fromkeys(arrays, {}) | {"features": about})
-        else:
-            with open(part, "wb") as f:
-                np.savez(f, **arrays, **about)
-        os.replace(part, file)
+        coords.write_arrays(file, part, arrays, {"features": about[0] | {"hide": config["hide"]}})
 
     keys = {key: config[key] for key in ("features", "weights", "out", "part", "hide")}
     keys |= {"slides": first + "/*.[hn][5p]*", "overlap": 0, "tile_px": 1, "mpp_table": ""}

@@ -119,12 +119,23 @@ def trident_attrs(slide, config, name, size, mpp):
 
 
 def write_h5(file, arrays, attrs):
-    """Write arrays, and the attributes of each, both by name."""
+    """Write arrays, and the attributes that some have, both by name."""
     buffer = io.BytesIO()  # in memory first: HDF5 reports a full disk as it likes
     with h5py.File(buffer, "w") as h5:
         for name, array in arrays.items():
-            h5.create_dataset(name, data=array).attrs.update(attrs[name])
+            h5.create_dataset(name, data=array).attrs.update(attrs.get(name, {}))
     Path(file).write_bytes(buffer.getvalue())
+
+
+def write_arrays(file, part, arrays, attrs):
+    """Write `part` and rename it to `file`, an .h5, or an .npz where the attributes of all arrays are beside them."""
+    if file.endswith(".h5"):
+        write_h5(part, arrays, attrs)
+    else:
+        beside = {key: value for own in attrs.values() for key, value in own.items()}
+        with open(part, "wb") as f:
+            np.savez(f, **arrays, **beside)
+    os.replace(part, file)
 
 
 def write_coords(path, name, file, part, config):
@@ -132,8 +143,7 @@ def write_coords(path, name, file, part, config):
         slide.check_levels()
         xy, _ = grid(slide, config, config["mpp"])
         attrs = trident_attrs(slide, config, name, config["tile_px"], config["mpp"])
-    write_h5(part, {"coords": xy.astype(np.int64)}, {"coords": attrs})
-    os.replace(part, file)
+    write_arrays(file, part, {"coords": xy.astype(np.int64)}, {"coords": attrs})
 
 
 def main(config):

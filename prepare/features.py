@@ -10,7 +10,6 @@ Places of --coords may have tiles that do not divide into the encoder's patches,
 of 14 px. Those are resized to the side of the encoder's own input, and the attribute input_px says so.
 """
 import functools
-import os
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -89,12 +88,7 @@ def write_features(path, name, file, part, config, encoder, about):
     arrays = {"features": features[good], "coords": xy[good].astype(np.int64)}
     about = about | {"mpp": mpp, "tile_px": size, "input_px": px, "level0_mpp": slide.mpp}
     about |= {"damaged": len(bad), "name": name}
-    if file.endswith(".h5"):
-        places.write_h5(part, arrays, {"features": about, "coords": attrs})
-    else:
-        with open(part, "wb") as f:
-            np.savez(f, **arrays, **(about | attrs))
-    os.replace(part, file)
+    places.write_arrays(file, part, arrays, {"features": about, "coords": attrs})
     if len(good) < places.FEW:
         places.say_few()
     return f"{len(bad)} damaged ones left out of {len(xy)} tiles" if bad else ""

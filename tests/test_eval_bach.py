@@ -255,14 +255,17 @@ def test_early_stopping_counts_from_the_best_epoch(monkeypatch):
     script = iter(scores.tolist())
     monkeypatch.setattr(eval_bach, "PATIENCE", 10)
     monkeypatch.setattr(eval_bach, "balanced_accuracy", lambda *_: torch.tensor(next(script)))
-    result = eval_bach.probe(blobs(4, 4), *SPLIT, runs=3, max_steps=80)
+    result = eval_bach.probe(blobs(4, 4), runs=3, max_steps=80)
     assert result["seeds"] == pytest.approx([0.7, 0.7, 0.8]) and result["epochs"] == [13, 16, 25]
     assert len(list(script)) == 40 - 25  # training ended with the last run
 
 
 def test_probe_on_separable_features(monkeypatch):
     monkeypatch.setattr(eval_bach, "PATIENCE", 400)
-    result = eval_bach.probe(blobs(16, 20), *SPLIT)
+    features = blobs(16, 20)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    result = eval_bach.probe(features)
+    assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
     assert result["bach"] == 1 and result["std"] == 0 and result["seeds"] == [1] * 5 and result["accuracy"] == 1
     assert result["plateau"] == 1 and all(401 <= n < 6250 for n in result["epochs"])
 
@@ -273,7 +276,7 @@ def test_scores_over_seeds_are_distributed_as_those_of_a_straight_loop():
     features, runs = blobs(32, 5), 24
     torch.manual_seed(7)
     loop = torch.tensor([eva_run(features, 700) for _ in range(runs)])
-    ours = torch.tensor(eval_bach.probe(features, *SPLIT, runs=runs, max_steps=1400)["seeds"])
+    ours = torch.tensor(eval_bach.probe(features, runs=runs, max_steps=1400)["seeds"])
     standard_error = ((ours.var() + loop.var()) / runs).sqrt()
     assert standard_error < 0.005 and (ours.mean() - loop.mean()).abs() < 3 * standard_error
     assert 1 / 3 < ours.var() / loop.var() < 3  # the 0.5 % and 99.5 % points of F(23, 23)
@@ -298,9 +301,8 @@ def eva_run(features, epochs):
 
 
 def test_probe_summary_and_protocol():
-    features, state, threads = blobs(16, 2), torch.get_rng_state(), torch.get_num_threads()
-    result = eval_bach.probe(features, *SPLIT, max_steps=200)
-    assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
+    features = blobs(16, 2)
+    result = eval_bach.probe(features, max_steps=200)
     balanced, best, predicted = fit(features, 200, runs=5)
     labels, _, val = SPLIT
     assert result["seeds"] == pytest.approx(balanced.max(0).values.tolist()) and result["epochs"] == [100] * 5
@@ -315,15 +317,15 @@ def test_probe_summary_and_protocol():
     assert (table.diagonal() / table.sum(1)).tolist() == pytest.approx(result["recall"])
     assert table[0, 1] == sum(int((predicted[r, val][labels[val] == 0] == 1).sum()) for r in range(5))
     assert result["plateau"] == pytest.approx(balanced[80:].mean().item())
-    assert result == eval_bach.probe(features, *SPLIT, max_steps=200)  # repeatable
-    alone = eval_bach.probe(features, *SPLIT, runs=2, max_steps=200)
+    assert result == eval_bach.probe(features, max_steps=200)  # repeatable
+    alone = eval_bach.probe(features, runs=2, max_steps=200)
     assert alone["seeds"] == pytest.approx(result["seeds"][:2])  # heads do not meet
-    assert len({result["protocol"], alone["protocol"], eval_bach.probe(features, *SPLIT, 5, 43, 200)["protocol"]}) == 3
+    assert len({result["protocol"], alone["protocol"], eval_bach.probe(features, 5, 43, 200)["protocol"]}) == 3
 
 
 def test_every_constant_and_the_view_show_in_the_protocol(monkeypatch):
     def protocol(view=eval_bach.View()):
-        return eval_bach.probe(blobs(4, 4), *SPLIT, max_steps=10, view=view)["protocol"]
+        return eval_bach.probe(blobs(4, 4), max_steps=10, view=view)["protocol"]
     seen = [protocol(view) for view in (eval_bach.View(), eval_bach.View(392), eval_bach.View(concat=True))]
     seen.append(protocol(eval_bach.View(mpp=0.5)))
     assert seen[0].startswith("eva-bach: cls 224 px, 268/132, 5 heads")
@@ -545,6 +547,7 @@ def test_all_that_is_missing_is_named_at_once(script):
 
 @pytest.mark.parametrize("flags, message", [
     ([], "0 files, 1 norms; give --weights=FILE"),
+    (["--weights=README.md", "--bach_dir=nowhere"], "nowhere/ICIAR2018_BACH_Challenge/Photos/Benign: 0 of 100 images"),
     (["--weights=README.md", "--bach_dir=nowhere", "--norm=foo"], "norm = 'foo'"),
     (["--weights=README.md,Makefile", "--bach_dir=a", "--norm=half,half,half"], "2 files, 3 norms"),
     (["--weights=README.md", "--bach_dir=a", "--views=grid"], "views = 'grid'; known: 'resize'"),
