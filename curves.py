@@ -257,14 +257,15 @@ def compare_table(groups, parent):
     for line, group in zip(found, groups):
         lines += [line, *remarks(group, parent)]
     _, s, free = noise(groups, parent, parent, parent.x[-1])
-    rule = f"within, beyond: {FLOOR} (the same few images for all), or t s sqrt(1/n + 1/n) at 95 % if larger; sd of seeds s = "
-    return "\n".join([*lines, f"{rule}{s:.3f}, {free} degrees of freedom"])
+    rule = f"within, beyond: {FLOOR} (the same images for all), or t s sqrt(1/n + 1/n) at 95 % if larger"
+    return "\n".join([*lines, f"{rule}; sd of seeds s = {s:.3f}, {free} degrees of freedom"])
 
 
 def collapse_table(groups):
     """
-    A line per group, means over its runs +- deviation: the score at first, the depth of each run's own dip, the score at
-    the end; then effective rank and mean cosine of the probe's images in the teacher, at first, at the worst point and at the end.
+    A line per group, means over its runs +- deviation: the score at first, the depth of each run's own dip, the score
+    at the end; then effective rank and mean cosine of the probe's images in the teacher, at first, at the worst point
+    and at the end.
     """
     rows = [["run", "start         ", "own dip       ", "end           ", "rank 0", "least", "end         ", "cosine 0",
              "most", "end           "]]
@@ -276,7 +277,8 @@ def collapse_table(groups):
             start, least = found[:, 0].mean(), worst(found, 1).mean()
             row += [f"{start:.{digits}f}", f"{least:.{digits}f}", plus_minus(found[:, -1], digits)]
         rows.append(row)
-    return "\n".join([*columns(rows), "rank, cosine: effective rank and mean cosine of the probe's images in the teacher"])
+    legend = "rank, cosine: effective rank and mean cosine of the probe's images in the teacher"
+    return "\n".join([*columns(rows), legend])
 
 
 def rows_table(name, rows, keys, form):
