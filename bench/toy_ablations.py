@@ -1,9 +1,10 @@
 """
 The toy's evidence: each of config/ablate on its parent with several seeds, from scratch and from pretrained weights.
 
-    python bench/toy_ablations.py                   # all that is not done yet: two hours on two cores
-    python bench/toy_ablations.py --only=kde        # only runs with "kde" in their name
-    python curves.py --runs='out/ablations/scratch/*' --parent=recipe     # or out/ablations/continued/*
+    python bench/toy_ablations.py                             # all that is not done yet: two hours on two cores
+    python bench/toy_ablations.py --only=kde                  # only runs with "kde" in their name
+    python bench/toy_ablations.py --labelled=NCT-CRC-HE-100K  # with config/toy_tiles.py on real tiles, a folder per class
+    python curves.py --runs='out/ablations/scratch/*' --parent=recipe         # or continued/*, tiles/*
 
 After a stop, the same command resumes. What tables and figures need of a finished run (no weights) is copied to
 docs/toy_runs: tests rebuild the README's table from it and compute some steps again.
@@ -20,32 +21,48 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import configure
 
-seeds = 3
 jobs = 2                   # runs at a time, with one thread each: small products gain little from a second
 only = ""                  # part of a run's name
+labelled = ""              # folder of labelled tiles, a folder per class; "" = no runs on real tiles
 out = "out/ablations"
 
 ROOT = Path(__file__).resolve().parent.parent
-ABLATIONS = [  # folder, parent, what is tried on it ("recipe": nothing); in the order of what is asked most
-    ("scratch", "toy", ("recipe", "kde_openmidnight", "koleo", "noreg")),
-    ("continued", "toy_continue", ("recipe", "kde_openmidnight", "koleo", "noreg", "pos_random")),
-    ("scratch", "toy", ("clip30", "kde_weight001", "norm_half", "level_sampling")),
-]
+TERMS = "kde_openmidnight", "koleo", "noreg"              # other spreading terms, or none
+STRENGTHS = "clip30", "kde_weight005", "kde_weight001"    # the same, stronger or weaker
+ABLATIONS = {  # folder: parent, seeds, what is tried on it ("recipe": nothing)
+    "scratch": ("toy", range(5), ("recipe", *TERMS, *STRENGTHS, "norm_half", "level_sampling")),
+    # with the pretraining's seed 0 continued runs would draw the very heads and positions that the encoder began with,
+    # and random positions would look harmless
+    "continued": ("toy_continue", range(1, 6), ("recipe", *TERMS, "pos_random")),
+    "tiles": ("toy_tiles", range(3), ("recipe", *TERMS, *STRENGTHS)),
+}
 PRETRAIN, ENCODER = "pretrain/toy_0", "out/toy_pretrain/teacher/300.pth"
+PROBED = 100  # of the labelled tiles of a class, about; the others are trained on
 
 
 def commands():
-    """{folder of a run: arguments of train.py}."""
+    """{folder of a run: arguments of train.py}, the pretraining after the runs from scratch."""
     found = {}
-    for folder, parent, names in ABLATIONS:
-        # with the pretraining's seed 0 continued runs would draw the very heads and positions that the encoder began
-        # with, and random positions would look harmless
-        first = 1 if folder == "continued" else 0
-        for seed in range(first, first + seeds):
+    for folder, (parent, seeds, names) in ABLATIONS.items():
+        for seed in seeds:
             for name in names:
                 files = [f"config/{parent}.py"] + ([] if name == "recipe" else [f"config/ablate/{name}.py"])
                 found[f"{folder}/{name}_{seed}"] = [*files, f"--seed={seed}"]
-    return {folder: args for folder, args in found.items() if only in folder}
+        if folder == "scratch":
+            found[PRETRAIN] = ["config/toy_pretrain.py", "--seed=0"]
+    return found
+
+
+def split(folder):
+    """Link every n-th tile of each class to data/labelled, about PROBED of them, and the others to data/unlabelled."""
+    for kind in sorted(Path(folder).iterdir()):
+        tiles = sorted(kind.iterdir())
+        for number, tile in enumerate(tiles):
+            part = "unlabelled" if number % max(len(tiles) // PROBED, 2) else "labelled"
+            link = ROOT / "data" / part / kind.name / tile.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(tile.resolve())
 
 
 def python(*args, **keys):
@@ -89,11 +106,17 @@ if __name__ == "__main__":
     if not (ROOT / "data/toy/levels.txt").exists():
         python("prepare/levels.py", "--slides=data/toy/slides/*", "--out=data/toy/levels.txt", "--tile_px=128",
                "--passes=350", check=True)
-    runs = commands()
-    if any(folder.startswith("continued") for folder in runs) and run((PRETRAIN, ["config/toy_pretrain.py"])):
-        (ROOT / ENCODER).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / out / PRETRAIN / "teacher/300.pth", ROOT / ENCODER)
+    if labelled:
+        split(labelled)
+    runs = [(folder, args) for folder, args in commands().items() if only in folder
+            and (labelled or not folder.startswith("tiles"))]
+    first = [job for job in runs if not job[0].startswith("continued")]  # the pretraining among them
     with ThreadPool(jobs) as pool:
-        done = pool.map(run, runs.items(), chunksize=1)
+        done = pool.map(run, first, chunksize=1)
+        encoder = ROOT / out / PRETRAIN / "teacher/300.pth"
+        if encoder.exists():
+            (ROOT / ENCODER).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(encoder, ROOT / ENCODER)
+        done += pool.map(run, [job for job in runs if job not in first], chunksize=1)
     if not all(done):
         raise SystemExit(f"toy_ablations: {done.count(False)} of {len(done)} runs failed; see {out}/*/*.log")

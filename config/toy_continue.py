@@ -7,4 +7,5 @@ from pathlib import Path
 exec(Path(__file__).with_name("toy.py").read_text())
 out_dir = "out/toy_continue"
 weights = "out/toy_pretrain/teacher/300.pth"
-max_steps = 200
+max_steps = 100
+eval_interval = 50

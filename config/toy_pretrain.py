@@ -2,7 +2,7 @@
 # parent:   config/toy.py
 # run:      python prepare/toy.py --seed=1 --out=data/toy_other && python train.py config/toy_pretrain.py
 # result:   docs/toy.md
-# The slides are of another world. The grid is 14 x 14 patches and later 6 x 6, as Meta's 37 x 37 and our 16 x 16.
+# The slides are of another world. The grid is 14 x 14 patches and later 4 x 4, as Meta's 37 x 37 and our 16 x 16.
 from pathlib import Path
 
 exec(Path(__file__).with_name("toy.py").read_text())
