@@ -40,7 +40,7 @@ PANELS = {  # keys of bach.jsonl and metrics.jsonl that are drawn, with their ax
     "images_per_s": "images / s", "windows_per_s": "windows / s"}
 MAX_BANDS = 6     # of mean +- deviation; more of them hide each other, then each repeat is a thin line
 MAX_POINTS = 200  # per line; of longer runs we draw means over equal stretches, because batches differ
-SALT = "690"      # gives "recipe" and the names in config/ablate different colours
+SALT = "2938"     # gives "recipe" and the names in config/ablate different colours
 
 
 class Run(NamedTuple):
@@ -68,13 +68,17 @@ def read(path):
 
 
 def read_rows(path):
-    """{step: row} of a .jsonl, without nulls. Of a step that is there twice the later row counts, as after a resume."""
+    """
+    {step: row} of a .jsonl, without nulls; `score` is what stands under one of SCORES. Of a step that is there twice
+    the later row counts, as after a resume.
+    """
     points = {}
     try:
         for line in read(path).split("\n")[:-1]:  # what follows the last line's end is unfinished
             row = json.loads(line)
             step = int(row["step"])
             points[step] = {k: v for k, v in row.items() if v is not None}
+            points[step] |= {"score": row[key] for key in SCORES if key in row}
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: each line must be a JSON object with a step ({e!r})") from e
     return points
@@ -84,8 +88,7 @@ def load_run(folder):
     """A Run, or None while it has nothing of PANELS. ValueError if a file is damaged, except at its end."""
     bach, rows = read_rows(f"{folder}/bach.jsonl"), read_rows(f"{folder}/metrics.jsonl")
     for step, row in bach.items():
-        score = {"score": row[key] for key in SCORES if key in row}
-        rows[step] = rows.get(step, {}) | row | score
+        rows[step] = rows.get(step, {}) | row
     rows = {step: row for step, row in sorted(rows.items()) if PANELS.keys() & row.keys()}
     if not rows:
         return None

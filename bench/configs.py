@@ -24,7 +24,8 @@ from prepare.stats import train_config
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP_SECONDS = 0.72, 0.45            # per step of config/vitg.py
-FOLDERS = ("scratch", "continued")   # of docs/toy_runs; each has a parent called recipe
+FOLDERS = {  # of docs/toy_runs, each with a parent called recipe, and the columns of README's table
+    "scratch": "toy, from scratch", "continued": "toy, continued", "tiles": "real tiles, from scratch"}
 PAGES = ("README.md", "docs/toy.md", "docs/memory.md")
 TABLE = r"(?s)<!-- table: (\w+) -->\n.*?<!-- end -->"
 
@@ -60,7 +61,7 @@ def against(folder, name):
 
 def run_table():
     """A row for each config except the toy's: question, memory, hours, and what the toy's runs say of an ablation."""
-    lines = ["| config | question | GB per GPU | hours | toy, from scratch | toy, continued |", "|---" * 6 + "|"]
+    lines = [f"| config | question | GB per GPU | hours | {' | '.join(FOLDERS.values())} |", "|---" * 7 + "|"]
     files = [path for path in (ROOT / "config").rglob("*.py") if not path.stem.startswith(("toy", "context"))]
     for path in sorted(files, key=lambda path: (path.parent, path.stem)):
         name, ablation = str(path.relative_to(ROOT / "config")), path.parent.name == "ablate"

@@ -10,4 +10,7 @@ out_dir = "out/toy_tiles"
 slides, bach_dir = "", ""
 tiles = "data/unlabelled"
 image_dir = "data/labelled"  # about a hundred tiles per class, which are not trained on
+# crops at the scale of the probe, whose images are the tiles of 224 px as they are
+global_px, local_px = 112, 56
+global_scale, local_scale = (0.25, 1.0), (0.06, 0.25)
 eval_interval = 300          # the probe takes a minute
