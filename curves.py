@@ -327,7 +327,7 @@ def plot(groups, path):
             parts = np.array_split(rows, min(len(x), MAX_POINTS), axis=1)
             x, *found = np.stack([part.mean(1) for part in parts], 1)
             mean = np.mean(found, 0)
-            panels[key].plot(x, mean, **line)
+            panels[key].plot(x, mean, **line, marker="" if len(x) > 1 else "o")  # a line through one point is empty
             if bands > MAX_BANDS:
                 panels[key].plot(x, np.transpose(found), **line, lw=0.5, alpha=0.4)
             elif len(found) > 1:
@@ -366,7 +366,8 @@ def show(runs, parent="", out="", tensorboard=""):
     named = [g for g in scored if os.path.normpath(parent) in [g.name, *(run.folder for run in g.runs)]]
     if parent and not named:
         names = ", ".join(group.name for group in scored)
-        raise ValueError(f"parent={parent}: no such run with a curve; there are {names}")
+        there = f"there are {names}" if names else "no run here has bach_dir's or image_dir's; leave parent out"
+        raise ValueError(f"parent={parent}: no such run with a curve; {there}")
     scored.sort(key=lambda group: group not in named)
     others = [run for run in found if not common([run], "score")]
     if len(found) == 1:
