@@ -143,6 +143,8 @@ def test_runs_with_and_without_bach_stand_together(tmp_path, tableonly, capsys):
     head, *lines = [line.split() for line in text.splitlines()[:-1]]
     assert head[4:6] == ["step", "loss/neighbours"] and [line[:3] for line in lines] == [
         [f"{tmp_path}/ctx", "20", "0.89"], [f"{tmp_path}/short_0", "20", "nan"], [f"{tmp_path}/short_1", "20", "nan"]]
+    with pytest.raises(ValueError, match="^parent=ctx: .*; no run here has .* leave parent out$"):
+        shown(capsys, tmp_path / "*", parent="ctx")
     run(tmp_path / "z", [0.3, 0.4, 0.5, 0.6])
     rows, text = shown(capsys, tmp_path / "*", parent="z")
     assert rows["z"][1:4] == ["1", "0.600", "300"] and "no score, last row" in text and rows.keys() & {"ctx"} == set()
@@ -192,6 +194,14 @@ def test_a_panel_per_metric_with_its_name_on_the_axis(tmp_path, drawn, capsys):
         assert {panel.get_xlabel() for panel in panels} == {"step"}
     points = len(drawn[0].axes[0].get_lines()[1].get_xdata())
     assert points == curves.MAX_POINTS  # 500 rows would hide each other
+
+
+def test_a_single_point_is_drawn(tmp_path, drawn, capsys):
+    run(tmp_path / "one", [0.3])
+    run(tmp_path / "two", [0.3, 0.4], kde="koleo")
+    shown(capsys, tmp_path / "*")
+    markers = [line.get_marker() for line in drawn[0].axes[0].get_lines() if len(line.get_xdata())]
+    assert markers == ["o", ""]
 
 
 def test_a_name_has_one_colour_in_every_figure(tmp_path, drawn, capsys):
