@@ -3,10 +3,10 @@ The toy's evidence: each of config/ablate on its parent with several seeds, from
 
     python bench/toy_ablations.py                             # all that is not done yet: two hours on two cores
     python bench/toy_ablations.py --only=kde                  # only runs with "kde" in their name
-    python bench/toy_ablations.py --labelled=NCT-CRC-HE-100K  # with config/toy_tiles.py on real tiles, a folder per class
+    python bench/toy_ablations.py --labelled=NCT-CRC-HE-100K  # and on real tiles, a folder per class
     python curves.py --runs='out/ablations/scratch/*' --parent=recipe         # or continued/*, tiles/*
 
-After a stop, the same command resumes. What tables and figures need of a finished run (no weights) is copied to
+After a stop, the same command resumes. At the end, what tables and figures need of the runs (no weights) is copied to
 docs/toy_runs: tests rebuild the README's table from it and compute some steps again.
 """
 import json
@@ -78,7 +78,7 @@ def finished(place):
 
 
 def run(job):
-    """Train a run to its end, unless it is there, and record it; returns whether that worked."""
+    """Train a run to its end, unless it is there; returns whether that worked."""
     folder, args = job
     place = ROOT / out / folder
     if not finished(place):
@@ -90,13 +90,15 @@ def run(job):
             flags = ["--device=cpu", f"--out_dir={out}/{folder}", f"--resume={resume}"]
             python("train.py", *args, *flags, stdout=log, stderr=log)
         print(f"{time.strftime('%H:%M')} {folder}: {'done' if finished(place) else 'failed'}", flush=True)
-    if not finished(place):
-        return False
-    record = ROOT / "docs/toy_runs" / folder
-    record.mkdir(parents=True, exist_ok=True)
+    return finished(place)
+
+
+def record(folder):
+    """Copy a run to docs/toy_runs. Not before all have begun, because each notes what git sees changed."""
+    place = ROOT / "docs/toy_runs" / folder
+    place.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "source.diff", "bach.jsonl", "metrics.jsonl"):
-        shutil.copy(place / name, record)
-    return True
+        shutil.copy(ROOT / out / folder / name, place)
 
 
 if __name__ == "__main__":
@@ -108,15 +110,19 @@ if __name__ == "__main__":
                "--passes=350", check=True)
     if labelled:
         split(labelled)
-    runs = [(folder, args) for folder, args in commands().items() if only in folder
-            and (labelled or not folder.startswith("tiles"))]
-    first = [job for job in runs if not job[0].startswith("continued")]  # the pretraining among them
+    every = commands()
+    runs = {folder: args for folder, args in every.items()
+            if only in folder and (labelled or not folder.startswith("tiles"))}
+    later = {folder: args for folder, args in runs.items() if folder.startswith("continued")}
+    if later:
+        runs[PRETRAIN] = every[PRETRAIN]
     with ThreadPool(jobs) as pool:
-        done = pool.map(run, first, chunksize=1)
-        encoder = ROOT / out / PRETRAIN / "teacher/300.pth"
-        if encoder.exists():
+        done = pool.map(run, [job for job in runs.items() if job[0] not in later], chunksize=1)
+        if finished(ROOT / out / PRETRAIN):
             (ROOT / ENCODER).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(encoder, ROOT / ENCODER)
-        done += pool.map(run, [job for job in runs if job not in first], chunksize=1)
+            shutil.copy(ROOT / out / PRETRAIN / "teacher/300.pth", ROOT / ENCODER)
+        done += pool.map(run, later.items(), chunksize=1)
     if not all(done):
         raise SystemExit(f"toy_ablations: {done.count(False)} of {len(done)} runs failed; see {out}/*/*.log")
+    for folder in runs:
+        record(folder)
