@@ -77,8 +77,8 @@ def read_rows(path):
         for line in read(path).split("\n")[:-1]:  # what follows the last line's end is unfinished
             row = json.loads(line)
             step = int(row["step"])
-            points[step] = {k: v for k, v in row.items() if v is not None}
-            points[step] |= {"score": row[key] for key in SCORES if key in row}
+            points[step] = row = {k: v for k, v in row.items() if v is not None}
+            row |= {"score": row[key] for key in SCORES if key in row}
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: each line must be a JSON object with a step ({e!r})") from e
     return points

@@ -196,6 +196,12 @@ def test_a_panel_per_metric_with_its_name_on_the_axis(tmp_path, drawn, capsys):
     assert points == curves.MAX_POINTS  # 500 rows would hide each other
 
 
+def test_a_point_whose_probe_failed_has_no_score(tmp_path):
+    (tmp_path / "bach.jsonl").write_text('{"step": 0, "bach": 0.5}\n{"step": 5, "bach": null, "bach_error": "x"}\n')
+    assert [row.get("score") for row in curves.read_rows(tmp_path / "bach.jsonl").values()] == [0.5, None]
+    assert "score" not in curves.read_rows(tmp_path / "bach.jsonl")[5]
+
+
 def test_a_single_point_is_drawn(tmp_path, drawn, capsys):
     run(tmp_path / "one", [0.3])
     run(tmp_path / "two", [0.3, 0.4], kde="koleo")
