@@ -349,7 +349,7 @@ def write_events(runs, top, folder):
         with SummaryWriter(os.path.join(folder, os.path.relpath(run.folder, top)), purge_step=0) as events:
             for step, row in run.rows.items():
                 for key, value in row.items():
-                    if isinstance(value, int | float):
+                    if isinstance(value, int | float) and key != "score":  # it stands under its own name too
                         events.add_scalar(key, value, step)
 
 

@@ -68,7 +68,7 @@ SELECT_INDEX = indices(SELECT_RANGES)                             # 50
 FIT_INDEX = sorted(set(TRAIN_INDEX) - set(SELECT_INDEX))          # 218
 LABELS = torch.arange(400) // 100
 BACH_ZIP = "https://zenodo.org/api/records/3632035/files/ICIAR2018_BACH_Challenge.zip/content"  # 10.4 GB
-REMEDY = "bach_dir must hold ICIAR2018_BACH_Challenge/ as unzipped from zenodo.org/records/3632035 (--bach_dir=: none)"
+REMEDY = "bach_dir must hold ICIAR2018_BACH_Challenge/ as unzipped from zenodo.org/records/3632035"
 
 
 class View(NamedTuple):
